@@ -1,0 +1,18 @@
+"""peft-composition: mix trained LoRA adapters into one PEFT adapter. Importing it registers the method with PEFT."""
+
+from .registration import add_peft_type, register_method, require_supported_peft
+
+
+require_supported_peft()
+add_peft_type()
+
+from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
+from .layer import CompositionLayer  # noqa: E402
+from .model import CompositionModel  # noqa: E402
+from .upstream import AdapterError  # noqa: E402
+
+
+register_method(CompositionConfig, CompositionModel)
+
+__version__ = "0.1.0"
+__all__ = ["AdapterError", "CompositionConfig", "CompositionLayer", "CompositionModel", "__version__"]

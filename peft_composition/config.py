@@ -1,0 +1,290 @@
+"""`CompositionConfig`: which adapters are mixed and how, and the record a checkpoint needs to be built again."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+
+MIXINGS = ("learned", "uniform", "fixed")
+NORMALIZATIONS = ("softmax", "none")
+SHARINGS = ("module", "block", "model")
+DEFAULT_GAIN = {"softmax": 40.0, "none": 10.0}
+# Hand-written weights such as [0.333, 0.333, 0.333] are meant to sum to 1.
+SUM_TOLERANCE = 2e-3
+
+
+class AdapterReference(TypedDict, total=False):
+    """Where one upstream adapter is found and what it is called; `path` is a Hub id or a local folder."""
+
+    path: str
+    name: str
+    revision: str | None
+    subfolder: str | None
+    local_files_only: bool
+
+
+class Provenance(TypedDict):
+    """What one upstream adapter turned out to be when it was read."""
+
+    name: str
+    path: str
+    subfolder: str | None
+    commit: str | None
+    sha256: str
+    base_model_name_or_path: str | None
+
+
+@dataclass
+class CompositionConfig(PeftConfig):
+    """Configuration of a composition: N trained LoRA adapters mixed, module by module, into one adapter.
+
+    `W = W0 + sum_n w_n s_n B_n A_n` for every target module (arXiv 2402.15414, section 4).
+
+    Args:
+        adapters: the upstream LoRA adapters. Each is a Hub id, a local folder (`str` or `Path`), or a dict with
+            `path` and optionally `revision`, `subfolder`, `name` and `local_files_only`. Required.
+        mixing: `"learned"` (default; one trainable vector per module, starts at the uniform composition),
+            `"uniform"` (1/N, nothing trainable) or `"fixed"` (`weights`, nothing trainable).
+        weights: one weight per adapter, for `"fixed"`, or where `"learned"` starts. Default: 1/N each. With
+            `normalization="softmax"` they are non-negative and sum to 1; a learned weight that starts at zero stays
+            zero.
+        normalization: `"softmax"` (default; weights positive, sum 1) or `"none"` (free weights, may be negative).
+        gain: inner factor of the mixing logits, `v = v0 + gain * theta` with theta trained. Adam moves theta by about
+            the learning rate per step, so the gain decides how far the weights come in a few-shot run. Default: 40
+            for `"softmax"`, 10 for `"none"`.
+        weight_sharing: one weight vector per `"module"` (default, the paper's), per `"block"` (the modules of one
+            transformer block share) or per `"model"`.
+        target_modules: as in PEFT, a list of names, a regex or `"all-linear"`; narrows what is composed. Default:
+            every module that any upstream adapter touches.
+        exclude_modules: as in PEFT, names or a regex of modules to leave alone. Default: none.
+        layers_to_transform: as in PEFT, indices of the layers to compose. Default: all.
+        layers_pattern: as in PEFT, the name of the module list that `layers_to_transform` counts in.
+        modules_to_save: as in PEFT, modules trained in full and saved: the new task's head. Default: PEFT's for the
+            task type.
+        save_adapters: whether a checkpoint carries the upstream factors and stands alone (default), or only their
+            names, commits and hashes, to be fetched again on loading.
+        composed_modules: record, written when the composition is built: for each composed module, by its full name,
+            the rank of every adapter there (0: untouched). Not for users.
+        biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
+        provenance: record: name, path, commit and sha256 of every upstream adapter. Not for users.
+
+    Raises:
+        ValueError: a field has a value that is not listed above; the message names the field and the value.
+    """
+
+    adapters: list[str | Path | AdapterReference] | None = field(
+        default=None, metadata={"help": "The upstream LoRA adapters: Hub ids, local folders or dicts."}
+    )
+    mixing: Literal["learned", "uniform", "fixed"] = field(
+        default="learned", metadata={"help": "Whether the mixing weights are learned, uniform or fixed."}
+    )
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "The fixed weights, or where the learned ones start. Default: 1/N each."}
+    )
+    normalization: Literal["softmax", "none"] = field(
+        default="softmax", metadata={"help": "Weights that are positive and sum to 1, or free weights."}
+    )
+    gain: float | None = field(default=None, metadata={"help": "Inner factor of the mixing logits."})
+    weight_sharing: Literal["module", "block", "model"] = field(
+        default="module", metadata={"help": "Which modules share one weight vector."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Narrows what is composed. Default: all modules the adapters touch."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that are left alone, names or a regex."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to compose. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved, such as the new task's head."}
+    )
+    save_adapters: bool = field(default=True, metadata={"help": "Whether checkpoints carry the upstream factors."})
+    composed_modules: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Record: ranks of every adapter, by module."}
+    )
+    biased_modules: list[str] | None = field(
+        default=None, metadata={"help": "Record: modules where an adapter brings a bias."}
+    )
+    provenance: list[Provenance] | None = field(
+        default=None, metadata={"help": "Record: what every upstream adapter was when it was read."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("COMPOSITION")
+        self.adapters = _named_references(self.adapters)
+        _require("mixing", self.mixing, MIXINGS)
+        _require("normalization", self.normalization, NORMALIZATIONS)
+        _require("weight_sharing", self.weight_sharing, SHARINGS)
+        self.weights = self._checked_weights()
+        if self.gain is None:
+            self.gain = DEFAULT_GAIN[self.normalization]
+        if not (_is_number(self.gain) and math.isfinite(self.gain) and self.gain > 0):
+            raise ValueError(f"gain must be a positive number, got {self.gain!r}")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules as a list of names (or none), not a regex")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern means nothing without layers_to_transform")
+        self._read_from_checkpoint = self.composed_modules is not None
+        # Building a composition replaces target_modules by what was found; a second use starts from the request.
+        self.requested_target_modules = self.target_modules
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of the upstream adapters, in the order of the mixing weights."""
+        return [reference["name"] for reference in self.references]
+
+    @property
+    def references(self) -> list[AdapterReference]:
+        """The upstream adapters as dicts with `path`, `name`, `revision` and `subfolder`."""
+        return self.adapters  # type: ignore[return-value]  # __post_init__ made every entry a dict
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether this config came with the record of a built composition, and so describes a checkpoint.
+
+        A config that recorded its modules while a model was built from it is not restored: it can be used again for
+        a new model.
+        """
+        return self._read_from_checkpoint and self.composed_modules is not None
+
+    def record(
+        self, composed_modules: dict[str, list[int]], biased_modules: list[str], provenance: list[Provenance]
+    ) -> None:
+        """Write down what was composed, for the checkpoint."""
+        self.composed_modules = composed_modules
+        self.biased_modules = biased_modules
+        self.provenance = provenance
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save as `adapter_config.json`; a save that is cut short leaves an earlier file as it was.
+
+        Args:
+            save_directory: folder, made where it does not exist.
+            **kwargs: passed to PEFT's own `save_pretrained`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter_config-") as draft:
+            super().save_pretrained(draft, **kwargs)
+            os.replace(Path(draft, CONFIG_NAME), folder / CONFIG_NAME)
+
+    def _checked_weights(self) -> list[float] | None:
+        """`weights` as floats, for softmax with sum exactly 1."""
+        count = len(self.references)
+        if self.weights is None:
+            if self.mixing == "fixed":
+                raise ValueError('mixing="fixed" needs weights, one per adapter')
+            return None
+        if self.mixing == "uniform":
+            raise ValueError('weights are given but mixing="uniform" ignores them; use "fixed" or "learned"')
+        if isinstance(self.weights, str) or not isinstance(self.weights, Sequence):
+            raise ValueError(f"weights must be a list of numbers, got {self.weights!r}")
+        if len(self.weights) != count:
+            raise ValueError(
+                f"weights has {len(self.weights)} entries for {count} adapters ({', '.join(self.adapter_names)})"
+            )
+        for name, weight in zip(self.adapter_names, self.weights):
+            if not _is_number(weight) or not math.isfinite(weight):
+                raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+            if self.normalization == "softmax" and weight < 0:
+                raise ValueError(
+                    f'the weight of adapter {name!r} is {weight}; normalization="softmax" keeps weights non-negative, '
+                    'use normalization="none" for free weights'
+                )
+        weights = [float(weight) for weight in self.weights]
+        if self.normalization == "none":
+            return weights
+        total = math.fsum(weights)
+        if abs(total - 1) > SUM_TOLERANCE:
+            raise ValueError(
+                f'weights sum to {total:g}; normalization="softmax" keeps their sum at 1, '
+                'use normalization="none" for free weights'
+            )
+        return [weight / total for weight in weights]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _named_references(adapters: object) -> list[Any]:
+    """Every entry as a dict with all keys, and a name of its own."""
+    if isinstance(adapters, (str, Path, Mapping)):
+        raise ValueError(f"adapters must be a list of adapters, got a single one: {adapters!r}")
+    if not isinstance(adapters, Sequence) or not adapters:
+        raise ValueError("adapters must name at least one trained LoRA adapter (a Hub id, a local folder or a dict)")
+    references = [_reference(entry) for entry in adapters]
+    _fill_in_names(references)
+    seen: dict[str, AdapterReference] = {}
+    for reference in references:
+        other = seen.setdefault(reference["name"], reference)
+        if other is not reference:
+            raise ValueError(
+                f"two adapters are named {reference['name']!r}: {_location(other)} and {_location(reference)}; "
+                'give each a name of its own: {"path": ..., "name": ...}'
+            )
+    return references
+
+
+def _reference(entry: object) -> AdapterReference:
+    if isinstance(entry, (str, os.PathLike)):
+        entry = {"path": entry}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"an adapter is a Hub id, a local folder or a dict with 'path', got {entry!r}")
+    unknown = set(entry) - set(AdapterReference.__annotations__)
+    if unknown:
+        raise ValueError(
+            f"an adapter's dict has unknown keys {sorted(map(str, unknown))}; it may have "
+            f"{', '.join(map(repr, AdapterReference.__annotations__))}"
+        )
+    if not entry.get("path"):
+        raise ValueError(f"an adapter's dict needs a 'path', got {dict(entry)!r}")
+    reference = AdapterReference(
+        path=os.fspath(entry["path"]),
+        revision=entry.get("revision"),
+        subfolder=os.fspath(entry["subfolder"]) if entry.get("subfolder") else None,
+    )
+    if entry.get("name"):
+        reference["name"] = str(entry["name"])
+    if entry.get("local_files_only"):
+        reference["local_files_only"] = True
+    return reference
+
+
+def _location(reference: AdapterReference) -> str:
+    subfolder = reference.get("subfolder")
+    revision = reference.get("revision")
+    return reference["path"] + (f"/{subfolder}" if subfolder else "") + (f"@{revision}" if revision else "")
+
+
+def _fill_in_names(references: list[AdapterReference]) -> None:
+    """Name the unnamed by the shortest end of their path that tells them apart."""
+    unnamed = [reference for reference in references if "name" not in reference]
+    taken = {reference["name"] for reference in references if "name" in reference}
+    parts = [Path(_location(reference)).parts for reference in unnamed]
+    for reference, own in zip(unnamed, parts):
+        for length in range(1, len(own) + 1):
+            name = "/".join(own[-length:])
+            if name not in taken and sum(other[-length:] == own[-length:] for other in parts) == 1:
+                break
+        reference["name"] = name

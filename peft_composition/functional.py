@@ -1,0 +1,159 @@
+"""The mathematics of a composition as pure functions on tensors: mixing weights, forward passes, weight deltas.
+
+The factors of a module come stacked. With N upstream adapters of ranks r_1..r_N and R = sum of the ranks,
+
+    A = [A_1; ...; A_N]              (R, in)
+    B = [s_1 B_1, ..., s_N B_N]      (out, R), the LoRA scale s_n folded in
+    W = W0 + B diag(u) A             u in R^R repeats w_n over the r_n rows of adapter n
+
+so that sum_n w_n s_n B_n A_n costs two matrix products whatever N is, and never a cross term B_i A_j.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def starting_logits(weights: Sequence[float], normalization: str) -> list[float]:
+    """The logits v0 from which training starts, so that `normalize(v0)` gives `weights`.
+
+    Args:
+        weights: one starting weight per adapter. For `"softmax"` non-negative with sum 1; a zero gives the logit
+            -inf, whose gradient is zero: such an adapter is left out and stays out.
+        normalization: `"softmax"` or `"none"`.
+
+    Returns:
+        N floats.
+    """
+    if normalization == "none":
+        return list(weights)
+    return [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+
+
+def normalize(logits: Tensor, normalization: str) -> Tensor:
+    """Mixing weights w from logits v: `softmax(v)`, or `v` itself for `"none"`.
+
+    Args:
+        logits: shape (N,).
+        normalization: `"softmax"` or `"none"`.
+
+    Returns:
+        Shape (N,), in float32 or wider whatever the dtype of `logits` is.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.softmax(logits, dim=-1) if normalization == "softmax" else logits
+
+
+def spread(weights: Tensor, rank_owner: Tensor) -> Tensor:
+    """Repeat the weight of every adapter over its rows in the stacked rank dimension.
+
+    Args:
+        weights: mixing weights, shape (N,).
+        rank_owner: for each stacked row the number of the adapter it comes from, int64 of shape (R,).
+
+    Returns:
+        u, shape (R,).
+    """
+    return weights.index_select(0, rank_owner)
+
+
+def linear_delta_output(x: Tensor, A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+    """x (B diag(u) A)^T without forming the product.
+
+    Args:
+        x: input, shape (..., in).
+        A: stacked factors, shape (R, in).
+        B: stacked scaled factors, shape (out, R).
+        u: weights in rank space, shape (R,).
+
+    Returns:
+        Shape (..., out), to be added to the output of the base layer.
+    """
+    hidden = F.linear(x, A)
+    return F.linear(hidden * u.to(hidden.dtype), B)
+
+
+def conv_delta_output(
+    x: Tensor, A: Tensor, B: Tensor, u: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The convolution of x with the kernel B diag(u) A, as a convolution with A and a 1x1 convolution with B.
+
+    Args:
+        x: input, shape (batch, in, *space).
+        A: stacked kernels, shape (R, in, *kernel).
+        B: stacked scaled factors, shape (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+        convolve: (input, kernel) -> output, with the stride, padding and dilation of the base layer.
+
+    Returns:
+        Shape (batch, out, *space').
+    """
+    hidden = convolve(x, A)
+    u = u.to(hidden.dtype).reshape(-1, *(1,) * (A.dim() - 2))
+    pointwise = (F.conv1d, F.conv2d, F.conv3d)[A.dim() - 3]
+    return pointwise(hidden * u, B)
+
+
+def embedding_delta_output(tokens: Tensor, A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+    """Rows of (B diag(u) A)^T picked by token.
+
+    Args:
+        tokens: int64, any shape (...).
+        A: stacked factors, shape (R, vocabulary).
+        B: stacked scaled factors, shape (dim, R).
+        u: weights in rank space, shape (R,).
+
+    Returns:
+        Shape (..., dim).
+    """
+    hidden = F.embedding(tokens, A.t())
+    return F.linear(hidden * u.to(hidden.dtype), B)
+
+
+def delta_weight(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+    """The weight update B diag(u) A, accumulated in float32 or wider.
+
+    Args:
+        A: shape (R, in) or, for a convolution, (R, in, *kernel).
+        B: shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+
+    Returns:
+        Shape (out, in) or (out, in, *kernel), in float32 or float64.
+    """
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    product = (B.flatten(1).to(dtype) * u.to(dtype)) @ A.flatten(1).to(dtype)
+    return product.reshape(B.shape[0], *A.shape[1:])
+
+
+def delta_bias(bias: Tensor, weights: Tensor) -> Tensor:
+    """sum_n w_n s_n b_n for adapters trained with `lora_bias`.
+
+    Args:
+        bias: scaled biases, zero rows for adapters without one, shape (N, out).
+        weights: mixing weights, shape (N,).
+
+    Returns:
+        Shape (out,), in the dtype of `bias`.
+    """
+    return weights.to(bias.dtype) @ bias
+
+
+def add_delta(base: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
+    """base + sign * delta, summed in the wider of the two dtypes and rounded once to the dtype of `base`.
+
+    Args:
+        base: weight of the base layer, any float dtype.
+        delta: the update, same shape.
+        sign: 1 to merge, -1 to unmerge.
+
+    Returns:
+        A new tensor like `base`.
+    """
+    dtype = torch.promote_types(base.dtype, delta.dtype)
+    return torch.add(base.to(dtype), delta.to(device=base.device, dtype=dtype), alpha=sign).to(base.dtype)

@@ -1,0 +1,466 @@
+"""The layers of a composition: `CompositionLayer` and its forms for linear, convolutional and embedding layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+from warnings import warn
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import functional
+from .config import CompositionConfig
+from .upstream import LayerShape, StackedFactors
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Mixing(nn.Module):
+    """Mixing weights of one or several modules: `w = softmax(v0 + gain * theta)`, or without the softmax.
+
+    theta is the parameter `weight`, zero at the start, of shape (N,); uniform and fixed mixings have none. It is kept
+    in float32 (float64 in a float64 model), whatever dtype the model is cast to.
+
+    Args:
+        config: gives `mixing`, `weights`, `normalization` and `gain`.
+        dtype: float32 or float64.
+        device: of the parameter.
+    """
+
+    def __init__(self, config: CompositionConfig, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        super().__init__()
+        count = len(config.references)
+        weights = config.weights if config.weights is not None else [1 / count] * count
+        self.normalization = config.normalization
+        assert config.gain is not None  # __post_init__ fills in the default
+        self.count = count
+        self.gain = config.gain
+        self.start: list[float] | None = None
+        if config.mixing == "learned":
+            self.weight: nn.Parameter | None = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
+            if config.weights is not None or config.normalization == "none":
+                self.start = functional.starting_logits(weights, config.normalization)
+        else:
+            self.register_parameter("weight", None)
+            self.start = weights
+        # Constants are no buffers: DDP would broadcast them on every step.
+        self._start = None if self.start is None else torch.tensor(self.start, dtype=torch.float64)
+
+    def forward(self, like: Tensor | None = None) -> Tensor:
+        """The mixing weights w, shape (N,), in float32 or wider.
+
+        Args:
+            like: a tensor on the device, and of at least the dtype, that the constants of a uniform or fixed mixing
+                shall have. Not needed for learned ones.
+        """
+        if self.weight is None:
+            dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
+            return self._start_on(torch.device("cpu") if like is None else like.device, dtype)
+        logits = self.gain * self.weight
+        if self._start is not None:
+            logits = logits + self._start_on(logits.device, logits.dtype)
+        return functional.normalize(logits, self.normalization)
+
+    def _start_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        assert self._start is not None
+        if self._start.device != device or self._start.dtype != dtype:
+            self._start = torch.tensor(self.start, dtype=dtype, device=device)
+        return self._start
+
+    def reset(self, device: torch.device) -> None:
+        """Put theta at zero on `device`, also where it was created on the meta device."""
+        if self.weight is not None:
+            self._parameters["weight"] = nn.Parameter(
+                torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=device),
+                requires_grad=self.weight.requires_grad,
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixing:
+        """Move like any module, but never round theta below float32."""
+        before = self.weight
+        kept = None if before is None or before.is_meta else before.detach().clone()
+        super()._apply(fn, recurse)
+        if self.weight is not None and self.weight.dtype.itemsize < torch.float32.itemsize:
+            source = self.weight.detach() if kept is None else kept.to(self.weight.device)
+            self.weight.data = source.float()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"adapters={self.count}, gain={self.gain}"
+
+
+class Factors(nn.Module):
+    """The frozen factors of all upstream adapters for one module, stacked; never trainable.
+
+    Args:
+        ranks: rank of every adapter, 0 where it does not touch the module.
+        shape: of the module.
+        has_bias: whether an adapter brings a LoRA bias.
+        dtype: compute dtype of the base layer.
+        device: of the base layer.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        shape: LayerShape,
+        has_bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranks = list(ranks)
+        total = sum(ranks)
+        bias_shape = (len(ranks), shape.out_features) if has_bias else None
+        for name, size in (("A", shape.shape_of_A(total)), ("B", shape.shape_of_B(total)), ("bias", bias_shape)):
+            parameter = None
+            if size is not None:
+                parameter = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+            self.register_parameter(name, parameter)
+        # In a list, so that it is no second registration of the parameter.
+        self._placeholder = [self.A]
+        self._owner: Tensor | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the factors were built from a saved configuration and their values never came."""
+        return bool(self._placeholder) and self._placeholder[0] is self.A
+
+    def fill(self, stacked: StackedFactors, device: torch.device) -> None:
+        """Take the values, also where the parameters were created on the meta device.
+
+        The entries are set in the table of parameters itself: inside accelerate's `init_empty_weights` a registration
+        would throw the values away.
+        """
+        for name in ("A", "B", "bias"):
+            tensor = getattr(stacked, name)
+            if tensor is not None:
+                self._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
+        self._placeholder.clear()
+
+    @property
+    def rank_owner(self) -> Tensor:
+        """For each stacked row the number of its adapter, int64 of shape (R,), on the device of the factors."""
+        device = self.A.device
+        if self._owner is None or self._owner.device != device:
+            numbers = [number for number, rank in enumerate(self.ranks) for _ in range(rank)]
+            self._owner = torch.tensor(numbers, dtype=torch.int64, device=device)
+        return self._owner
+
+    def requires_grad_(self, requires_grad: bool = True) -> Factors:
+        return self  # upstream factors stay as they were trained
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._placeholder.clear()
+
+    def extra_repr(self) -> str:
+        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"
+
+
+class CompositionLayer(nn.Module, BaseTunerLayer):
+    """A base layer with one or several compositions of upstream LoRA adapters beside it.
+
+        y = base_layer(x) + x (B diag(u) A)^T          u repeats the mixing weights over the ranks
+
+    The active compositions of a layer add up. Only the mixing weights train.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("composition_mixing",)
+    other_param_names: tuple[str, ...] = ("composition_factors",)
+
+    base_layer: nn.Module
+    merged_adapters: list[str]
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.composition_mixing = nn.ModuleDict()
+        self.composition_factors = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        # The weights a composition was merged with: unmerging must subtract the same.
+        self._merged_weights: dict[str, Tensor] = {}
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+
+    def update_layer(self, adapter_name: str, mixing: Mixing, factors: Factors, inference_mode: bool = False) -> None:
+        """Add a composition to this layer.
+
+        Args:
+            adapter_name: name of the composition.
+            mixing: its weights; the same object on all layers that share them.
+            factors: its stacked upstream factors.
+            inference_mode: whether the weights stay frozen.
+        """
+        self.composition_mixing[adapter_name] = mixing
+        self.composition_factors[adapter_name] = factors
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move a composition to the base layer's device; dtypes were chosen when it was built and stay."""
+        if adapter_name not in self.composition_factors:
+            return
+        target = device if device is not None else device_of(self.get_base_layer())
+        for part in (self.composition_mixing[adapter_name], self.composition_factors[adapter_name]):
+            if target.type != "meta" and not any(parameter.is_meta for parameter in part.parameters()):
+                part.to(target)
+
+    def mixing_weights(self, adapter_name: str) -> Tensor:
+        """The mixing weights w of a composition, shape (N,), float32 or wider."""
+        factors = self._ready_factors(adapter_name)
+        return self.composition_mixing[adapter_name](factors.A).to(factors.A.device)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
+        return self._delta_weight(adapter_name, self.mixing_weights(adapter_name).detach())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add active compositions to the base weights.
+
+        Args:
+            safe_merge: check that the result is finite before anything is changed.
+            adapter_names: the compositions; default: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, the base layer none.
+            TypeError: the base layer is quantized in a way that cannot be merged into.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name in self.composition_factors:
+                weights = self.mixing_weights(adapter_name).detach()
+                self._add_to_base(adapter_name, weights, sign=1, must_be_finite=safe_merge)
+                self.merged_adapters.append(adapter_name)
+                self._merged_weights[adapter_name] = weights
+
+    def unmerge(self) -> None:
+        """Take all merged compositions out of the base weights again, to the rounding of their dtype."""
+        if not self.merged:
+            warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            self._add_to_base(adapter_name, self._merged_weights.pop(adapter_name), sign=-1)
+
+    def _add_to_base(self, adapter_name: str, weights: Tensor, sign: int, must_be_finite: bool = False) -> None:
+        base_layer = self.get_base_layer()
+        factors = self._ready_factors(adapter_name)
+        bias: Tensor | None = None
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise TypeError(
+                f"A composition cannot be merged into a base layer quantized with "
+                f"{self.quantization_backend.backend_name}; use it unmerged."
+            )
+        if factors.bias is not None:
+            base_bias = base_layer.bias
+            if not isinstance(base_bias, Tensor):
+                raise ValueError(
+                    f"The composition {adapter_name!r} has a LoRA bias but its base layer "
+                    f"({type(base_layer).__name__}) has none to merge it into."
+                )
+            bias = functional.add_delta(base_bias.data, functional.delta_bias(factors.bias, weights), sign)
+        weight = functional.add_delta(self.get_base_weight(), self._delta_weight(adapter_name, weights), sign)
+        if must_be_finite and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
+            raise ValueError(
+                f"The merged weights are not finite. The composition {adapter_name!r} seems to be broken."
+            )
+        self.set_base_weight(weight)
+        if bias is not None:
+            cast(Tensor, base_layer.bias).data = bias
+
+    def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
+        factors = self._ready_factors(adapter_name)
+        return functional.delta_weight(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
+
+    def _ready_factors(self, adapter_name: str) -> Factors:
+        factors = self.composition_factors[adapter_name]
+        assert isinstance(factors, Factors)
+        if factors.is_pending:
+            raise RuntimeError(
+                f"The composition {adapter_name!r} was built from a saved configuration, but its factors were never "
+                "loaded. Load it with PeftModel.from_pretrained(base_model, ...). To compose the same adapters anew, "
+                "clear the record first: dataclasses.replace(config, composed_modules=None)."
+            )
+        return factors
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the base layer plus the active compositions, in the shape and dtype of the base layer's output."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        active = [name for name in self.active_adapters if name in self.composition_factors]
+        if active and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for adapter_name in active:
+            result = result + self._delta_output(adapter_name, x)
+        return result.to(dtype)
+
+    def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        factors = self._ready_factors(adapter_name)
+        weights = self.mixing_weights(adapter_name)
+        delta = self._apply_factors(x, factors, functional.spread(weights, factors.rank_owner))
+        if factors.bias is not None:
+            delta = self._add_bias(delta, functional.delta_bias(factors.bias, weights))
+        return delta
+
+    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _add_bias(self, delta: Tensor, bias: Tensor) -> Tensor:
+        return delta + bias.to(delta.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can convert this layer: it knows 2-D weights and no biases."""
+        if adapter_name not in self.composition_factors:
+            return True
+        return cast(Factors, self.composition_factors[adapter_name]).bias is None
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class Linear(CompositionLayer):
+    """A composition beside `nn.Linear`, transformers' `Conv1D` or a quantized linear layer."""
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        shape = layer_shape(self.get_base_layer(), **quantization_kwargs)
+        self.in_features, self.out_features = shape.in_shape[0], shape.out_features
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
+        return functional.linear_delta_output(self._cast_input_dtype(x, factors.A.dtype), factors.A, factors.B, u)
+
+    def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
+        delta = super()._delta_weight(adapter_name, weights)
+        return delta.t() if self.fan_in_fan_out else delta
+
+
+class Conv(CompositionLayer):
+    """A composition beside `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        base = self._convolution
+        self.in_features, self.out_features = base.in_channels, base.out_channels
+
+    @property
+    def _convolution(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
+    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
+        def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+            return self._convolution._conv_forward(x, kernel, None)  # with its stride, padding and dilation
+
+        return functional.conv_delta_output(
+            self._cast_input_dtype(x, factors.A.dtype), factors.A, factors.B, u, convolve
+        )
+
+    def _add_bias(self, delta: Tensor, bias: Tensor) -> Tensor:
+        return delta + bias.to(delta.dtype).reshape(-1, *(1,) * len(self._convolution.kernel_size))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class Embedding(CompositionLayer):
+    """A composition beside `nn.Embedding`."""
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__(base_layer, **quantization_kwargs)
+        base = cast(nn.Embedding, self.get_base_layer())
+        self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
+
+    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
+        delta = functional.embedding_delta_output(x, factors.A, factors.B, u)
+        scale = self._get_embed_scale()  # Gemma scales its embeddings in forward
+        return delta if scale is None else delta * scale.to(delta.dtype)
+
+    def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
+        return super()._delta_weight(adapter_name, weights).t()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+def form_of(base_layer: nn.Module) -> type[CompositionLayer]:
+    """The class that puts a composition beside a base layer for which `layer_shape` has no refusal."""
+    if isinstance(base_layer, nn.Embedding):
+        return Embedding
+    return Conv if isinstance(base_layer, _CONVOLUTIONS) else Linear
+
+
+def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape:
+    """What factors a layer needs, never read from a weight that may be quantized.
+
+    Args:
+        base_layer: a layer of the base model.
+        **quantization_kwargs: what PEFT's `resolve_quantization_backend` needs for some backends.
+
+    Returns:
+        The shape, with a `refusal` for layers that have one but cannot hold a composition.
+    """
+    kind = type(base_layer).__name__
+    if isinstance(base_layer, nn.Embedding):
+        return LayerShape(kind, (base_layer.num_embeddings,), base_layer.embedding_dim, is_embedding=True)
+    if isinstance(base_layer, _CONVOLUTIONS):
+        refusal = None
+        if base_layer.groups != 1:
+            refusal = f"it has groups={base_layer.groups}, and the product B A is no weight of a grouped convolution"
+        return LayerShape(
+            kind, (base_layer.in_channels, *base_layer.kernel_size), base_layer.out_channels, refusal=refusal
+        )
+    if isinstance(base_layer, Conv1D):
+        in_features, out_features = base_layer.weight.shape
+        return LayerShape(kind, (in_features,), out_features)
+    features = _linear_features(base_layer, **quantization_kwargs)
+    if features is None:
+        return LayerShape(kind, (), 0, refusal="this kind of layer is not supported")
+    return LayerShape(kind, (features[0],), features[1])
+
+
+def _linear_features(base_layer: nn.Module, **quantization_kwargs: Any) -> tuple[int, int] | None:
+    if isinstance(base_layer, nn.Linear):
+        return base_layer.in_features, base_layer.out_features
+    if resolve_quantization_backend(base_layer, **quantization_kwargs) is None:
+        return None
+    in_features, out_features = _get_in_out_features(base_layer)
+    return None if in_features is None or out_features is None else (in_features, out_features)
+
+
+def device_of(base_layer: nn.Module) -> torch.device:
+    """The device a base layer lives on; quantized layers name their weight in several ways."""
+    for name in ("weight", "qweight", "W_q"):
+        weight = getattr(base_layer, name, None)
+        if isinstance(weight, Tensor):
+            return weight.device
+    return next((tensor.device for tensor in base_layer.parameters()), torch.device("cpu"))
+
+
+def compute_dtype(base_layer: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype a base layer computes in.
+
+    Args:
+        base_layer: the layer, quantized or not.
+        default: the model's dtype, for layers that do not tell (8-bit codes, float8 weights).
+
+    Returns:
+        A dtype of at least 16 bits.
+    """
+    for candidate in (getattr(base_layer, "compute_dtype", None), getattr(base_layer.weight, "dtype", None)):
+        if isinstance(candidate, torch.dtype) and candidate.is_floating_point and candidate.itemsize >= 2:
+            return candidate
+    return default

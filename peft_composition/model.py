@@ -1,0 +1,414 @@
+"""`CompositionModel`, the PEFT tuner: injection into a base model, shared weights, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from . import upstream
+from .config import AdapterReference, CompositionConfig
+from .layer import CompositionLayer, Factors, Mixing, compute_dtype, device_of, form_of, layer_shape
+from .upstream import CompositionPlan, LayerShape, StackedFactors
+
+
+# As PEFT counts layers: the first numbered segment of a module's name ends its transformer block.
+_BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
+
+
+@dataclass
+class _Injection:
+    """What `inject_adapter` prepared for one composition, until its layers are in place."""
+
+    ranks: dict[str, list[int]]
+    biased: set[str]
+    shapes: dict[str, LayerShape]
+    dtypes: dict[str, torch.dtype]
+    mixings: dict[str, Mixing]
+    stacked: dict[str, StackedFactors] | None
+    quantization_kwargs: dict[str, Any]
+
+
+class CompositionModel(BaseTuner):
+    """Mixes trained LoRA adapters into one adapter (arXiv 2402.15414).
+
+    Made by `get_peft_model(model, CompositionConfig(adapters=[...]))`. The upstream adapters are read and checked
+    before the model is changed.
+
+    Args:
+        model: the base model that the adapters were trained on.
+        peft_config: a `CompositionConfig`, or a dict of them by name.
+        adapter_name: name of the composition.
+        low_cpu_mem_usage: create layers of a saved composition on the meta device, to be filled by its checkpoint.
+        state_dict: where given, its keys choose the modules.
+
+    Raises:
+        AdapterError: an upstream adapter cannot be composed; the model is as it was.
+        ValueError: the configuration does not fit the model; the model is as it was.
+    """
+
+    prefix = "composition_"
+    tuner_layer_cls = CompositionLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (declared so by PEFT)
+    peft_config: dict[str, CompositionConfig]  # type: ignore[assignment]
+
+    def mixing_weights(self, adapter_name: str | None = None) -> dict[str, dict[str, float]]:
+        """The normalised weight of every upstream adapter in every composed module.
+
+        Args:
+            adapter_name: name of the composition. Default: the active one.
+
+        Returns:
+            `{module name: {upstream adapter name: weight}}`, in the model's order.
+
+        Raises:
+            ValueError: there is no composition of that name.
+        """
+        if adapter_name is None:
+            adapter_name = next(iter(self.active_adapters), None)
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no composition {adapter_name!r}; there are {sorted(self.peft_config)}.")
+        names = self.peft_config[adapter_name].adapter_names
+        return {
+            name: dict(zip(names, layer.mixing_weights(adapter_name).tolist()))
+            for name, layer in composition_layers(self.model)
+            if adapter_name in layer.composition_mixing
+        }
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put a composition into the model: read its upstream adapters, or build it from a checkpoint's record.
+
+        Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
+        """
+        config = self.peft_config[adapter_name]
+        _require_usable_name(adapter_name)
+        injection = _prepare(config, model)
+        config.target_modules = set(injection.ranks)
+        self._injection = injection
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            del self._injection
+        # PEFT may have shortened the list to suffixes that would match more.
+        config.target_modules = set(injection.ranks)
+        if injection.stacked is not None:
+            self._fill(injection, adapter_name)
+
+    def _fill(self, injection: _Injection, adapter_name: str) -> None:
+        """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
+        assert injection.stacked is not None
+        for name, layer in composition_layers(self.model):
+            if name in injection.stacked and adapter_name in layer.composition_factors:
+                device = device_of(layer.get_base_layer())
+                device = torch.device("cpu") if device.type == "meta" else device
+                cast(Factors, layer.composition_factors[adapter_name]).fill(injection.stacked.pop(name), device)
+                mixing = cast(Mixing, layer.composition_mixing[adapter_name])
+                if mixing.weight is not None and mixing.weight.is_meta:
+                    mixing.reset(device)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config  # inject_adapter has set target_modules
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        composed = cast(CompositionConfig, peft_config).composed_modules or {}
+        if key in composed:
+            return True
+        found = check_target_module_exists(peft_config, key)
+        return False if found else found  # keeps PEFT's mark of an excluded module
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = cast(CompositionConfig, peft_config)
+        injection = self._injection
+        if current_key not in injection.ranks:
+            raise ValueError(f"The composition {adapter_name!r} has no factors for module {current_key!r}.")
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        dtype = injection.dtypes[current_key]
+        device = device_of(base_layer)
+        block = _sharing_key(config, current_key)
+        if block not in injection.mixings:
+            injection.mixings[block] = Mixing(config, torch.promote_types(dtype, torch.float32), device)
+        factors = Factors(
+            injection.ranks[current_key],
+            injection.shapes[current_key],
+            current_key in injection.biased,
+            dtype,
+            torch.device("meta") if injection.stacked is not None else device,
+        )
+        layer = target
+        if not isinstance(layer, CompositionLayer):
+            layer = form_of(base_layer)(target, **injection.quantization_kwargs)
+            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, injection.mixings[block], factors, config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            injection.mixings[block].requires_grad_(False)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Devices and dtypes are chosen in _create_and_replace; PEFT's own version would move 8-bit layers.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing to do: mixing weights are float32 always, factors have the base layer's compute dtype always."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "Mixed batches (adapter_names=...) are not supported by compositions; call the model once per "
+                "composition, with set_adapter in between."
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if cast(CompositionConfig, config).save_adapters:
+            return selected
+        return {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not cast(CompositionConfig, config).save_adapters:
+            # The factors were fetched when the layers were built; they are not missing from the checkpoint.
+            infix = f".composition_factors.{adapter_name}."
+            remapped.update({key: tensor for key, tensor in model.state_dict().items() if infix in key})
+        return remapped
+
+
+def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer]]:
+    """All composed modules of a model with their names in the base model."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompositionLayer):
+            yield name, module
+
+
+def _require_usable_name(adapter_name: str) -> None:
+    """Refuse names that would clash with the keys of the state dict."""
+    if not adapter_name or "." in adapter_name or adapter_name in ("composition", "mixing", "factors"):
+        raise ValueError(
+            f"A composition cannot be named {adapter_name!r}: the name becomes part of the keys of its weights. "
+            "Choose one without a dot, other than 'composition', 'mixing' and 'factors'."
+        )
+
+
+def _sharing_key(config: CompositionConfig, module: str) -> str:
+    """Modules with the same key share one weight vector; a module outside any block has its own."""
+    if config.weight_sharing == "model":
+        return ""
+    if config.weight_sharing == "module":
+        return module
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or []:
+        found = re.match(rf"(?P<block>(?:.*?\.)?{pattern}\.\d+)\.", module)
+        if found:
+            return found["block"]
+    found = _BLOCK.match(module)
+    return found["block"] if found else module
+
+
+# Preparation: all that can fail happens here, before the model is changed
+
+
+def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
+    targets = _target_layers(model)
+    quantization_kwargs = get_quantization_kwargs(model)
+    shapes: dict[str, LayerShape] = {}
+
+    def shape_of(module: str) -> LayerShape | None:
+        if module not in shapes and module in targets:
+            shapes[module] = layer_shape(targets[module], **quantization_kwargs)
+        return shapes.get(module)
+
+    stacked = None
+    if config.is_restored:
+        _require_recorded_modules(config, shape_of)
+    if not config.is_restored or not config.save_adapters:
+        plan = _read(config, model, targets, shape_of)
+        if config.is_restored:
+            _require_recorded_ranks(config, plan)
+        stacked = _stack_all(plan, targets, _model_dtype(model))
+        config.record(
+            {module: plan.ranks(module) for module in plan.factors},
+            [module for module in plan.factors if plan.is_biased(module)],
+            [adapter.provenance for adapter in plan.adapters],
+        )
+    assert config.composed_modules is not None
+    return _Injection(
+        ranks=config.composed_modules,
+        biased=set(config.biased_modules or ()),
+        shapes=shapes,
+        dtypes={module: compute_dtype(targets[module], _model_dtype(model)) for module in config.composed_modules},
+        mixings={},
+        stacked=stacked,
+        quantization_kwargs=quantization_kwargs,
+    )
+
+
+def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Base layers by name; inside a layer that an adapter already wraps only the wrapped one counts."""
+    targets: dict[str, nn.Module] = {}
+    wrapped: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            wrapped.append(f"{name}.")
+            module = module.get_base_layer()
+        if name:
+            targets[name] = module
+    return targets
+
+
+def _read(
+    config: CompositionConfig,
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    shape_of: Callable[[str], LayerShape | None],
+) -> CompositionPlan:
+    """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
+    recorded = config.provenance if config.is_restored else None
+    references = config.references
+    if recorded is not None:
+        references = [
+            cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
+            for reference, entry in zip(references, recorded)
+        ]
+    hashes = [entry["sha256"] for entry in recorded] if recorded is not None else [None] * len(references)
+    adapters = [upstream.read_adapter(files, sha256) for files, sha256 in zip(upstream.locate(references), hashes)]
+    upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+    if recorded is not None:
+        composed = config.composed_modules or {}
+        is_wanted: Callable[[str], bool] = composed.__contains__
+    else:
+        is_wanted = _module_filter(config, model, adapters)
+    plan = upstream.match(adapters, shape_of, targets, _module_renamer(model, targets), is_wanted)
+    if recorded is None:
+        upstream.warn_about_extras(adapters)
+    return plan
+
+
+def _stack_all(
+    plan: CompositionPlan, targets: dict[str, nn.Module], model_dtype: torch.dtype
+) -> dict[str, StackedFactors]:
+    return {
+        module: upstream.stack(plan, module, compute_dtype(targets[module], model_dtype)) for module in plan.factors
+    }
+
+
+def _require_recorded_modules(config: CompositionConfig, shape_of: Callable[[str], LayerShape | None]) -> None:
+    """A checkpoint fits only a model that has all its modules."""
+    for module in config.composed_modules or {}:
+        shape = shape_of(module)
+        if shape is None:
+            raise ValueError(
+                f"The saved composition has module {module!r}, which does not exist in the model. It was made for "
+                f"{config.base_model_name_or_path!r}."
+            )
+        if shape.refusal is not None:
+            raise ValueError(f"Module {module!r} ({shape.kind}) cannot hold the saved composition: {shape.refusal}.")
+
+
+def _require_recorded_ranks(config: CompositionConfig, plan: CompositionPlan) -> None:
+    found = {module: plan.ranks(module) for module in plan.factors}
+    for module, ranks in (config.composed_modules or {}).items():
+        if found.get(module) != ranks:
+            raise ValueError(
+                f"The fetched adapters do not match the saved composition: module {module!r} has ranks "
+                f"{found.get(module)}, recorded are {ranks}."
+            )
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first float parameter of at least 16 bits."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize >= 2:
+            return parameter.dtype
+    return torch.get_default_dtype()
+
+
+def _module_filter(
+    config: CompositionConfig, model: nn.Module, adapters: list[upstream.UpstreamAdapter]
+) -> Callable[[str], bool]:
+    """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."""
+    target_modules = config.requested_target_modules
+    if target_modules is None:
+        # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
+        target_modules = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
+    rules = SimpleNamespace(
+        target_modules=target_modules,
+        target_parameters=None,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        task_type=config.task_type,
+    )
+    _maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
+    return lambda module: bool(check_target_module_exists(rules, module))
+
+
+def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable[[str], str]:
+    """Module names of older transformers, or of the model with or without its head, in today's spelling."""
+    if not isinstance(model, PreTrainedModel):
+        return lambda module: module
+    weights = dict.fromkeys((f"{name}.weight" for name in targets), True)
+
+    @cache
+    def renamings() -> list[WeightRenaming]:
+        return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+
+    def rename(module: str) -> str:
+        key, _ = rename_source_key(
+            f"{module}.weight",
+            renamings(),
+            [],
+            base_model_prefix=model.base_model_prefix,
+            meta_state_dict=weights,
+        )
+        return key.removesuffix(".weight")
+
+    return rename

@@ -1,0 +1,90 @@
+"""Makes `COMPOSITION` a PEFT method: a member of `PeftType` and an entry in PEFT's tables of configs and tuners.
+
+PEFT has no hook for methods from outside and `PeftType` is a closed enum; everything that has to know so is here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import PeftType
+
+METHOD = "COMPOSITION"
+MINIMUM_PEFT = "0.21.0"
+
+
+def require_supported_peft() -> None:
+    """Refuse a PEFT that lacks the hooks this plugin is built on.
+
+    Raises:
+        ImportError: PEFT is missing or older than `MINIMUM_PEFT`; the message says what to install.
+    """
+    advice = f'install it with: pip install "peft>={MINIMUM_PEFT}"'
+    try:
+        installed = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(f"peft-composition needs PEFT; {advice}") from error
+    if Version(installed) < Version(MINIMUM_PEFT):
+        raise ImportError(
+            f"peft-composition needs PEFT {MINIMUM_PEFT} or newer but {installed} is installed; {advice}"
+        )
+
+
+def add_peft_type() -> PeftType:
+    """Add the member `COMPOSITION` to `PeftType`, once.
+
+    The member is entered in every table that `enum` looks at, so that lookup by value, name and attribute,
+    iteration, `isinstance`, pickle and copies treat it like PEFT's own.
+
+    Returns:
+        The member; on later calls the same object.
+    """
+    from peft.utils import PeftType
+
+    known = PeftType.__members__.get(METHOD)
+    if known is not None:
+        return known
+    member = str.__new__(PeftType, METHOD)
+    member._name_ = METHOD
+    member._value_ = METHOD
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    PeftType._member_names_.append(METHOD)
+    PeftType._member_map_[METHOD] = member
+    PeftType._value2member_map_[METHOD] = member
+    hashable_values = getattr(PeftType, "_hashable_values_", None)  # Python 3.13 looks up `in` here
+    if hashable_values is not None:
+        hashable_values.append(METHOD)
+    type.__setattr__(PeftType, METHOD, member)
+    return member
+
+
+def register_method(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Enter the config and the tuner of the method in PEFT's tables; a second call changes nothing.
+
+    Args:
+        config_cls: the config that `adapter_config.json` files of the method are read into.
+        model_cls: the tuner that `get_peft_model` builds for it.
+
+    Raises:
+        ImportError: PEFT, or another plugin, already has a method of this name.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import register_peft_method
+
+    member = add_peft_type()
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if registered is config_cls:
+        return
+    if registered is not None:
+        raise ImportError(
+            f"The PEFT method {METHOD} is already taken by {registered.__module__}.{registered.__qualname__}; "
+            "peft-composition cannot be used beside it. If it came with a newer PEFT, use that one or pin an older."
+        )
+    register_peft_method(name=METHOD.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -1,0 +1,676 @@
+"""Reads saved LoRA adapters, from the Hub or a folder, and turns them into checked, stacked factors per module.
+
+Everything that can be wrong with an adapter is found here, before a model is changed. No torch modules live here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import AdapterReference, Provenance
+
+
+# Initialisations after which the base model is the one that everybody has; the others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) change its weights, so that the saved product is no update of the original model.
+BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
+OTHER_VARIANTS = ("use_qalora", "layer_replication", "target_parameters", "megatron_config")
+PARALLEL_DOWNLOADS = 8
+
+
+class AdapterError(ValueError):
+    """An upstream adapter cannot be composed; the message names the adapter, the module and the values."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"adapter {name!r}: {reason}")
+        self.adapter_name = name
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of one adapter on this machine."""
+
+    reference: AdapterReference
+    config: Path
+    weights: Path
+    commit: str | None
+
+    @property
+    def name(self) -> str:
+        return self.reference["name"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the factors of a target module must look like.
+
+    Attributes:
+        kind: class name of the base layer, for messages.
+        in_shape: shape of one row of A: (in,), or (in, *kernel) for a convolution.
+        out_features: rows of B.
+        is_embedding: whether the factors are those of an embedding.
+        refusal: why this layer cannot be composed, if so.
+    """
+
+    kind: str
+    in_shape: tuple[int, ...]
+    out_features: int
+    is_embedding: bool = False
+    refusal: str | None = None
+
+    def shape_of_A(self, rank: int) -> tuple[int, ...]:
+        return (rank, *self.in_shape)
+
+    def shape_of_B(self, rank: int) -> tuple[int, ...]:
+        return (self.out_features, rank, *(1,) * (len(self.in_shape) - 1))
+
+
+@dataclass
+class Factors:
+    """Keys of the factors of one module in an adapter's weights, and the scale s = alpha / r."""
+
+    rank: int
+    scale: float
+    A: str
+    B: str
+    bias: str | None = None
+    is_embedding: bool = False
+
+
+@dataclass
+class UpstreamAdapter:
+    """One adapter, read and checked: its factors by the module names of its own checkpoint.
+
+    Attributes:
+        name: name in the composition.
+        config: its `adapter_config.json`.
+        weights: its tensors, read when asked for.
+        modules: factors by module name, as spelled in the checkpoint.
+        extras: entries that are not LoRA factors (heads, embeddings); they are not mixed.
+        provenance: what is recorded of it.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: WeightsFile
+    modules: dict[str, Factors]
+    extras: list[str]
+    provenance: Provenance
+
+
+@dataclass
+class StackedFactors:
+    """The factors of all adapters for one module, stacked: A (R, in), B (out, R) with scales, bias (N, out)."""
+
+    ranks: list[int]
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None
+
+
+class WeightsFile:
+    """The tensors of a weights file, by key; shapes are known without reading the values."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self._name = name
+        self._path = path
+        self._pickled: dict[str, Tensor] | None = None
+        self._file: Any = None
+        try:
+            if path.suffix == ".safetensors":
+                self._file = safe_open(path, framework="pt", device="cpu")
+            else:
+                self._pickled = _unpickle(name, path)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pickled if self._pickled is not None else self._file.keys())
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if self._pickled is not None:
+            return tuple(self._pickled[key].shape)
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def read(self, key: str) -> Tensor:
+        if self._pickled is not None:
+            return self._pickled[key]
+        try:
+            return self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise AdapterError(self._name, f"{self._path} cannot be read at {key!r}: {error}") from error
+
+
+def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise AdapterError(
+            name,
+            f"{path} is a pickle that holds more than tensors, or is damaged, and is not loaded: {error}. Save the "
+            "adapter again as safetensors from a machine that trusts it",
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AdapterError(name, f"{path} does not hold a state dict of tensors")
+    return state
+
+
+# Finding the files
+
+
+def locate(references: Sequence[AdapterReference]) -> list[AdapterFiles]:
+    """Find the files of adapters, downloading those that are on the Hub, several at once.
+
+    Args:
+        references: where the adapters are; a `path` that is a folder here is local, any other is a Hub id. The Hub
+            token comes from the usual places (`HF_TOKEN`, `hf auth login`); `HF_HUB_OFFLINE=1` or
+            `local_files_only` use the cache alone.
+
+    Returns:
+        The files, in the order of `references`.
+
+    Raises:
+        AdapterError: an adapter is not there, not reachable, or is no adapter.
+    """
+    remote = [reference for reference in references if not _is_local(reference["path"])]
+    if not remote:
+        return [_locate(reference) for reference in references]
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        found = pool.map(_locate, references)
+        return list(tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter"))
+
+
+def _is_local(path: str) -> bool:
+    return os.path.isdir(path)
+
+
+def _locate(reference: AdapterReference) -> AdapterFiles:
+    if _is_local(reference["path"]):
+        return _locate_in_folder(reference)
+    if _looks_like_path(reference["path"]):
+        raise AdapterError(reference["name"], f"there is no folder {reference['path']}")
+    return _locate_on_hub(reference)
+
+
+def _looks_like_path(path: str) -> bool:
+    return os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1 or os.path.exists(path)
+
+
+def _is_hub_id(name: str) -> bool:
+    return not (_is_local(name) or _looks_like_path(name))
+
+
+def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
+    folder = Path(reference["path"], reference.get("subfolder") or "")
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        raise AdapterError(reference["name"], f"{folder} is not an adapter: it has no {CONFIG_NAME}")
+    for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (folder / filename).is_file():
+            return AdapterFiles(reference, config, folder / filename, commit=None)
+    raise AdapterError(reference["name"], f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
+
+
+def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
+    config = _download(reference, CONFIG_NAME, reference.get("revision"))
+    if config is None:
+        raise AdapterError(reference["name"], f"{reference['path']} is not an adapter: it has no {CONFIG_NAME}")
+    commit = _commit_of(config)
+    for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        weights = _download(reference, filename, commit)
+        if weights is not None:
+            return AdapterFiles(reference, config, weights, commit)
+    raise AdapterError(
+        reference["name"], f"{reference['path']} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
+    )
+
+
+def _download(reference: AdapterReference, filename: str, revision: str | None) -> Path | None:
+    """The file in the cache; None where the repository does not have it."""
+    name, path = reference["name"], reference["path"]
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(
+            hf_hub_download(
+                path,
+                filename,
+                subfolder=reference.get("subfolder"),
+                revision=revision,
+                local_files_only=reference.get("local_files_only", False),
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if filename == WEIGHTS_NAME:  # offline, the cache cannot tell whether the repository has the other file
+            return None
+        if filename == SAFETENSORS_WEIGHTS_NAME and _is_cached_only(reference):
+            return None
+        raise AdapterError(
+            name,
+            f"{path}{at} is neither a folder here nor in the Hub cache, and the Hub could not be asked for {filename} "
+            "(offline, or local_files_only)",
+        ) from error
+    except GatedRepoError as error:
+        raise AdapterError(name, f"{path} is gated: accept its terms on the Hub and log in") from error
+    except RepositoryNotFoundError as error:
+        raise AdapterError(
+            name,
+            f"{path} is neither a folder here nor a repository on the Hub that you can read; a private one needs a "
+            "token (hf auth login, or HF_TOKEN)",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise AdapterError(name, f"{path} has no revision {revision!r}") from error
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise AdapterError(name, f"{path!r} is neither a folder here nor a Hub id: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise AdapterError(name, f"{path}{at} could not be fetched: {error}") from error
+
+
+def _is_cached_only(reference: AdapterReference) -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or reference.get("local_files_only", False)
+
+
+def _commit_of(cached: Path) -> str | None:
+    """The commit from a path in the Hub cache, .../snapshots/<commit>/..."""
+    parts = cached.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+# Reading one adapter
+
+
+def read_adapter(files: AdapterFiles, expected_sha256: str | None = None) -> UpstreamAdapter:
+    """Read the config and the tensor index of an adapter and check that it is a plain LoRA.
+
+    Args:
+        files: where it is.
+        expected_sha256: the hash that its weights must have, where one is recorded.
+
+    Returns:
+        The adapter; the values of its tensors are read later, in `stack`.
+
+    Raises:
+        AdapterError: it is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
+    """
+    name = files.name
+    config = _read_config(name, files.config)
+    _require_plain_lora(name, config)
+    sha256 = _sha256(files.weights)
+    if expected_sha256 is not None and sha256 != expected_sha256:
+        raise AdapterError(
+            name, f"its weights have changed: recorded sha256 {expected_sha256}, but {files.weights} has {sha256}"
+        )
+    weights = WeightsFile(name, files.weights)
+    modules, extras = _index(name, config, weights)
+    provenance = Provenance(
+        name=name,
+        path=files.reference["path"],
+        subfolder=files.reference.get("subfolder"),
+        commit=files.commit,
+        sha256=sha256,
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+    )
+    return UpstreamAdapter(name, config, weights, modules, extras, provenance)
+
+
+def _read_config(name: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(name, f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise AdapterError(name, f"{path} does not describe a PEFT adapter: it has no peft_type")
+    return config
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse what is not W0 + s B A on the original base model."""
+    peft_type = config["peft_type"]
+    if peft_type == "COMPOSITION":
+        raise AdapterError(name, "it is itself a composition; convert it first (peft.convert_to_lora)")
+    if peft_type != "LORA":
+        raise AdapterError(name, f"its peft_type is {peft_type}; only LORA adapters can be composed")
+    if config.get("use_dora"):
+        raise AdapterError(
+            name,
+            "it is a DoRA adapter, whose update is not the product B A; convert it first, with peft.convert_to_lora "
+            "or by merging it and extracting a LoRA from the difference",
+        )
+    for variant in _variant_fields():
+        if config.get(variant):
+            raise AdapterError(name, f"{variant}={config[variant]!r}: this LoRA variant is not a plain product B A")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            name,
+            f"bias={config['bias']!r}: it trained biases of the base model, which a mix of products cannot hold",
+        )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in BASE_PRESERVING_INITS:
+        raise AdapterError(
+            name,
+            f"init_lora_weights={init!r} changes the weights of the base model, so that the adapter does not fit the "
+            "original; save it converted, with save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+    known = {config_field.name for config_field in fields(LoraConfig)} | {"runtime_config"}
+    unknown = sorted(key for key, value in config.items() if key not in known and value)
+    if unknown:
+        warnings.warn(
+            f"adapter {name!r} has settings that this PEFT does not know and that are ignored: {', '.join(unknown)}. "
+            "It was saved by a newer PEFT; an upgrade may be needed to read it rightly.",
+            stacklevel=2,
+        )
+
+
+def _variant_fields() -> list[str]:
+    marked = [config_field.name for config_field in fields(LoraConfig) if config_field.metadata.get("is_lora_variant")]
+    return [*dict.fromkeys([*marked, *OTHER_VARIANTS])]
+
+
+_FACTOR_KEY = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
+    r"(?:\.(?P<label>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
+)
+
+
+def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[dict[str, Factors], list[str]]:
+    """Sort the keys of an adapter into factors by module and the rest."""
+    found: dict[str, dict[str, str]] = {}
+    embeddings: set[str] = set()
+    extras: list[str] = []
+    for key in weights:
+        plain = key.removeprefix("base_model.model.").replace("_orig_mod.", "")
+        match = _FACTOR_KEY.match(plain)
+        if match is None:
+            if "lora_magnitude_vector" in plain:
+                raise AdapterError(name, f"it is a DoRA adapter ({key}); convert it first, with peft.convert_to_lora")
+            if ".lora_" in plain:
+                raise AdapterError(name, f"tensor {key!r} is not part of a plain product B A")
+            extras.append(plain)
+            continue
+        part = match["factor"] + (".bias" if match["leaf"] == "bias" else "")
+        parts = found.setdefault(match["module"], {})
+        if part in parts:
+            raise AdapterError(name, f"module {match['module']!r} has two tensors {part}: {parts[part]!r} and {key!r}")
+        parts[part] = key
+        if match["embedding"]:
+            embeddings.add(match["module"])
+    if not found:
+        raise AdapterError(name, "its weights hold no LoRA factors")
+    modules = {
+        module: _factors(name, config, weights, module, parts, module in embeddings) for module, parts in found.items()
+    }
+    return modules, extras
+
+
+def _factors(
+    name: str,
+    config: Mapping[str, Any],
+    weights: WeightsFile,
+    module: str,
+    parts: Mapping[str, str],
+    is_embedding: bool,
+) -> Factors:
+    for factor, other in (("A", "B"), ("B", "A")):
+        if factor not in parts:
+            raise AdapterError(name, f"module {module!r} has lora_{other} but no lora_{factor}")
+    if "A.bias" in parts:
+        raise AdapterError(name, f"module {module!r} has a bias on lora_A, which is not part of a plain product B A")
+    rank = next(iter(weights.shape(parts["A"])), 0)
+    expected = _pattern_value(config.get("rank_pattern"), module, config.get("r"))
+    if expected is not None and rank != expected:
+        raise AdapterError(
+            name,
+            f"module {module!r}: its config says rank {expected} but lora_A has {rank} rows; the scale is unknown",
+        )
+    alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    if not math.isfinite(scale):
+        raise AdapterError(name, f"module {module!r}: lora_alpha is {alpha}")
+    return Factors(rank, scale, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), module), default)
+
+
+# Matching adapters to a model
+
+
+@dataclass
+class CompositionPlan:
+    """Which factors of which adapter go into which module of the model.
+
+    Attributes:
+        adapters: the adapters, in the order of the mixing weights.
+        shapes: the composed modules, in the model's order.
+        factors: for each composed module the factors of every adapter; None where it does not touch the module.
+    """
+
+    adapters: list[UpstreamAdapter]
+    shapes: dict[str, LayerShape]
+    factors: dict[str, list[Factors | None]] = field(default_factory=dict)
+
+    def ranks(self, module: str) -> list[int]:
+        return [entry.rank if entry is not None else 0 for entry in self.factors[module]]
+
+    def is_biased(self, module: str) -> bool:
+        return any(entry is not None and entry.bias is not None for entry in self.factors[module])
+
+
+def match(
+    adapters: Sequence[UpstreamAdapter],
+    shape_of: Callable[[str], LayerShape | None],
+    module_names: Iterable[str],
+    rename: Callable[[str], str],
+    is_wanted: Callable[[str], bool],
+) -> CompositionPlan:
+    """Find the module of the model for all factors and check that they fit.
+
+    Args:
+        adapters: what `read_adapter` returned.
+        shape_of: module name -> what its factors must look like; None where the model has no such module.
+        module_names: all modules of the model, in its order.
+        rename: module name of an older transformers -> today's name (or the name itself).
+        is_wanted: whether the config lets a module be composed (`target_modules` and the like).
+
+    Returns:
+        The plan.
+
+    Raises:
+        AdapterError: a module does not exist, cannot hold a composition, or has another shape.
+        ValueError: nothing is left to compose.
+    """
+    by_module: dict[str, list[Factors | None]] = {}
+    shapes: dict[str, LayerShape] = {}
+    for number, adapter in enumerate(adapters):
+        touched = 0
+        for spelled, factors in adapter.modules.items():
+            module = spelled if shape_of(spelled) is not None else rename(spelled)
+            if not (is_wanted(module) and is_wanted(spelled)):
+                continue
+            shape = shape_of(module)
+            if shape is None:
+                raise AdapterError(adapter.name, _unknown_module(spelled, module_names))
+            _require_fit(adapter, module, factors, shape)
+            row = by_module.setdefault(module, [None] * len(adapters))
+            if row[number] is not None:
+                raise AdapterError(
+                    adapter.name, f"two of its modules are {module!r} in this model, one is {spelled!r}"
+                )
+            row[number] = factors
+            shapes[module] = shape
+            touched += 1
+        if not touched:
+            warnings.warn(
+                f"adapter {adapter.name!r} touches none of the composed modules; its weight goes to nothing",
+                stacklevel=2,
+            )
+    if not by_module:
+        touched_names = sorted({module for adapter in adapters for module in adapter.modules})
+        raise ValueError(
+            "nothing to compose: target_modules, exclude_modules, layers_to_transform or modules_to_save leave out "
+            f"every module that the adapters touch ({', '.join(touched_names[:4])}, ... {len(touched_names)} in all)"
+        )
+    in_model_order = [module for module in module_names if module in by_module]
+    return CompositionPlan(
+        list(adapters),
+        {module: shapes[module] for module in in_model_order},
+        {module: by_module[module] for module in in_model_order},
+    )
+
+
+def _unknown_module(module: str, module_names: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(module, list(module_names), n=1, cutoff=0.6)
+    hint = f"; the nearest name is {similar[0]!r}" if similar else ""
+    return (
+        f"module {module!r} does not exist in the model{hint}. Was it trained on another base model? To leave the "
+        "module out, name it in exclude_modules"
+    )
+
+
+def _require_fit(adapter: UpstreamAdapter, module: str, factors: Factors, shape: LayerShape) -> None:
+    if shape.refusal is not None:
+        raise AdapterError(adapter.name, f"module {module!r} ({shape.kind}) cannot be composed: {shape.refusal}")
+    if factors.is_embedding != shape.is_embedding:
+        kinds = ("an embedding", "a linear or convolutional layer")
+        has, needs = kinds if factors.is_embedding else kinds[::-1]
+        raise AdapterError(adapter.name, f"module {module!r} has the factors of {has}, but is {needs} in the model")
+    expected = {factors.A: shape.shape_of_A(factors.rank), factors.B: shape.shape_of_B(factors.rank)}
+    if factors.bias is not None:
+        expected[factors.bias] = (shape.out_features,)
+    for key, wanted in expected.items():
+        actual = adapter.weights.shape(key)
+        if actual != wanted:
+            raise AdapterError(
+                adapter.name,
+                f"module {module!r}: tensor {key.rpartition(module)[2].lstrip('.') or key} has shape {actual}, but "
+                f"{shape.kind} in the model needs {wanted}. Was it trained on another base model?",
+            )
+
+
+def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | None) -> None:
+    """Refuse adapters that say they were trained on another model of the Hub.
+
+    Only Hub ids are compared, by their last part and without regard to case: folders move, and organisations rename.
+
+    Args:
+        adapters: the adapters.
+        model_name: `name_or_path` of the model, if it has one.
+
+    Raises:
+        AdapterError: the names differ.
+    """
+    for adapter in adapters:
+        trained_on = adapter.config.get("base_model_name_or_path")
+        if not (trained_on and model_name) or any(
+            _is_local(n) or _looks_like_path(n) for n in (trained_on, model_name)
+        ):
+            continue
+        if trained_on.rpartition("/")[2].lower() != model_name.rpartition("/")[2].lower():
+            raise AdapterError(
+                adapter.name,
+                f"it was trained on {trained_on!r}, but the model is {model_name!r}. If these are the same weights "
+                f"under another name, say so: model.name_or_path = {trained_on!r}",
+            )
+
+
+def warn_about_extras(adapters: Iterable[UpstreamAdapter]) -> None:
+    """Say once what is in the adapters and not mixed: the heads of other tasks, retrained embeddings."""
+    lists = [f"{adapter.name!r}: {', '.join(adapter.extras)}" for adapter in adapters if adapter.extras]
+    if lists:
+        warnings.warn(
+            f"These entries of the upstream adapters are not LoRA factors and are not mixed: {'; '.join(lists)}.",
+            stacklevel=2,
+        )
+
+
+def stack(plan: CompositionPlan, module: str, dtype: torch.dtype) -> StackedFactors:
+    """Read the factors of one module and stack them, with the scales folded into B.
+
+    Args:
+        plan: what `match` returned.
+        module: one of its modules.
+        dtype: dtype of the result; scales are multiplied in float32 or wider before rounding.
+
+    Returns:
+        The stacked factors, on the CPU.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinity, in the file or after rounding to `dtype`.
+    """
+    shape = plan.shapes[module]
+    ranks = plan.ranks(module)
+    A = torch.empty(shape.shape_of_A(sum(ranks)), dtype=dtype)
+    B = torch.empty(shape.shape_of_B(sum(ranks)), dtype=dtype)
+    bias = torch.zeros(len(ranks), shape.out_features, dtype=dtype) if plan.is_biased(module) else None
+    start = 0
+    for number, (adapter, factors) in enumerate(zip(plan.adapters, plan.factors[module])):
+        if factors is None:
+            continue
+        rows = slice(start, start + factors.rank)
+        A[rows] = _finite(adapter, module, "lora_A", adapter.weights.read(factors.A), 1.0, dtype)
+        B[:, rows] = _finite(adapter, module, "lora_B", adapter.weights.read(factors.B), factors.scale, dtype)
+        if bias is not None and factors.bias is not None:
+            bias[number] = _finite(
+                adapter, module, "lora_B bias", adapter.weights.read(factors.bias), factors.scale, dtype
+            )
+        start += factors.rank
+    return StackedFactors(ranks, A, B, bias)
+
+
+def _finite(
+    adapter: UpstreamAdapter, module: str, what: str, tensor: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """scale * tensor in `dtype`, refused where a value is not finite."""
+    scaled = (tensor.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)
+    bad = scaled.numel() - int(torch.isfinite(scaled).sum())
+    if bad:
+        in_file = tensor.numel() - int(torch.isfinite(tensor).sum())
+        reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
+        if not in_file:
+            reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
+        raise AdapterError(adapter.name, f"module {module!r}: {what}: {reason}")
+    return scaled

@@ -1,0 +1,40 @@
+"""Runs every test offline and on one thread, with a fixed seed."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import peft_composition  # noqa: E402, F401  (registers the method)
+
+from . import tiny  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def base(request: pytest.FixtureRequest) -> nn.Module:
+    """A tiny model; parametrize indirectly with its name, default the MLP."""
+    return tiny.build(getattr(request, "param", "mlp"))
+
+
+@pytest.fixture
+def two_adapters(tmp_path: Path) -> list[str]:
+    """Two LoRAs of different rank and overlapping targets for the MLP."""
+    model = tiny.build("mlp")
+    first = tiny.save_lora(tmp_path / "first", model, ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
+    second = tiny.save_lora(tmp_path / "second", model, ["lin1"], seed=2, r=3, lora_alpha=6)
+    return [str(first), str(second)]

@@ -1,0 +1,187 @@
+"""Small models with random weights, one per architecture, and real LoRA checkpoints trained for none of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+
+class MLP(nn.Module):
+    """Two linear layers and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(10, 20)
+        self.relu = nn.ReLU()
+        self.lin1 = nn.Linear(20, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lin1(self.relu(self.lin0(x))))
+
+
+class ConvNet(nn.Module):
+    """Convolutions of one, two and three dimensions, with stride, padding and dilation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(4, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(1, 6, (3, 2), stride=2, padding=1, dilation=(1, 2))
+        self.conv3 = nn.Conv3d(1, 5, 2, padding=1, bias=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x).tanh()  # (batch, 8, length)
+        h = self.conv2(h.unsqueeze(1)).tanh()  # (batch, 6, ., .)
+        h = self.conv3(h.unsqueeze(1)).tanh()  # (batch, 5, ., ., .)
+        return self.head(h.mean(dim=(2, 3, 4)))
+
+
+class EmbeddingNet(nn.Module):
+    """An embedding with a padding token and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(40, 12, padding_idx=0)
+        self.lin = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lin(self.emb(x)).tanh().mean(dim=1))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """An architecture: how to build it, what LoRA targets in it, its head, its task type and an input."""
+
+    build: Callable[[], nn.Module]
+    targets: list[str]
+    head: list[str]
+    inputs: Callable[[], dict[str, Tensor]]
+    task_type: str | None = None
+
+
+def _tokens(vocabulary: int, length: int = 9) -> Tensor:
+    return torch.randint(1, vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    )
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=60,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def _t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+def _vit() -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=16,
+            patch_size=8,
+            num_labels=3,
+        )
+    )
+
+
+TINY: dict[str, Tiny] = {
+    "mlp": Tiny(MLP, ["lin0", "lin1"], ["head"], lambda: {"x": _noise(4, 10)}),
+    "conv": Tiny(ConvNet, ["conv1", "conv2", "conv3"], ["head"], lambda: {"x": _noise(4, 4, 12)}),
+    "embedding": Tiny(EmbeddingNet, ["emb", "lin"], ["head"], lambda: {"x": _tokens(40)}),
+    "bert": Tiny(_bert, ["query", "key", "value"], ["classifier"], lambda: {"input_ids": _tokens(60)}, "SEQ_CLS"),
+    "gpt2": Tiny(_gpt2, ["c_attn", "c_fc"], [], lambda: {"input_ids": _tokens(60)}, "CAUSAL_LM"),
+    "llama": Tiny(_llama, ["q_proj", "v_proj"], [], lambda: {"input_ids": _tokens(60)}, "CAUSAL_LM"),
+    "t5": Tiny(
+        _t5,
+        ["q", "v"],
+        [],
+        lambda: {"input_ids": _tokens(60), "decoder_input_ids": _tokens(60, 5)},
+        "SEQ_2_SEQ_LM",
+    ),
+    "vit": Tiny(_vit, ["q_proj", "k_proj", "v_proj"], ["classifier"], lambda: {"pixel_values": _noise(4, 3, 16, 16)}),
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A model with the same random weights for the same seed, in eval mode."""
+    torch.manual_seed(seed)
+    return TINY[name].build().eval()
+
+
+def save_lora(folder: Path, base: nn.Module, targets: list[str] | str, seed: int = 0, r: int = 4, **lora: Any) -> Path:
+    """Save a LoRA for a copy of `base`, with random factors of about the size that training gives.
+
+    Args:
+        folder: where to.
+        base: left as it is.
+        targets: PEFT's `target_modules`.
+        seed: of the factors.
+        r: rank.
+        **lora: further fields of `LoraConfig`.
+
+    Returns:
+        `folder`.
+    """
+    torch.manual_seed(seed)
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=r, target_modules=targets, **lora))
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def output(model: nn.Module, name: str) -> Tensor:
+    """The logits of a tiny model for its fixed input, without gradient."""
+    with torch.no_grad():
+        result = model(**TINY[name].inputs())
+    return result if isinstance(result, Tensor) else result.logits
