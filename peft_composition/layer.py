@@ -236,6 +236,13 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.composition_factors:
+                if self.quantization_backend is not None:
+                    # One text for all layers, so that Python shows it once.
+                    warn(
+                        "Merging into quantized weights rounds them again; much of a small update can be lost, in 4 "
+                        "bit most of all. For exact results merge into the model in full precision.",
+                        stacklevel=2,
+                    )
                 weights = self.mixing_weights(adapter_name).detach()
                 self._add_to_base(adapter_name, weights, sign=1, must_be_finite=safe_merge)
                 self.merged_adapters.append(adapter_name)

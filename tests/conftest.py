@@ -8,15 +8,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import pytest
+import torch
+from torch import nn
 
-import peft_composition  # noqa: E402, F401  (registers the method)
+import peft_composition  # noqa: F401  (registers the method)
 
-from . import tiny  # noqa: E402
+from . import tiny
 
 
 @pytest.fixture(autouse=True)

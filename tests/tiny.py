@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -23,6 +26,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.pytorch_utils import Conv1D
+
+from peft_composition import CompositionConfig
 
 
 class MLP(nn.Module):
@@ -178,6 +184,70 @@ def save_lora(folder: Path, base: nn.Module, targets: list[str] | str, seed: int
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(str(folder))
     return folder
+
+
+def save_pair(folder: Path, name: str) -> list[str]:
+    """Two LoRAs for a tiny model that differ in rank, scale and targets: the second touches only the last target."""
+    base, targets = build(name), TINY[name].targets
+    first = save_lora(folder / "first", base, targets, seed=1, r=2, lora_alpha=8)
+    second = save_lora(folder / "second", base, targets[-1:], seed=2, r=3, lora_alpha=6, use_rslora=True)
+    return [str(first), str(second)]
+
+
+def compose(name: str, adapters: Sequence[str], base: nn.Module | None = None, **fields: Any) -> PeftModel:
+    """A composition of saved LoRAs on a tiny model, with its head among the trained modules.
+
+    Args:
+        name: of the tiny model.
+        adapters: folders of LoRAs for it.
+        base: the model to compose on. Default: a new one.
+        **fields: further fields of `CompositionConfig`.
+
+    Returns:
+        The model, in eval mode.
+    """
+    fields = {"task_type": TINY[name].task_type, "modules_to_save": TINY[name].head[:] or None, **fields}
+    config = CompositionConfig(adapters=list(adapters), **fields)
+    return get_peft_model(build(name) if base is None else base, config)
+
+
+def touched_modules(folders: Sequence[str]) -> list[str]:
+    """The full names of the modules that saved LoRAs have factors for, read from their files."""
+    keys = {key for folder in folders for key in load_file(Path(folder, "adapter_model.safetensors"))}
+    return sorted({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys if ".lora_" in key})
+
+
+def composed_by_hand(
+    base: nn.Module, folders: Sequence[str], weights: Sequence[float] | Mapping[str, Sequence[float]]
+) -> nn.Module:
+    """A copy of `base` with the weights W0 + sum_n w_n s_n B_n A_n, summed in float64 from the files of the LoRAs.
+
+    Args:
+        base: left as it is.
+        folders: the LoRAs; their rank and alpha patterns are not looked at.
+        weights: w, the same for all modules, or by module name.
+
+    Returns:
+        A plain model.
+    """
+    model = copy.deepcopy(base)
+    for number, folder in enumerate(folders):
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        tensors = load_file(Path(folder, "adapter_model.safetensors"))
+        scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+        for key, A in tensors.items():
+            name, found, factor = key.removeprefix("base_model.model.").partition(".lora_")
+            if not found or factor.removeprefix("embedding_")[0] != "A":
+                continue
+            B = tensors[f"{key.removesuffix(factor)}{factor.replace('A', 'B')}"]
+            w = (weights[name] if isinstance(weights, Mapping) else weights)[number]
+            delta = w * scale * (B.double().flatten(1) @ A.double().flatten(1))
+            module = model.get_submodule(name)
+            if isinstance(module, (Conv1D, nn.Embedding)):
+                delta = delta.T
+            W = module.weight
+            W.data = (W.double() + delta.reshape(W.shape)).to(W.dtype)
+    return model
 
 
 def output(model: nn.Module, name: str) -> Tensor:

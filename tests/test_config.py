@@ -1,0 +1,146 @@
+"""`CompositionConfig`: what it accepts, what it refuses, and that it survives being saved."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+
+from peft_composition import CompositionConfig
+
+
+def test_defaults_are_the_papers() -> None:
+    config = CompositionConfig(adapters=["me/lora-a"])
+    assert (config.mixing, config.normalization, config.weight_sharing) == ("learned", "softmax", "module")
+    assert config.weights is None
+    assert config.target_modules is None
+    assert config.save_adapters is True
+
+
+def test_adapters_are_ids_paths_or_dicts() -> None:
+    config = CompositionConfig(
+        adapters=[
+            "me/lora-a",
+            Path("some/lora-b"),
+            {"path": "me/many", "subfolder": "c", "revision": "v1"},
+            {"path": Path("x/y"), "name": "mine"},
+        ]
+    )
+    assert config.adapters == [
+        {"path": "me/lora-a", "revision": None, "subfolder": None, "name": "lora-a"},
+        {"path": "some/lora-b", "revision": None, "subfolder": None, "name": "lora-b"},
+        {"path": "me/many", "revision": "v1", "subfolder": "c", "name": "c@v1"},
+        {"path": "x/y", "revision": None, "subfolder": None, "name": "mine"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "names"),
+    [
+        (["a/lora", "b/lora", "c/other"], ["a/lora", "b/lora", "other"]),
+        (["runs/a/lora", "runs/b/lora"], ["a/lora", "b/lora"]),
+        ([{"path": "me/x", "name": "lora"}, "b/lora"], ["lora", "b/lora"]),
+        ([{"path": "me/x", "revision": "v1"}, {"path": "me/x", "revision": "v2"}], ["x@v1", "x@v2"]),
+    ],
+)
+def test_unnamed_adapters_get_the_shortest_name_that_tells_them_apart(adapters: list[Any], names: list[str]) -> None:
+    assert CompositionConfig(adapters=adapters).adapter_names == names
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"adapters": None}, "at least one trained LoRA adapter"),
+        ({"adapters": []}, "at least one trained LoRA adapter"),
+        ({"adapters": "me/lora"}, "a list of adapters, got a single one: 'me/lora'"),
+        ({"adapters": {"path": "me/lora"}}, "a list of adapters, got a single one"),
+        ({"adapters": [3]}, "a Hub id, a local folder or a dict with 'path', got 3"),
+        ({"adapters": [{"name": "x"}]}, "needs a 'path'"),
+        ({"adapters": [{"path": "x", "branch": "y"}]}, "unknown keys ['branch']"),
+        ({"adapters": ["me/a", "me/a"]}, "two adapters are named 'me/a': me/a and me/a"),
+        (
+            {"adapters": [{"path": "me/a", "name": "x"}, {"path": "me/b", "name": "x"}]},
+            "two adapters are named 'x': me/a and me/b",
+        ),
+        ({"mixing": "average"}, "mixing must be one of 'learned', 'uniform', 'fixed', got 'average'"),
+        ({"normalization": "sum"}, "normalization must be one of 'softmax', 'none', got 'sum'"),
+        ({"weight_sharing": "layer"}, "weight_sharing must be one of 'module', 'block', 'model', got 'layer'"),
+        ({"mixing": "fixed"}, 'mixing="fixed" needs weights'),
+        ({"mixing": "uniform", "weights": [0.5, 0.5]}, 'mixing="uniform" ignores them'),
+        ({"weights": [1.0]}, "weights has 1 entries for 2 adapters (a, b)"),
+        ({"weights": [0.5, float("nan")]}, "the weight of adapter 'b' must be a finite number, got nan"),
+        ({"weights": [float("inf"), 0.5]}, "the weight of adapter 'a' must be a finite number, got inf"),
+        ({"weights": [0.5, "0.5"]}, "the weight of adapter 'b' must be a finite number, got '0.5'"),
+        ({"weights": "ab"}, "weights must be a list of numbers, got 'ab'"),
+        ({"weights": [1.5, -0.5]}, "the weight of adapter 'b' is -0.5"),
+        ({"weights": [0.5, 0.4]}, "weights sum to 0.9"),
+        ({"weights": [0.5, 0.4], "mixing": "fixed"}, "weights sum to 0.9"),
+        ({"gain": 0}, "gain must be a positive number, got 0"),
+        ({"gain": float("inf")}, "gain must be a positive number, got inf"),
+        ({"gain": "40"}, "gain must be a positive number, got '40'"),
+        ({"layers_to_transform": [0], "target_modules": ".*query"}, "layers_to_transform needs target_modules"),
+        ({"layers_pattern": "layers"}, "layers_pattern means nothing without layers_to_transform"),
+        ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
+    ],
+)
+def test_bad_fields_are_refused_with_the_value(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CompositionConfig(**{"adapters": ["me/a", "me/b"], **fields})
+
+
+def test_free_weights_may_be_negative_and_need_no_sum() -> None:
+    config = CompositionConfig(adapters=["a", "b"], weights=[2, -1], normalization="none", mixing="fixed")
+    assert config.weights == [2.0, -1.0]
+
+
+def test_rounded_softmax_weights_are_brought_to_sum_one() -> None:
+    config = CompositionConfig(adapters=["a", "b", "c"], weights=[0.333, 0.333, 0.333])
+    assert config.weights == pytest.approx([1 / 3] * 3, rel=1e-12)
+
+
+def test_default_gain_is_written_down() -> None:
+    """A checkpoint's theta means something only together with the gain it was trained with."""
+    for normalization in ("softmax", "none"):
+        config = CompositionConfig(adapters=["a"], normalization=normalization)
+        assert isinstance(config.gain, float)
+        assert asdict(config)["gain"] == config.gain
+
+
+def test_config_survives_being_saved(tmp_path: Path) -> None:
+    config = CompositionConfig(
+        adapters=[Path("x/a"), {"path": "me/b", "revision": "main", "name": "bee"}],
+        weights=[0.25, 0.75],
+        weight_sharing="block",
+        target_modules=["query"],
+        exclude_modules=["classifier"],
+        layers_to_transform=[0, 2],
+        layers_pattern="layer",
+        modules_to_save=["head"],
+        save_adapters=False,
+        task_type="SEQ_CLS",
+    )
+    config.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["adapter_config.json"]
+    for loaded in (
+        PeftConfig.from_pretrained(tmp_path / "saved"),
+        CompositionConfig.from_pretrained(tmp_path / "saved"),
+    ):
+        assert isinstance(loaded, CompositionConfig)
+        assert asdict(loaded) == asdict(config)
+    assert asdict(CompositionConfig(**json.loads(json.dumps(asdict(config))))) == asdict(config)
+
+
+def test_failed_save_leaves_the_earlier_file(tmp_path: Path) -> None:
+    config = CompositionConfig(adapters=["me/a"])
+    config.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_text()
+    config.auto_mapping = {"unserialisable": object()}
+    with pytest.raises(TypeError):
+        config.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_text() == before
+    assert len(list(tmp_path.iterdir())) == 1

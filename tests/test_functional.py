@@ -1,0 +1,214 @@
+"""The pure functions against loops over adapters in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_composition import functional
+
+from .reference import TOLERANCE, relative_error
+
+
+RANKS = [(1, 3, 16), (4,), (0, 2), (3, 0, 0, 5), (2, 2)]
+DTYPES = [torch.float64, torch.float32]
+
+
+def _factors(
+    ranks: tuple[int, ...], in_shape: tuple[int, ...], out: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Random A_n, B_n and mixing weights that are no softmax, all exact in `dtype`."""
+    ones = (1,) * (len(in_shape) - 1)
+    return (
+        [torch.randn(rank, *in_shape, dtype=dtype) for rank in ranks],
+        [torch.randn(out, rank, *ones, dtype=dtype) for rank in ranks],
+        torch.randn(len(ranks), dtype=dtype),
+    )
+
+
+def _owner(ranks: tuple[int, ...]) -> Tensor:
+    return torch.tensor([number for number, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.int64)
+
+
+def _composed(weights: Tensor, A: list[Tensor], B: list[Tensor]) -> Tensor:
+    """sum_n w_n B_n A_n in float64, one adapter after the other."""
+    total = torch.zeros(B[0].shape[0], *A[0].shape[1:], dtype=torch.float64)
+    for weight, A_n, B_n in zip(weights, A, B):
+        total = total + weight.double() * torch.einsum("or,r...->o...", B_n.double().flatten(1), A_n.double())
+    return total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_delta_weight_is_the_weighted_sum_of_the_products(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+    A, B, weights = _factors(ranks, (10,), 7, dtype)
+
+    delta = functional.delta_weight(torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks)))
+
+    assert delta.dtype == dtype
+    assert relative_error(delta, _composed(weights, A, B)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_delta_weight_of_half_precision_factors_is_computed_in_float32(dtype: torch.dtype) -> None:
+    ranks = (1, 3, 16)
+    A, B, _ = _factors(ranks, (10,), 7, dtype)
+    weights = torch.randn(3)
+
+    delta = functional.delta_weight(torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks)))
+
+    assert delta.dtype == torch.float32
+    assert relative_error(delta, _composed(weights, A, B)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_linear_delta_output_is_that_of_the_summed_products(
+    ranks: tuple[int, ...], leading: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    A, B, weights = _factors(ranks, (10,), 7, dtype)
+    x = torch.randn(*leading, 10, dtype=dtype)
+
+    y = functional.linear_delta_output(x, torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks)))
+
+    expected = x.double() @ _composed(weights, A, B).t()
+    assert y.shape == expected.shape
+    assert (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_conv_delta_output_is_that_of_the_summed_kernels(
+    dimensions: int, ranks: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    A, B, weights = _factors(ranks, (4, *(3, 2, 2)[:dimensions]), 5, dtype)
+    x = torch.randn(2, 4, *(9, 6, 5)[:dimensions], dtype=dtype)
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+
+    def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+        return convolution(x, kernel, stride=2, padding=1, dilation=2)
+
+    u = functional.spread(weights, _owner(ranks))
+    y = functional.conv_delta_output(x, torch.cat(A), torch.cat(B, 1), u, convolve)
+
+    assert relative_error(y, convolve(x.double(), _composed(weights, A, B))) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_embedding_delta_output_picks_rows_of_the_summed_products(
+    ranks: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    A, B, weights = _factors(ranks, (11,), 7, dtype)
+    tokens = torch.randint(0, 11, shape)
+
+    y = functional.embedding_delta_output(
+        tokens, torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks))
+    )
+
+    assert relative_error(y, _composed(weights, A, B).t()[tokens]) < TOLERANCE[dtype]
+
+
+def test_gradient_of_the_mixing_logits_is_the_closed_form() -> None:
+    ranks = (1, 3, 16)
+    A, B, _ = _factors(ranks, (10,), 7, torch.float64)
+    x, cotangent = torch.randn(5, 10, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    v = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    u = functional.spread(functional.normalize(v, "softmax"), _owner(ranks))
+    functional.linear_delta_output(x, torch.cat(A), torch.cat(B, 1), u).backward(cotangent)
+
+    # dL/dw_n = <c, x (B_n A_n)^T>, and dL/dv_n = w_n (dL/dw_n - sum_m w_m dL/dw_m)
+    odds = [math.exp(value) for value in v.tolist()]
+    w = torch.tensor([odd / sum(odds) for odd in odds], dtype=torch.float64)
+    dw = torch.stack([(cotangent * (x @ (B_n @ A_n).t())).sum() for A_n, B_n in zip(A, B)])
+    assert relative_error(v.grad, w * (dw - (w * dw).sum())) < TOLERANCE[torch.float64]
+
+
+def test_spread_repeats_each_weight_over_the_rank_of_its_adapter() -> None:
+    weights = torch.tensor([0.5, 0.2, 0.3])
+
+    assert functional.spread(weights, _owner((2, 0, 3))).tolist() == weights[[0, 0, 2, 2, 2]].tolist()
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1], [0.0, 0.25, 0.75], [1.0, 0.0]])
+def test_softmax_of_the_starting_logits_gives_the_starting_weights(weights: list[float]) -> None:
+    logits = torch.tensor(functional.starting_logits(weights, "softmax"), dtype=torch.float64)
+
+    normalized = functional.normalize(logits, "softmax")
+
+    expected = torch.tensor(weights, dtype=torch.float64)
+    assert relative_error(normalized, expected) < TOLERANCE[torch.float64]
+    assert ((normalized == 0) == (expected == 0)).all()
+
+
+def test_free_weights_are_their_own_logits() -> None:
+    weights = [1.5, -0.5, 0.0]
+
+    logits = torch.tensor(functional.starting_logits(weights, "none"))
+
+    assert functional.normalize(logits, "none").tolist() == weights
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "none"])
+@pytest.mark.parametrize(
+    ("given", "returned"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_weights_are_normalized_in_float32_or_wider(
+    given: torch.dtype, returned: torch.dtype, normalization: str
+) -> None:
+    logits = torch.tensor([0.3, -1.7, 2.1]).to(given)
+
+    weights = functional.normalize(logits, normalization)
+
+    odds = [math.exp(logit) for logit in logits.tolist()]
+    softmax = [odd / sum(odds) for odd in odds]
+    expected = torch.tensor(softmax if normalization == "softmax" else logits.tolist(), dtype=torch.float64)
+    assert weights.dtype == returned
+    assert relative_error(weights, expected) < torch.finfo(returned).eps * 4
+
+
+def test_softmax_of_far_apart_logits_stays_finite() -> None:
+    logits = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
+
+    weights = functional.normalize(logits, "softmax")
+    weights[0].backward()
+
+    assert weights.tolist() == [1.0, 0.0, 0.0]
+    assert logits.grad.isfinite().all()
+
+
+def test_delta_bias_is_the_weighted_sum_of_the_biases() -> None:
+    bias, weights = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+
+    delta = functional.delta_bias(bias, weights)
+
+    expected = sum(weight * row for weight, row in zip(weights.tolist(), bias))
+    assert relative_error(delta, expected) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_add_delta_rounds_the_sum_once_to_the_dtype_of_the_base(dtype: torch.dtype, sign: int) -> None:
+    base, delta = torch.randn(50, 40).to(dtype), 1e-2 * torch.randn(50, 40)
+
+    total = functional.add_delta(base, delta, sign)
+
+    exact = base.double() + sign * delta.double()
+    # Half a unit in the last place, and the rounding of the float32 sum before it.
+    unit = torch.finfo(dtype).eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
+    assert total.dtype == dtype
+    assert ((total.double() - exact).abs() <= unit * exact.abs()).all()
