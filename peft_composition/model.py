@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -108,14 +108,14 @@ class CompositionModel(BaseTuner):
         config = self.peft_config[adapter_name]
         _require_usable_name(adapter_name)
         injection = _prepare(config, model)
-        config.target_modules = set(injection.ranks)
+        config.target_modules = list(injection.ranks)
         self._injection = injection
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             del self._injection
         # PEFT may have shortened the list to suffixes that would match more.
-        config.target_modules = set(injection.ranks)
+        config.target_modules = list(injection.ranks)
         if injection.stacked is not None:
             self._fill(injection, adapter_name)
 
@@ -211,6 +211,7 @@ class CompositionModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        state_dict = _renamed_state_dict(model, cast(CompositionConfig, config), state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not cast(CompositionConfig, config).save_adapters:
             # The factors were fetched when the layers were built; they are not missing from the checkpoint.
@@ -263,11 +264,13 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
             shapes[module] = layer_shape(targets[module], **quantization_kwargs)
         return shapes.get(module)
 
+    rename = _module_renamer(model, targets)
     stacked = None
     if config.is_restored:
+        _rename_recorded_modules(config, shape_of, rename)
         _require_recorded_modules(config, shape_of)
     if not config.is_restored or not config.save_adapters:
-        plan = _read(config, model, targets, shape_of)
+        plan = _read(config, model, targets, shape_of, rename)
         if config.is_restored:
             _require_recorded_ranks(config, plan)
         stacked = _stack_all(plan, targets, _model_dtype(model))
@@ -308,6 +311,7 @@ def _read(
     model: nn.Module,
     targets: dict[str, nn.Module],
     shape_of: Callable[[str], LayerShape | None],
+    rename: Callable[[str], str],
 ) -> CompositionPlan:
     """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
     recorded = config.provenance if config.is_restored else None
@@ -325,7 +329,7 @@ def _read(
         is_wanted: Callable[[str], bool] = composed.__contains__
     else:
         is_wanted = _module_filter(config, model, adapters)
-    plan = upstream.match(adapters, shape_of, targets, _module_renamer(model, targets), is_wanted)
+    plan = upstream.match(adapters, shape_of, targets, rename, is_wanted)
     if recorded is None:
         upstream.warn_about_extras(adapters)
     return plan
@@ -337,6 +341,38 @@ def _stack_all(
     return {
         module: upstream.stack(plan, module, compute_dtype(targets[module], model_dtype)) for module in plan.factors
     }
+
+
+def _rename_recorded_modules(
+    config: CompositionConfig, shape_of: Callable[[str], LayerShape | None], rename: Callable[[str], str]
+) -> None:
+    """Bring the module names of a checkpoint from an older transformers up to date."""
+
+    def current(module: str) -> str:
+        return module if shape_of(module) is not None else rename(module)
+
+    config.composed_modules = {current(module): ranks for module, ranks in (config.composed_modules or {}).items()}
+    config.biased_modules = [current(module) for module in config.biased_modules or ()]
+
+
+def _renamed_state_dict(
+    model: nn.Module, config: CompositionConfig, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same renaming for the keys of its weights."""
+    composed = config.composed_modules or {}
+    prefix, separator = "base_model.model.", ".composition_"
+    modules = {key.removeprefix(prefix).partition(separator)[0] for key in state_dict if separator in key}
+    if modules <= set(composed):
+        return state_dict
+    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    rename = _module_renamer(base_model, _target_layers(base_model))
+    current = {module: rename(module) for module in sorted(modules - set(composed))}
+    renamed = {}
+    for key, tensor in state_dict.items():
+        start = prefix if key.startswith(prefix) else ""
+        module, found, rest = key.removeprefix(prefix).partition(separator)
+        renamed[f"{start}{current.get(module, module)}{found}{rest}" if found else key] = tensor
+    return renamed
 
 
 def _require_recorded_modules(config: CompositionConfig, shape_of: Callable[[str], LayerShape | None]) -> None:
