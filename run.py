@@ -21,7 +21,7 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python
 # command -> (extra of setup.cfg that it needs, what it runs)
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "demo": ("demo", [["examples/quickstart.py"]]),
-    "test": ("test", [["-m", "pytest", "--numprocesses", "auto", "--maxprocesses", "4"]]),
+    "test": ("test", [["-m", "pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]]),
     "check": (
         "dev",
         [["-m", "ruff", "format", "--check", "."], ["-m", "ruff", "check", "."], ["-m", "mypy"]],

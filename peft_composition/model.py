@@ -328,7 +328,7 @@ def _read(
         composed = config.composed_modules or {}
         is_wanted: Callable[[str], bool] = composed.__contains__
     else:
-        is_wanted = _module_filter(config, model, adapters)
+        is_wanted = _module_filter(config, model, adapters, rename)
     plan = upstream.match(adapters, shape_of, targets, rename, is_wanted)
     if recorded is None:
         upstream.warn_about_extras(adapters)
@@ -407,13 +407,17 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _module_filter(
-    config: CompositionConfig, model: nn.Module, adapters: list[upstream.UpstreamAdapter]
+    config: CompositionConfig,
+    model: nn.Module,
+    adapters: list[upstream.UpstreamAdapter],
+    rename: Callable[[str], str],
 ) -> Callable[[str], bool]:
     """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."""
     target_modules = config.requested_target_modules
     if target_modules is None:
         # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
-        target_modules = {module.rpartition(".")[2] for adapter in adapters for module in adapter.modules}
+        spelled = {module for adapter in adapters for module in adapter.modules}
+        target_modules = {name.rpartition(".")[2] for module in spelled for name in (module, rename(module))}
     rules = SimpleNamespace(
         target_modules=target_modules,
         target_parameters=None,

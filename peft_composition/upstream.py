@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -44,7 +42,7 @@ from .config import AdapterReference, Provenance
 # LoRA-GA) change its weights, so that the saved product is no update of the original model.
 BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
-OTHER_VARIANTS = ("use_qalora", "layer_replication", "target_parameters", "megatron_config")
+OTHER_VARIANTS = ("use_qalora", "layer_replication", "target_parameters", "megatron_config", "enable_lora")
 PARALLEL_DOWNLOADS = 8
 
 
@@ -55,6 +53,20 @@ class AdapterError(ValueError):
         super().__init__(f"adapter {name!r}: {reason}")
         self.adapter_name = name
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[AdapterError], tuple[str, str]]:
+        return type(self), (self.adapter_name, self.reason)
+
+
+class _NoBar(tqdm):
+    """In place of one bar per file: several at once garble a terminal, and there is one for all."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+class _NotCachedError(AdapterError):
+    """The Hub cannot be asked, and the cache does not have the file."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,7 @@ class WeightsFile:
 def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it trips over
         raise AdapterError(
             name,
             f"{path} is a pickle that holds more than tensors, or is damaged, and is not loaded: {error}. Save the "
@@ -224,7 +236,13 @@ def _locate(reference: AdapterReference) -> AdapterFiles:
 
 
 def _looks_like_path(path: str) -> bool:
-    return os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1 or os.path.exists(path)
+    return (
+        os.path.isabs(path)
+        or path.startswith((".", "~"))
+        or path.count("/") > 1
+        or "\\" in path
+        or os.path.exists(path)
+    )
 
 
 def _is_hub_id(name: str) -> bool:
@@ -247,13 +265,29 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     if config is None:
         raise AdapterError(reference["name"], f"{reference['path']} is not an adapter: it has no {CONFIG_NAME}")
     commit = _commit_of(config)
+    not_cached: _NotCachedError | None = None
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        weights = _download(reference, filename, commit)
+        if _is_known_to_be_missing(reference, filename, commit):
+            continue
+        try:
+            weights = _download(reference, filename, commit)
+        except _NotCachedError as error:  # without the Hub, the other file may still be in the cache
+            not_cached = not_cached or error
+            continue
         if weights is not None:
             return AdapterFiles(reference, config, weights, commit)
+    if not_cached is not None:
+        raise not_cached
     raise AdapterError(
         reference["name"], f"{reference['path']} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
     )
+
+
+def _is_known_to_be_missing(reference: AdapterReference, filename: str, commit: str | None) -> bool:
+    """Whether the Hub has said before that this commit does not have the file."""
+    if reference.get("subfolder"):
+        filename = f"{reference['subfolder']}/{filename}"
+    return try_to_load_from_cache(reference["path"], filename, revision=commit) is _CACHED_NO_EXIST
 
 
 def _download(reference: AdapterReference, filename: str, revision: str | None) -> Path | None:
@@ -268,14 +302,11 @@ def _download(reference: AdapterReference, filename: str, revision: str | None) 
                 subfolder=reference.get("subfolder"),
                 revision=revision,
                 local_files_only=reference.get("local_files_only", False),
+                tqdm_class=_NoBar,
             )
         )
     except LocalEntryNotFoundError as error:
-        if filename == WEIGHTS_NAME:  # offline, the cache cannot tell whether the repository has the other file
-            return None
-        if filename == SAFETENSORS_WEIGHTS_NAME and _is_cached_only(reference):
-            return None
-        raise AdapterError(
+        raise _NotCachedError(
             name,
             f"{path}{at} is neither a folder here nor in the Hub cache, and the Hub could not be asked for {filename} "
             "(offline, or local_files_only)",
@@ -294,20 +325,16 @@ def _download(reference: AdapterReference, filename: str, revision: str | None) 
         return None
     except HFValidationError as error:
         raise AdapterError(name, f"{path!r} is neither a folder here nor a Hub id: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the HTTP client has errors of its own, in a package that changes with the version
         raise AdapterError(name, f"{path}{at} could not be fetched: {error}") from error
-
-
-def _is_cached_only(reference: AdapterReference) -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE or reference.get("local_files_only", False)
 
 
 def _commit_of(cached: Path) -> str | None:
     """The commit from a path in the Hub cache, .../snapshots/<commit>/..."""
-    parts = cached.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    for folder in cached.parents:
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            return folder.name
+    return None
 
 
 # Reading one adapter
@@ -391,8 +418,12 @@ def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
         raise AdapterError(
             name,
             f"init_lora_weights={init!r} changes the weights of the base model, so that the adapter does not fit the "
-            "original; save it converted, with save_pretrained(path_initial_model_for_weight_conversion=...)",
+            "original; save it converted, with save_pretrained(path_initial_model_for_weight_conversion=...), where PEFT "
+            "offers that",
         )
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(pattern) or {}, dict):
+            raise AdapterError(name, f"{pattern} must be a dict of module names, got {config[pattern]!r}")
     known = {config_field.name for config_field in fields(LoraConfig)} | {"runtime_config"}
     unknown = sorted(key for key, value in config.items() if key not in known and value)
     if unknown:
@@ -420,7 +451,7 @@ def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[
     embeddings: set[str] = set()
     extras: list[str] = []
     for key in weights:
-        plain = key.removeprefix("base_model.model.").replace("_orig_mod.", "")
+        plain = key.replace("_orig_mod.", "").removeprefix("base_model.model.")
         match = _FACTOR_KEY.match(plain)
         if match is None:
             if "lora_magnitude_vector" in plain:
@@ -465,9 +496,9 @@ def _factors(
             f"module {module!r}: its config says rank {expected} but lora_A has {rank} rows; the scale is unknown",
         )
     alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise AdapterError(name, f"module {module!r}: lora_alpha is {alpha!r}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
-    if not math.isfinite(scale):
-        raise AdapterError(name, f"module {module!r}: lora_alpha is {alpha}")
     return Factors(rank, scale, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
 
 
@@ -529,10 +560,17 @@ def match(
         touched = 0
         for spelled, factors in adapter.modules.items():
             module = spelled if shape_of(spelled) is not None else rename(spelled)
-            if not (is_wanted(module) and is_wanted(spelled)):
+            if shape_of(module) is None:
+                module = spelled
+            if not is_wanted(module):
                 continue
             shape = shape_of(module)
             if shape is None:
+                # PEFT wraps nn.MultiheadAttention as a whole, with its output projection inside.
+                outer, inside, _ = spelled.partition(".base_layer.")
+                outer_shape = shape_of(outer) if inside else None
+                if outer_shape is not None and outer_shape.refusal is not None:
+                    _require_fit(adapter, outer, factors, outer_shape)
                 raise AdapterError(adapter.name, _unknown_module(spelled, module_names))
             _require_fit(adapter, module, factors, shape)
             row = by_module.setdefault(module, [None] * len(adapters))

@@ -1,0 +1,342 @@
+"""A small Hub on loopback: the download half of the Hub's protocol over real HTTP, for tests with the real client.
+
+What `huggingface_hub` asks for is answered as the Hub answers it (headers, error codes, redirects of weight files to a
+second origin); what is not asked for by a download is not here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import cast
+from urllib.parse import unquote, urlsplit
+
+
+# The Hub keeps these in git LFS and redirects to a storage host; all others it serves itself.
+LFS_SUFFIXES = (".safetensors", ".bin")
+
+
+@dataclass
+class Repository:
+    """Files by commit and commits by branch or tag.
+
+    Attributes:
+        commits: commit -> path -> content.
+        refs: branch or tag -> commit.
+        private: readable only with the server's token; to everybody else it does not exist.
+        gated: it can be seen, but its files need the server's token.
+    """
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request that the server got, and what it answered.
+
+    Attributes:
+        host: "hub" or "storage".
+        repo: repository, by id.
+        revision: as asked for: a branch, tag or commit.
+        file: path in the repository; empty for questions about the repository itself.
+        range: the Range header, if any.
+        authorized: whether a token came along.
+    """
+
+    host: str
+    method: str
+    repo: str
+    revision: str
+    file: str
+    range: str | None
+    authorized: bool
+    status: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: HTTPStatus
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+
+class HubServer:
+    """A Hub at `url`, with repositories that a test fills; use it as a context manager.
+
+    Attributes:
+        token: the one token that opens private and gated repositories.
+        token_of_another: a valid token of a user who may read neither.
+        latency: seconds that every answer takes.
+        requests: what was asked about repositories, in order; `clear` empties it.
+        most_at_once: the largest number of requests that were in the works at the same time, since `clear`.
+    """
+
+    token = "hf_test_token"
+    token_of_another = "hf_test_token_of_another"
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[Request] = []
+        self.latency = 0.0
+        self.most_at_once = 0
+        self._at_once = 0
+        self._cuts: dict[tuple[str, str, str], list[int]] = {}
+        self._lock = threading.Lock()
+        self._origins: dict[str, _Origin] = {}
+        self._ports: dict[str, int] = {"hub": 0, "storage": 0}
+
+    # What a test does with it
+
+    def __enter__(self) -> HubServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listen; after `stop` on the same ports as before."""
+        for host, port in self._ports.items():
+            origin = _Origin(self, host, port)
+            self._ports[host] = origin.server_port
+            self._origins[host] = origin
+            threading.Thread(target=origin.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Go away: close the listening sockets and every open connection."""
+        while self._origins:
+            _, origin = self._origins.popitem()
+            origin.shutdown()
+            origin.server_close()
+            origin.close_connections()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._ports['hub']}"
+
+    def push(
+        self, repo: str, files: Mapping[str, bytes], branch: str = "main", private: bool = False, gated: bool = False
+    ) -> str:
+        """Commit files, all there are, to a branch of a repository that is made where it does not exist.
+
+        Returns:
+            The commit, 40 hex digits.
+        """
+        repository = self.repositories.setdefault(repo, Repository(private=private, gated=gated))
+        commit = hashlib.sha1(f"{repo} {len(repository.commits)}".encode()).hexdigest()
+        repository.commits[commit] = dict(files)
+        repository.refs[branch] = commit
+        return commit
+
+    def tag(self, repo: str, name: str, commit: str) -> None:
+        self.repositories[repo].refs[name] = commit
+
+    def falsify(self, repo: str, commit: str, file: str, content: bytes) -> None:
+        """Change a file of a commit that is there already, which no honest Hub does."""
+        self.repositories[repo].commits[commit][file] = content
+
+    def cut(self, repo: str, file: str, *after: int, method: str = "GET") -> None:
+        """Break the connection after so many bytes of a file (0: before any answer): one entry per request to come."""
+        self._cuts[method, repo, file] = list(after)
+
+    def clear(self) -> None:
+        """Forget the requests so far."""
+        self.requests.clear()
+        self.most_at_once = 0
+
+    def asked(self, repo: str, method: str | None = None) -> list[str]:
+        """The files of a repository that were asked for, in order; redirects of a weight file count once.
+
+        Args:
+            repo: the repository.
+            method: only these requests; a GET counts where the bytes come from.
+        """
+        return [
+            request.file
+            for request in self.requests
+            if request.repo == repo and method in (None, request.method) and not 300 <= request.status < 400
+        ]
+
+    # How it answers
+
+    def answer(self, host: str, method: str, target: str, headers: Mapping[str, str]) -> tuple[_Answer, int | None]:
+        """The answer to one request, and after how many bytes of it the connection breaks, if it does."""
+        asked = _parse(urlsplit(target).path)
+        if asked is None:  # the client also asks, once a day, for things that have nothing to do with repositories
+            return _error(HTTPStatus.NOT_FOUND, None, f"no such address: {target}"), None
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        time.sleep(self.latency)
+        repo, revision, file = asked
+        authorization = headers.get("Authorization")
+        wanted_range = headers.get("Range")
+        answer = self._answer(host, repo, revision, file, authorization)
+        if wanted_range and answer.status == HTTPStatus.OK:
+            answer = _part(answer, wanted_range)
+        status = int(answer.status)
+        with self._lock:
+            self._at_once -= 1
+            self.requests.append(
+                Request(host, method, repo, revision, file, wanted_range, authorization is not None, status)
+            )
+            cuts = self._cuts.get((method, repo, file))
+            is_redirected = method == "GET" and answer.status == HTTPStatus.FOUND
+            return answer, cuts.pop(0) if cuts and not is_redirected else None
+
+    def _answer(self, host: str, repo: str, revision: str, file: str, authorization: str | None) -> _Answer:
+        repository = self.repositories.get(repo)
+        may_read = authorization == f"Bearer {self.token}"
+        is_known = may_read or authorization in (None, f"Bearer {self.token_of_another}")
+        if host == "storage":
+            # Signed addresses need no token, and the real storage host refuses one.
+            assert repository is not None
+            if authorization is not None:
+                return _error(HTTPStatus.BAD_REQUEST, None, "Only one auth mechanism allowed")
+            return _content(repository.commits[revision][file], {})
+        if not is_known:
+            return _error(HTTPStatus.UNAUTHORIZED, None, "Invalid credentials in Authorization header")
+        if repository is None or (repository.private and not may_read):
+            # So does the Hub: without a token it does not tell "missing" from "private".
+            status = HTTPStatus.NOT_FOUND if authorization else HTTPStatus.UNAUTHORIZED
+            return _error(status, "RepoNotFound", "Repository not found")
+        commit = repository.refs.get(revision, revision)
+        if commit not in repository.commits:
+            return _error(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
+        files = repository.commits[commit]
+        if not file:
+            return _json(
+                {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": commit,
+                    "private": repository.private,
+                    "gated": "manual" if repository.gated else False,
+                    "siblings": [{"rfilename": name} for name in files],
+                }
+            )
+        if repository.gated and not may_read:
+            status = HTTPStatus.FORBIDDEN if authorization else HTTPStatus.UNAUTHORIZED
+            return _error(status, "GatedRepo", f"Access to model {repo} is restricted.")
+        headers = {"X-Repo-Commit": commit}
+        if file not in files:
+            return _error(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found", headers)
+        if not file.endswith(LFS_SUFFIXES):
+            return _content(files[file], headers)
+        linked = {
+            "X-Linked-Size": str(len(files[file])),
+            "X-Linked-Etag": f'"{hashlib.sha256(files[file]).hexdigest()}"',
+            "Location": f"http://127.0.0.1:{self._ports['storage']}/{repo}/resolve/{commit}/{file}?signature=1",
+        }
+        return _Answer(HTTPStatus.FOUND, headers | linked)
+
+
+def _parse(path: str) -> tuple[str, str, str] | None:
+    """(repository, revision, file) of an address; the file is empty for a question about the repository."""
+    parts = [unquote(part) for part in path.strip("/").split("/")]
+    if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        revision = parts[5] if parts[4:5] == ["revision"] and len(parts) == 6 else "main"
+        return "/".join(parts[2:4]), revision, ""
+    if len(parts) >= 5 and parts[2] == "resolve":
+        return "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+    return None
+
+
+def _content(content: bytes, headers: Mapping[str, str]) -> _Answer:
+    etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names a blob
+    return _Answer(HTTPStatus.OK, {**headers, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}, content)
+
+
+def _part(whole: _Answer, wanted: str) -> _Answer:
+    """The rest of a file from the first byte of `Range: bytes=<first>-`."""
+    first = int(wanted.removeprefix("bytes=").partition("-")[0])
+    size = len(whole.body)
+    return _Answer(
+        HTTPStatus.PARTIAL_CONTENT,
+        {**whole.headers, "Content-Range": f"bytes {first}-{size - 1}/{size}"},
+        whole.body[first:],
+    )
+
+
+def _json(value: object) -> _Answer:
+    return _Answer(HTTPStatus.OK, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+def _error(status: HTTPStatus, code: str | None, message: str, headers: Mapping[str, str] | None = None) -> _Answer:
+    named = {"X-Error-Code": code} if code else {}
+    return _Answer(status, {**(headers or {}), **named, "X-Error-Message": message})
+
+
+class _Origin(ThreadingHTTPServer):
+    """One of the two hosts, on a port of its own."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, hub: HubServer, host: str, port: int) -> None:
+        self.hub = hub
+        self.host = host
+        self._connections: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:  # type: ignore[override]
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def close_connections(self) -> None:
+        for connection in list(self._connections):
+            _hang_up(connection)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):  # the client may have been faster
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = 30  # of an idle connection
+
+    def do_GET(self) -> None:
+        origin = cast(_Origin, self.server)
+        answer, cut = origin.hub.answer(origin.host, self.command, self.path, self.headers)
+        if cut == 0:
+            self._break()
+            return
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(answer.body[:cut])
+        if cut is not None:
+            self._break()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _break(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        _hang_up(self.connection)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing: the log is `HubServer.requests`."""
