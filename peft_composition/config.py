@@ -170,6 +170,10 @@ class CompositionConfig(PeftConfig):
         self.biased_modules = biased_modules
         self.provenance = provenance
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dict, as they are saved, with `target_modules` as requested."""
+        return {**super().to_dict(), "target_modules": self.requested_target_modules}
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `adapter_config.json`; a save that is cut short leaves an earlier file as it was.
 

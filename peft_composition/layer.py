@@ -126,14 +126,14 @@ class Factors(nn.Module):
             if size is not None:
                 parameter = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
             self.register_parameter(name, parameter)
-        # In a list, so that it is no second registration of the parameter.
-        self._placeholder = [self.A]
+        # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
+        self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         self._owner: Tensor | None = None
 
     @property
     def is_pending(self) -> bool:
         """Whether the factors were built from a saved configuration and their values never came."""
-        return bool(self._placeholder) and self._placeholder[0] is self.A
+        return any(self._parameters[name] is parameter for name, parameter in self._placeholders.items())
 
     def fill(self, stacked: StackedFactors, device: torch.device) -> None:
         """Take the values, also where the parameters were created on the meta device.
@@ -145,7 +145,7 @@ class Factors(nn.Module):
             tensor = getattr(stacked, name)
             if tensor is not None:
                 self._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
-        self._placeholder.clear()
+        self._placeholders.clear()
 
     @property
     def rank_owner(self) -> Tensor:
@@ -159,9 +159,11 @@ class Factors(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
         return self  # upstream factors stay as they were trained
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._placeholder.clear()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in list(self._placeholders):
+            if prefix + name in state_dict:
+                del self._placeholders[name]
 
     def extra_repr(self) -> str:
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"
@@ -347,6 +349,13 @@ class Linear(CompositionLayer):
         shape = layer_shape(self.get_base_layer(), **quantization_kwargs)
         self.in_features, self.out_features = shape.in_shape[0], shape.out_features
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """As in every form; zeros where the composition does not touch this layer: `convert_to_lora` asks all."""
+        if adapter_name in self.composition_factors:
+            return super().get_delta_weight(adapter_name)
+        shape = (self.out_features, self.in_features)
+        return torch.zeros(shape[::-1] if self.fan_in_fan_out else shape, device=device_of(self.get_base_layer()))
 
     def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
         return functional.linear_delta_output(self._cast_input_dtype(x, factors.A.dtype), factors.A, factors.B, u)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class CompositionModel(BaseTuner):
         Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
         """
         config = self.peft_config[adapter_name]
-        _require_usable_name(adapter_name)
+        _require_usable_name(adapter_name, model)
         injection = _prepare(config, model)
         config.target_modules = list(injection.ranks)
         self._injection = injection
@@ -118,6 +119,13 @@ class CompositionModel(BaseTuner):
         config.target_modules = list(injection.ranks)
         if injection.stacked is not None:
             self._fill(injection, adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a composition; if it was the only active one, another becomes active."""
+        super().delete_adapter(adapter_name)
+        # PEFT asks the first layer what is active now, and that layer may have held only the deleted one.
+        if not self.active_adapters and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)))
 
     def _fill(self, injection: _Injection, adapter_name: str) -> None:
         """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
@@ -174,8 +182,6 @@ class CompositionModel(BaseTuner):
             layer = form_of(base_layer)(target, **injection.quantization_kwargs)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, injection.mixings[block], factors, config.inference_mode)
-        if adapter_name not in self.active_adapters:
-            injection.mixings[block].requires_grad_(False)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Devices and dtypes are chosen in _create_and_replace; PEFT's own version would move 8-bit layers.
@@ -203,6 +209,9 @@ class CompositionModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for _, layer in composition_layers(model):
+            if adapter_name in layer.composition_factors:
+                layer._ready_factors(adapter_name)
         if cast(CompositionConfig, config).save_adapters:
             return selected
         return {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
@@ -227,12 +236,18 @@ def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer
             yield name, module
 
 
-def _require_usable_name(adapter_name: str) -> None:
-    """Refuse names that would clash with the keys of the state dict."""
-    if not adapter_name or "." in adapter_name or adapter_name in ("composition", "mixing", "factors"):
+def _require_usable_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuse names that would clash with another part of the keys of the state dict, or with `nn.ModuleDict`.
+
+    PEFT picks the tensors of one adapter by leaving out all keys that have another adapter's name as a part.
+    """
+    taken = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "A", "B", "weight", "bias"}
+    taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors"}
+    taken = taken.union(*(module.split(".") for module in _target_layers(model)))
+    if not adapter_name or "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"A composition cannot be named {adapter_name!r}: the name becomes part of the keys of its weights. "
-            "Choose one without a dot, other than 'composition', 'mixing' and 'factors'."
+            "Choose one without a dot that is not the name of a module or a parameter."
         )
 
 
@@ -255,6 +270,7 @@ def _sharing_key(config: CompositionConfig, module: str) -> str:
 
 
 def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
+    _require_no_other_method(model)
     targets = _target_layers(model)
     quantization_kwargs = get_quantization_kwargs(model)
     shapes: dict[str, LayerShape] = {}
@@ -289,6 +305,16 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
         stacked=stacked,
         quantization_kwargs=quantization_kwargs,
     )
+
+
+def _require_no_other_method(model: nn.Module) -> None:
+    """A composition beside layers of another PEFT method would save and train them with its own."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, CompositionLayer):
+            raise ValueError(
+                f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Merge it "
+                "(merge_and_unload) or take it off (unload) before composing."
+            )
 
 
 def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -331,8 +357,22 @@ def _read(
         is_wanted = _module_filter(config, model, adapters, rename)
     plan = upstream.match(adapters, shape_of, targets, rename, is_wanted)
     if recorded is None:
+        trained = {
+            f"{a.name!r}: {module}" for a in adapters for module in a.modules if _is_saved(config, rename(module))
+        }
+        if trained:
+            warnings.warn(
+                "These modules are trained in full (modules_to_save); the LoRA factors that upstream adapters have "
+                f"for them are not mixed: {', '.join(sorted(trained))}.",
+                stacklevel=2,
+            )
         upstream.warn_about_extras(adapters)
     return plan
+
+
+def _is_saved(config: CompositionConfig, module: str) -> bool:
+    """Whether a module is one of `modules_to_save`, or inside one, and so trained in full instead of composed."""
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.modules_to_save or ())
 
 
 def _stack_all(

@@ -418,8 +418,8 @@ def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
         raise AdapterError(
             name,
             f"init_lora_weights={init!r} changes the weights of the base model, so that the adapter does not fit the "
-            "original; save it converted, with save_pretrained(path_initial_model_for_weight_conversion=...), where PEFT "
-            "offers that",
+            "original; where PEFT offers it, save it converted, with "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
     for pattern in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(pattern) or {}, dict):
