@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,8 @@ def delta_weight(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
         Shape (out, in) or (out, in, *kernel), in float32 or float64.
     """
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    product = (B.flatten(1).to(dtype) * u.to(dtype)) @ A.flatten(1).to(dtype)
+    with _without_autocast(A.device.type):
+        product = (B.flatten(1).to(dtype) * u.to(dtype)) @ A.flatten(1).to(dtype)
     return product.reshape(B.shape[0], *A.shape[1:])
 
 
@@ -141,7 +143,7 @@ def delta_bias(bias: Tensor, weights: Tensor) -> Tensor:
     Returns:
         Shape (out,), in the dtype of `bias`.
     """
-    return weights.to(bias.dtype) @ bias
+    return (weights.to(bias.dtype)[:, None] * bias).sum(0)  # no matrix product: autocast would round it
 
 
 def add_delta(base: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
@@ -157,3 +159,10 @@ def add_delta(base: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
     """
     dtype = torch.promote_types(base.dtype, delta.dtype)
     return torch.add(base.to(dtype), delta.to(device=base.device, dtype=dtype), alpha=sign).to(base.dtype)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would round what is merged; some devices ("meta") do not know it."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -49,7 +49,7 @@ class Mixing(nn.Module):
             self.register_parameter("weight", None)
             self.start = weights
         # Constants are no buffers: DDP would broadcast them on every step.
-        self._start = None if self.start is None else torch.tensor(self.start, dtype=torch.float64)
+        self._start = None if self.start is None else torch.tensor(self.start, dtype=torch.float64, device="cpu")
 
     def forward(self, like: Tensor | None = None) -> Tensor:
         """The mixing weights w, shape (N,), in float32 or wider.
@@ -69,7 +69,8 @@ class Mixing(nn.Module):
     def _start_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         assert self._start is not None
         if self._start.device != device or self._start.dtype != dtype:
-            self._start = torch.tensor(self.start, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
+                self._start = torch.tensor(self.start, dtype=dtype, device=device)
         return self._start
 
     def reset(self, device: torch.device) -> None:
@@ -87,7 +88,9 @@ class Mixing(nn.Module):
         super()._apply(fn, recurse)
         if self.weight is not None and self.weight.dtype.itemsize < torch.float32.itemsize:
             source = self.weight.detach() if kept is None else kept.to(self.weight.device)
+            gradient, self.weight.grad = self.weight.grad, None
             self.weight.data = source.float()
+            self.weight.grad = None if gradient is None else gradient.float()
         return self
 
     def extra_repr(self) -> str:
@@ -153,7 +156,8 @@ class Factors(nn.Module):
         device = self.A.device
         if self._owner is None or self._owner.device != device:
             numbers = [number for number, rank in enumerate(self.ranks) for _ in range(rank)]
-            self._owner = torch.tensor(numbers, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
+                self._owner = torch.tensor(numbers, dtype=torch.int64, device=device)
         return self._owner
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
@@ -236,50 +240,58 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, the base layer none.
             TypeError: the base layer is quantized in a way that cannot be merged into.
         """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name in self.composition_factors:
-                if self.quantization_backend is not None:
-                    # One text for all layers, so that Python shows it once.
-                    warn(
-                        "Merging into quantized weights rounds them again; much of a small update can be lost, in 4 "
-                        "bit most of all. For exact results merge into the model in full precision.",
-                        stacklevel=2,
-                    )
-                weights = self.mixing_weights(adapter_name).detach()
-                self._add_to_base(adapter_name, weights, sign=1, must_be_finite=safe_merge)
-                self.merged_adapters.append(adapter_name)
-                self._merged_weights[adapter_name] = weights
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.composition_factors]
+        if not names:
+            return
+        if self.quantization_backend is not None:
+            # One text for all layers, so that Python shows it once.
+            warn(
+                "Merging into quantized weights rounds them again; much of a small update can be lost, in 4 "
+                "bit most of all. For exact results merge into the model in full precision.",
+                stacklevel=2,
+            )
+        weights = {name: self.mixing_weights(name).detach() for name in names}
+        self._add_to_base(weights, sign=1, must_be_finite=safe_merge)
+        self.merged_adapters.extend(names)
+        self._merged_weights.update(weights)
 
     def unmerge(self) -> None:
         """Take all merged compositions out of the base weights again, to the rounding of their dtype."""
         if not self.merged:
             warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            adapter_name = self.merged_adapters.pop()
-            self._add_to_base(adapter_name, self._merged_weights.pop(adapter_name), sign=-1)
+        self._add_to_base(self._merged_weights, sign=-1)
+        self.merged_adapters.clear()
+        self._merged_weights.clear()
 
-    def _add_to_base(self, adapter_name: str, weights: Tensor, sign: int, must_be_finite: bool = False) -> None:
+    def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
+        """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
         base_layer = self.get_base_layer()
-        factors = self._ready_factors(adapter_name)
-        bias: Tensor | None = None
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise TypeError(
                 f"A composition cannot be merged into a base layer quantized with "
                 f"{self.quantization_backend.backend_name}; use it unmerged."
             )
-        if factors.bias is not None:
-            base_bias = base_layer.bias
-            if not isinstance(base_bias, Tensor):
-                raise ValueError(
-                    f"The composition {adapter_name!r} has a LoRA bias but its base layer "
-                    f"({type(base_layer).__name__}) has none to merge it into."
-                )
-            bias = functional.add_delta(base_bias.data, functional.delta_bias(factors.bias, weights), sign)
-        weight = functional.add_delta(self.get_base_weight(), self._delta_weight(adapter_name, weights), sign)
+        deltas: list[Tensor] = []
+        biases: list[Tensor] = []
+        for adapter_name, own in weights.items():
+            factors = self._ready_factors(adapter_name)
+            own = own.to(factors.A.device)  # the model may have moved while it was merged
+            deltas.append(self._delta_weight(adapter_name, own))
+            if factors.bias is not None:
+                if not isinstance(base_layer.bias, Tensor):
+                    raise ValueError(
+                        f"The composition {adapter_name!r} has a LoRA bias but its base layer "
+                        f"({type(base_layer).__name__}) has none to merge it into."
+                    )
+                biases.append(functional.delta_bias(factors.bias, own))
+        weight = functional.add_delta(self.get_base_weight(), torch.stack(deltas).sum(0), sign)
+        bias = None
+        if biases:
+            bias = functional.add_delta(cast(Tensor, base_layer.bias).data, torch.stack(biases).sum(0), sign)
         if must_be_finite and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
             raise ValueError(
-                f"The merged weights are not finite. The composition {adapter_name!r} seems to be broken."
+                f"The merged weights are not finite. Broken seems one of: {', '.join(map(repr, weights))}."
             )
         self.set_base_weight(weight)
         if bias is not None:
@@ -358,7 +370,8 @@ class Linear(CompositionLayer):
         return torch.zeros(shape[::-1] if self.fan_in_fan_out else shape, device=device_of(self.get_base_layer()))
 
     def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
-        return functional.linear_delta_output(self._cast_input_dtype(x, factors.A.dtype), factors.A, factors.B, u)
+        x = self._cast_input_dtype(x, factors.A.dtype)
+        return functional.linear_delta_output(x, factors.A.detach(), factors.B.detach(), u)
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
         delta = super()._delta_weight(adapter_name, weights)
@@ -381,9 +394,8 @@ class Conv(CompositionLayer):
         def convolve(x: Tensor, kernel: Tensor) -> Tensor:
             return self._convolution._conv_forward(x, kernel, None)  # with its stride, padding and dilation
 
-        return functional.conv_delta_output(
-            self._cast_input_dtype(x, factors.A.dtype), factors.A, factors.B, u, convolve
-        )
+        x = self._cast_input_dtype(x, factors.A.dtype)
+        return functional.conv_delta_output(x, factors.A.detach(), factors.B.detach(), u, convolve)
 
     def _add_bias(self, delta: Tensor, bias: Tensor) -> Tensor:
         return delta + bias.to(delta.dtype).reshape(-1, *(1,) * len(self._convolution.kernel_size))
@@ -401,7 +413,7 @@ class Embedding(CompositionLayer):
         self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
 
     def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
-        delta = functional.embedding_delta_output(x, factors.A, factors.B, u)
+        delta = functional.embedding_delta_output(x, factors.A.detach(), factors.B.detach(), u)
         scale = self._get_embed_scale()  # Gemma scales its embeddings in forward
         return delta if scale is None else delta * scale.to(delta.dtype)
 
@@ -431,7 +443,12 @@ def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape
     """
     kind = type(base_layer).__name__
     if isinstance(base_layer, nn.Embedding):
-        return LayerShape(kind, (base_layer.num_embeddings,), base_layer.embedding_dim, is_embedding=True)
+        refusal = None
+        if base_layer.max_norm is not None:
+            refusal = f"it has max_norm={base_layer.max_norm}, which rescales its rows and is no sum of weights"
+        return LayerShape(
+            kind, (base_layer.num_embeddings,), base_layer.embedding_dim, is_embedding=True, refusal=refusal
+        )
     if isinstance(base_layer, _CONVOLUTIONS):
         refusal = None
         if base_layer.groups != 1:

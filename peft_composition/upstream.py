@@ -681,9 +681,9 @@ def stack(plan: CompositionPlan, module: str, dtype: torch.dtype) -> StackedFact
     """
     shape = plan.shapes[module]
     ranks = plan.ranks(module)
-    A = torch.empty(shape.shape_of_A(sum(ranks)), dtype=dtype)
-    B = torch.empty(shape.shape_of_B(sum(ranks)), dtype=dtype)
-    bias = torch.zeros(len(ranks), shape.out_features, dtype=dtype) if plan.is_biased(module) else None
+    A = torch.empty(shape.shape_of_A(sum(ranks)), dtype=dtype, device="cpu")
+    B = torch.empty(shape.shape_of_B(sum(ranks)), dtype=dtype, device="cpu")
+    bias = torch.zeros(len(ranks), shape.out_features, dtype=dtype, device="cpu") if plan.is_biased(module) else None
     start = 0
     for number, (adapter, factors) in enumerate(zip(plan.adapters, plan.factors[module])):
         if factors is None:
