@@ -20,8 +20,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from vader import Example, load_domain
 
-from examples.vader import Example, load_domain
 from peft_composition import CompositionConfig
 
 
