@@ -94,7 +94,7 @@ def test_weights_find_the_relevant_adapter_within_100_steps(tokenizer: Any, tmp_
         model, support, tokenizer, tmp_path, max_steps=100, learning_rate=5e-4, per_device_train_batch_size=2 * K
     )
 
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert max(losses[-10:]) < min(losses[:10]), losses
     weights = [row["amazon"] for row in model.mixing_weights().values()]
     assert len(weights) == 18
     assert sum(weights) / len(weights) > 0.5, weights  # from 1/3
