@@ -481,6 +481,7 @@ def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable
     def renamings() -> list[WeightRenaming]:
         return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
+    @cache  # adapters have most names in common
     def rename(module: str) -> str:
         key, _ = rename_source_key(
             f"{module}.weight",

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,16 @@ def two_adapters(tmp_path: Path) -> list[str]:
     first = tiny.save_lora(tmp_path / "first", model, ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
     second = tiny.save_lora(tmp_path / "second", model, ["lin1"], seed=2, r=3, lora_alpha=6)
     return [str(first), str(second)]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """Two LoRAs for a tiny model, by its name; written once, and left as they are."""
+    written: dict[str, list[str]] = {}
+
+    def folders(name: str) -> list[str]:
+        if name not in written:
+            written[name] = tiny.save_pair(tmp_path_factory.mktemp(name), name)
+        return written[name]
+
+    return folders

@@ -59,19 +59,6 @@ every_model = pytest.mark.parametrize("name", list(tiny.TINY))
 every_transformer = pytest.mark.parametrize("name", list(AUTO_CLASSES))
 
 
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
-    """Two LoRAs for a tiny model, by its name; written once, and left as they are."""
-    written: dict[str, list[str]] = {}
-
-    def folders(name: str) -> list[str]:
-        if name not in written:
-            written[name] = tiny.save_pair(tmp_path_factory.mktemp(name), name)
-        return written[name]
-
-    return folders
-
-
 @pytest.fixture
 def own_pair(tmp_path: Path) -> Callable[[str], list[str]]:
     """Two LoRAs for a tiny model that a test may change or delete."""

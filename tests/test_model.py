@@ -59,19 +59,6 @@ every_mixing = pytest.mark.parametrize("fields", MIXINGS.values(), ids=list(MIXI
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
-    """Two LoRAs for a tiny model, by its name; written once."""
-    written: dict[str, list[str]] = {}
-
-    def folders(name: str) -> list[str]:
-        if name not in written:
-            written[name] = tiny.save_pair(tmp_path_factory.mktemp(name), name)
-        return written[name]
-
-    return folders
-
-
-@pytest.fixture(scope="session")
 def everywhere(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A LoRA on every linear layer of the tiny BERT but its classifier."""
     targets = r"bert\..*(query|key|value|dense)"
