@@ -6,7 +6,9 @@ The factors of a module come stacked. With N upstream adapters of ranks r_1..r_N
     B = [s_1 B_1, ..., s_N B_N]      (out, R), the LoRA scale s_n folded in
     W = W0 + B diag(u) A             u in R^R repeats w_n over the r_n rows of adapter n
 
-so that sum_n w_n s_n B_n A_n costs two matrix products whatever N is, and never a cross term B_i A_j.
+so that sum_n w_n s_n B_n A_n costs two matrix products whatever N is, and never a cross term B_i A_j. A linear layer
+has three ways to the same output and gradients, whose costs `cheapest_form` compares: the stacked products beside the
+base layer, or the merged weight W, with the gradient of u taken over the tokens or through the gradient of W.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+Form = Literal["stacked", "tokens", "weight"]
 
 
 def starting_logits(weights: Sequence[float], normalization: str) -> list[float]:
@@ -63,24 +69,38 @@ def spread(weights: Tensor, rank_owner: Tensor) -> Tensor:
     return weights.index_select(0, rank_owner)
 
 
-def linear_delta_output(x: Tensor, A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+def fold(B: Tensor, u: Tensor) -> Tensor:
+    """B diag(u): mixing weights that are constants need no product of their own in every forward pass.
+
+    Args:
+        B: stacked scaled factors, shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+
+    Returns:
+        A new tensor like `B`, multiplied in float32 or wider and rounded once.
+    """
+    wide = torch.promote_types(B.dtype, torch.float32)
+    return (B.to(wide) * u.to(wide).reshape(-1, *(1,) * (B.dim() - 2))).to(B.dtype)
+
+
+def linear_delta_output(x: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> Tensor:
     """x (B diag(u) A)^T without forming the product.
 
     Args:
         x: input, shape (..., in).
         A: stacked factors, shape (R, in).
         B: stacked scaled factors, shape (out, R).
-        u: weights in rank space, shape (R,).
+        u: weights in rank space, shape (R,). None: they are folded into `B`.
 
     Returns:
         Shape (..., out), to be added to the output of the base layer.
     """
     hidden = F.linear(x, A)
-    return F.linear(hidden * u.to(hidden.dtype), B)
+    return F.linear(hidden if u is None else hidden * u.to(hidden.dtype), B)
 
 
 def conv_delta_output(
-    x: Tensor, A: Tensor, B: Tensor, u: Tensor, convolve: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor, A: Tensor, B: Tensor, u: Tensor | None, convolve: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """The convolution of x with the kernel B diag(u) A, as a convolution with A and a 1x1 convolution with B.
 
@@ -88,32 +108,173 @@ def conv_delta_output(
         x: input, shape (batch, in, *space).
         A: stacked kernels, shape (R, in, *kernel).
         B: stacked scaled factors, shape (out, R, 1, ...).
-        u: weights in rank space, shape (R,).
+        u: weights in rank space, shape (R,). None: they are folded into `B`.
         convolve: (input, kernel) -> output, with the stride, padding and dilation of the base layer.
 
     Returns:
         Shape (batch, out, *space').
     """
     hidden = convolve(x, A)
-    u = u.to(hidden.dtype).reshape(-1, *(1,) * (A.dim() - 2))
+    if u is not None:
+        hidden = hidden * u.to(hidden.dtype).reshape(-1, *(1,) * (A.dim() - 2))
     pointwise = (F.conv1d, F.conv2d, F.conv3d)[A.dim() - 3]
-    return pointwise(hidden * u, B)
+    return pointwise(hidden, B)
 
 
-def embedding_delta_output(tokens: Tensor, A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+def embedding_delta_output(tokens: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> Tensor:
     """Rows of (B diag(u) A)^T picked by token.
 
     Args:
         tokens: int64, any shape (...).
         A: stacked factors, shape (R, vocabulary).
         B: stacked scaled factors, shape (dim, R).
-        u: weights in rank space, shape (R,).
+        u: weights in rank space, shape (R,). None: they are folded into `B`.
 
     Returns:
         Shape (..., dim).
     """
     hidden = F.embedding(tokens, A.t())
-    return F.linear(hidden * u.to(hidden.dtype), B)
+    return F.linear(hidden if u is None else hidden * u.to(hidden.dtype), B)
+
+
+def dense_is_smaller(rank: int, in_features: int, out_features: int) -> bool:
+    """Whether a dense weight holds no more numbers than the stacked factors, and so costs no more per token either."""
+    return in_features * out_features <= rank * (in_features + out_features)
+
+
+def cheapest_form(
+    tokens: int, rank: int, in_features: int, out_features: int, *, trains_input: bool, trains_weights: bool
+) -> Form:
+    """The way to compute a composed linear layer that needs the fewest multiplications beyond the base layer's own.
+
+    With T tokens, in = i, out = o, forward and backward:
+
+        stacked  2 T R (i + o)              hidden states in rank space
+        tokens   2 R i o + T R (i + o)      W merged twice; du from (g B) * (x A^T), summed over the tokens
+        weight   3 R i o + T i o            W merged twice; du from the gradient of the weight, g^T x
+
+    Without a gradient of the input the backward pass merges nothing; without one of the weights there is no du.
+
+    Args:
+        tokens: rows of the input, T.
+        rank: sum of the ranks, R.
+        in_features: of the layer.
+        out_features: of the layer.
+        trains_input: whether the input needs a gradient.
+        trains_weights: whether the mixing weights need one.
+
+    Returns:
+        `"stacked"`, `"tokens"` or `"weight"`; for constant mixing weights `"tokens"` stands for the merged weight.
+    """
+    passes = 2 if trains_input else 1
+    through_factors = tokens * rank * (in_features + out_features)
+    merging = rank * in_features * out_features
+    stacked, merged = passes * through_factors, passes * merging
+    if not trains_weights:
+        return "tokens" if merged < stacked else "stacked"
+    if not trains_input:
+        stacked += tokens * rank * out_features
+    over_tokens = merged + through_factors
+    over_weight = merged + merging + tokens * in_features * out_features
+    if stacked <= min(over_tokens, over_weight):
+        return "stacked"
+    return "tokens" if over_tokens <= over_weight else "weight"
+
+
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> Tensor:
+    """W0 + B diag(u) A in the dtype of its parts, for use in one forward or backward pass.
+
+    Args:
+        weight: W0, shape (out, in).
+        A: stacked factors, shape (R, in).
+        B: stacked scaled factors, shape (out, R).
+        u: weights in rank space, shape (R,). None: they are folded into `B`.
+
+    Returns:
+        Shape (out, in).
+    """
+    return torch.addmm(weight, B if u is None else B * u.to(B.dtype), A)
+
+
+def merged_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    u: Tensor | None = None,
+    form: Form = "tokens",
+) -> Tensor:
+    """x (W0 + B diag(u) A)^T + bias with one product over the tokens, differentiable in x, bias and u.
+
+    The merged weight is made anew for the backward pass, so that what is saved does not grow with N; where it is no
+    larger than the factors it is kept instead. A and B and the base weight get no gradients.
+
+    Args:
+        x: input, shape (..., in).
+        weight: W0, shape (out, in), in float32 or wider: in 16 bits W0 swallows a small update.
+        bias: of the base layer, shape (out,), or None.
+        A: stacked factors, shape (R, in), in the dtype of `weight`.
+        B: stacked scaled factors, shape (out, R).
+        u: weights in rank space, shape (R,). None: they are folded into `B`.
+        form: how the gradient of u is taken, `"tokens"` or `"weight"`; see `cheapest_form`.
+
+    Returns:
+        Shape (..., out).
+    """
+    if u is not None:
+        u = u.to(B.dtype)
+    with torch.no_grad():
+        merged = merged_weight(weight, A, B, u)
+    if torch.is_grad_enabled() and (x.requires_grad or (u is not None and u.requires_grad)):
+        keep = dense_is_smaller(A.shape[0], weight.shape[1], weight.shape[0])
+        return _MergedLinear.apply(x, merged, weight, bias, A, B, u, form, keep)
+    return F.linear(x, merged, bias)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """`merged_linear`. Its backward pass consists of differentiable operations: second derivatives are right."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        merged: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        u: Tensor | None,
+        form: Form,
+        keep: bool,
+    ) -> Tensor:
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, merged, weight, _, A, B, u, ctx.form, keep = inputs
+        trains_weights = ctx.needs_input_grad[6]
+        ctx.save_for_backward(x if trains_weights else None, merged if keep else None, weight, A, B, u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, weight, A, B, u = ctx.saved_tensors
+        grad_x = grad_bias = grad_u = None
+        if ctx.needs_input_grad[0]:
+            if merged is None or torch.is_grad_enabled():  # a kept weight knows nothing of its dependence on u
+                merged = merged_weight(weight, A, B, u)
+            grad_x = grad @ merged
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[3]:
+            grad_bias = rows.sum(0)
+        if ctx.needs_input_grad[6]:
+            tokens = x.reshape(-1, x.shape[-1])
+            if ctx.form == "tokens":
+                grad_u = ((tokens @ A.t()) * (rows @ B)).sum(0)
+            else:
+                grad_u = ((B.t() @ (rows.t() @ tokens)) * A).sum(1)
+        return grad_x, None, None, grad_bias, None, None, grad_u, None, None
 
 
 def delta_weight(A: Tensor, B: Tensor, u: Tensor) -> Tensor:

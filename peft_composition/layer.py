@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 from warnings import warn
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
@@ -173,6 +175,51 @@ class Factors(nn.Module):
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"
 
 
+@dataclass
+class Folded:
+    """A composition with its mixing weights multiplied in, while they are constants.
+
+    Holds the least of what serves a forward pass: factors with the weights folded into B; or, where that is no larger,
+    the dense update; or the merged weight, for base layers that can do without their own product.
+
+    Attributes:
+        A: stacked factors, shape (R, in, ...); None for the dense forms.
+        B: stacked factors with scales and mixing weights, shape (out, R, ...).
+        delta: dense update, shape (out, in, ...).
+        merged: base weight plus update, shape (out, in).
+        bias: composed LoRA bias, shape (out,), if there is one.
+    """
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    delta: Tensor | None = None
+    merged: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass
+class _Kept:
+    """A folded composition with what it was made from.
+
+    `sources` share the storages of the parameters, so that no other values can appear at the addresses in `stamp`.
+    """
+
+    folded: Folded
+    sources: list[Tensor]
+    stamp: list[object]
+    theta: Tensor | None
+
+
+class _KeptByName(dict[str, _Kept]):
+    """Copies and pickles of a layer start without what it keeps."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _KeptByName:
+        return _KeptByName()
+
+    def __reduce__(self) -> tuple[type[_KeptByName], tuple[()]]:
+        return _KeptByName, ()
+
+
 class CompositionLayer(nn.Module, BaseTunerLayer):
     """A base layer with one or several compositions of upstream LoRA adapters beside it.
 
@@ -196,6 +243,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # The weights a composition was merged with: unmerging must subtract the same.
         self._merged_weights: dict[str, Tensor] = {}
+        self._kept = _KeptByName()
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
 
     def update_layer(self, adapter_name: str, mixing: Mixing, factors: Factors, inference_mode: bool = False) -> None:
@@ -209,6 +257,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """
         self.composition_mixing[adapter_name] = mixing
         self.composition_factors[adapter_name] = factors
+        self._kept.clear()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -252,6 +301,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             )
         weights = {name: self.mixing_weights(name).detach() for name in names}
         self._add_to_base(weights, sign=1, must_be_finite=safe_merge)
+        self._kept.clear()
         self.merged_adapters.extend(names)
         self._merged_weights.update(weights)
 
@@ -318,10 +368,14 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
         if self.merged:
-            return result
+            return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.composition_factors]
+        if len(active) == 1 and not args and not kwargs:
+            output = self._merged_output(active[0], x)
+            if output is not None:
+                return output
+        result = self.base_layer(x, *args, **kwargs)
         if active and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         dtype = result.dtype
@@ -329,15 +383,109 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             result = result + self._delta_output(adapter_name, x)
         return result.to(dtype)
 
-    def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        factors = self._ready_factors(adapter_name)
-        weights = self.mixing_weights(adapter_name)
-        delta = self._apply_factors(x, factors, functional.spread(weights, factors.rank_owner))
-        if factors.bias is not None:
-            delta = self._add_bias(delta, functional.delta_bias(factors.bias, weights))
-        return delta
+    def _merged_output(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        """The whole output through a merged weight; None where that is not possible, or costs more."""
+        return None
 
-    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
+    def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        """The output of a composition alone, to be added to that of the base layer."""
+        factors = self._ready_factors(adapter_name)
+        if self._learns(adapter_name) or torch.compiler.is_compiling():
+            weights = self.mixing_weights(adapter_name)
+            u = functional.spread(weights, factors.rank_owner)
+            delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), u)
+            bias = None if factors.bias is None else functional.delta_bias(factors.bias, weights)
+        else:
+            folded = self.folded(adapter_name)
+            bias = folded.bias
+            if folded.delta is not None:
+                delta = self._apply_delta(x, folded.delta)
+            else:
+                delta = self._apply_factors(x, cast(Tensor, folded.A), cast(Tensor, folded.B), None)
+        return delta if bias is None else self._add_bias(delta, bias)
+
+    def _learns(self, adapter_name: str) -> bool:
+        """Whether this forward pass must leave a way for derivatives to the mixing weights.
+
+        Such a pass is followed by new weights: what was folded with the old ones is given up.
+        """
+        theta = cast(Mixing, self.composition_mixing[adapter_name]).weight
+        if theta is None:
+            return False
+        # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
+        learns = type(theta) is not nn.Parameter or (theta.requires_grad and torch.is_grad_enabled())
+        if learns and self._kept:
+            self._kept.clear()
+        return learns
+
+    def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
+        """A composition as constants, kept until its mixing weights or factors change.
+
+        A change is noticed by PyTorch's version counters, and theta's also by its values where comparing them does not
+        wait for a device. The counters do not see writes through `.data`; but every forward pass with gradients, every
+        `train()` or `eval()` and every move to another device or dtype starts anew, too.
+
+        Args:
+            adapter_name: name of the composition.
+            into_base: where the dense form is the smaller one, add the base weight to it.
+
+        Returns:
+            The folded composition; do not write to it.
+        """
+        theta = cast(Mixing, self.composition_mixing[adapter_name]).weight
+        parameters = [*self._ready_factors(adapter_name)._parameters.values(), theta]
+        if into_base:
+            parameters.append(cast(nn.Parameter, self.get_base_layer().weight))
+        sources = [parameter for parameter in parameters if parameter is not None]
+        if any(type(source) is not nn.Parameter or source.is_inference() for source in sources):
+            return self._fold(adapter_name, into_base)
+        stamp: list[object] = [into_base]
+        for source in sources:
+            stamp += (source.data_ptr(), source._version)
+        kept = self._kept.get(adapter_name)
+        if (
+            kept is None
+            or kept.stamp != stamp
+            or not (kept.theta is None or torch.equal(kept.theta, cast(Tensor, theta)))
+        ):
+            with torch.inference_mode(False), torch.no_grad():  # kept for training, too
+                values = theta.detach().clone() if theta is not None and theta.device.type == "cpu" else None
+                kept = _Kept(self._fold(adapter_name, into_base), [s.detach() for s in sources], stamp, values)
+            self._kept[adapter_name] = kept
+        return kept.folded
+
+    def _fold(self, adapter_name: str, into_base: bool) -> Folded:
+        factors = self._ready_factors(adapter_name)
+        weights = self.mixing_weights(adapter_name).detach()
+        u = functional.spread(weights, factors.rank_owner)
+        A, B = factors.A.detach(), factors.B.detach()
+        bias = None if factors.bias is None else functional.delta_bias(factors.bias.detach(), weights)
+        if not self._dense_is_smaller(factors):
+            return Folded(A=A, B=functional.fold(B, u), bias=bias)
+        delta = functional.delta_weight(A, B, u)
+        if into_base:
+            return Folded(merged=functional.add_delta(self._base_matrix(), delta), bias=bias)
+        return Folded(delta=delta.to(A.dtype), bias=bias)
+
+    def _dense_is_smaller(self, factors: Factors) -> bool:
+        return functional.dense_is_smaller(factors.A.shape[0], factors.A[:1].numel(), factors.B.shape[0])
+
+    def _base_matrix(self) -> Tensor:
+        """The base weight as (out, in); asked for only where a form of this class merges into it."""
+        return cast(Tensor, self.get_base_layer().weight).detach()
+
+    def train(self, mode: bool = True) -> CompositionLayer:
+        self._kept.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionLayer:
+        self._kept.clear()
+        return super()._apply(fn, recurse)
+
+    def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _apply_delta(self, x: Tensor, delta: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _add_bias(self, delta: Tensor, bias: Tensor) -> Tensor:
@@ -369,9 +517,69 @@ class Linear(CompositionLayer):
         shape = (self.out_features, self.in_features)
         return torch.zeros(shape[::-1] if self.fan_in_fan_out else shape, device=device_of(self.get_base_layer()))
 
-    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
-        x = self._cast_input_dtype(x, factors.A.dtype)
-        return functional.linear_delta_output(x, factors.A.detach(), factors.B.detach(), u)
+    def _merged_output(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        factors = self._ready_factors(adapter_name)
+        learns = self._learns(adapter_name)
+        form = functional.cheapest_form(
+            x.numel() // self.in_features,
+            factors.A.shape[0],
+            self.in_features,
+            self.out_features,
+            trains_input=x.requires_grad and torch.is_grad_enabled(),
+            trains_weights=learns,
+        )
+        keeps = not learns and not torch.compiler.is_compiling()
+        if form == "stacked" and not (keeps and self._dense_is_smaller(factors)):
+            return None
+        if not self._can_merge(x, factors):
+            return None
+        if keeps:
+            folded = self.folded(adapter_name, into_base=True)
+            bias = self._composed_bias(folded.bias)
+            if folded.merged is not None:
+                return F.linear(x, folded.merged, bias)
+            return functional.merged_linear(
+                x, self._base_matrix(), bias, cast(Tensor, folded.A), cast(Tensor, folded.B)
+            )
+        weights = self.mixing_weights(adapter_name)
+        bias = self._composed_bias(None if factors.bias is None else functional.delta_bias(factors.bias, weights))
+        u = functional.spread(weights, factors.rank_owner)
+        return functional.merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
+
+    def _can_merge(self, x: Tensor, factors: Factors) -> bool:
+        """Whether the base layer is no more than x W0^T + b, so that its weight may be replaced by a merged one.
+
+        Not in 16 bits, nor under autocast, where W0 + Delta would be rounded to 8 or 11 bits and lose a small update.
+        """
+        base = self.get_base_layer()
+        if type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+            return False
+        weight = base.weight
+        return (
+            type(weight) is nn.Parameter
+            and type(x) in (Tensor, nn.Parameter)
+            and not (weight.requires_grad and torch.is_grad_enabled())
+            and weight.dtype == x.dtype == factors.A.dtype
+            and weight.dtype.itemsize >= torch.float32.itemsize
+            and weight.device == x.device == factors.A.device
+            and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        )
+
+    def _base_matrix(self) -> Tensor:
+        weight = super()._base_matrix()
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _composed_bias(self, update: Tensor | None) -> Tensor | None:
+        bias = cast("Tensor | None", self.get_base_layer().bias)
+        if update is None or bias is None:
+            return bias if update is None else update
+        return bias + update.to(bias.dtype)
+
+    def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
+        return functional.linear_delta_output(self._cast_input_dtype(x, A.dtype), A, B, u)
+
+    def _apply_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        return F.linear(self._cast_input_dtype(x, delta.dtype), delta)
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
         delta = super()._delta_weight(adapter_name, weights)
@@ -390,12 +598,14 @@ class Conv(CompositionLayer):
     def _convolution(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
         return cast(nn.Conv2d, self.get_base_layer())
 
-    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
-        def convolve(x: Tensor, kernel: Tensor) -> Tensor:
-            return self._convolution._conv_forward(x, kernel, None)  # with its stride, padding and dilation
+    def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
+        return functional.conv_delta_output(self._cast_input_dtype(x, A.dtype), A, B, u, self._convolve)
 
-        x = self._cast_input_dtype(x, factors.A.dtype)
-        return functional.conv_delta_output(x, factors.A.detach(), factors.B.detach(), u, convolve)
+    def _apply_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        return self._convolve(self._cast_input_dtype(x, delta.dtype), delta)
+
+    def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return self._convolution._conv_forward(x, kernel, None)  # with its stride, padding and dilation
 
     def _add_bias(self, delta: Tensor, bias: Tensor) -> Tensor:
         return delta + bias.to(delta.dtype).reshape(-1, *(1,) * len(self._convolution.kernel_size))
@@ -412,8 +622,11 @@ class Embedding(CompositionLayer):
         base = cast(nn.Embedding, self.get_base_layer())
         self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
 
-    def _apply_factors(self, x: Tensor, factors: Factors, u: Tensor) -> Tensor:
-        delta = functional.embedding_delta_output(x, factors.A.detach(), factors.B.detach(), u)
+    def _dense_is_smaller(self, factors: Factors) -> bool:
+        return False  # the factors of a token are few, however large the vocabulary is
+
+    def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
+        delta = functional.embedding_delta_output(x, A, B, u)
         scale = self._get_embed_scale()  # Gemma scales its embeddings in forward
         return delta if scale is None else delta * scale.to(delta.dtype)
 
@@ -422,6 +635,18 @@ class Embedding(CompositionLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something waits for calls of this very module: hooks of any kind, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def form_of(base_layer: nn.Module) -> type[CompositionLayer]:
