@@ -433,7 +433,9 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             The folded composition; do not write to it.
         """
         theta = cast(Mixing, self.composition_mixing[adapter_name]).weight
-        parameters = [*self._ready_factors(adapter_name)._parameters.values(), theta]
+        factors = self._ready_factors(adapter_name)
+        into_base = into_base and self._dense_is_smaller(factors)
+        parameters = [*factors._parameters.values(), theta]
         if into_base:
             parameters.append(cast(nn.Parameter, self.get_base_layer().weight))
         sources = [parameter for parameter in parameters if parameter is not None]

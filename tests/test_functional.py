@@ -212,3 +212,158 @@ def test_add_delta_rounds_the_sum_once_to_the_dtype_of_the_base(dtype: torch.dty
     unit = torch.finfo(dtype).eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
     assert total.dtype == dtype
     assert ((total.double() - exact).abs() <= unit * exact.abs().clamp(min=torch.finfo(dtype).tiny)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(10,), (6, 7, 1)])
+def test_fold_multiplies_each_column_by_the_weight_of_its_adapter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    B, u = torch.randn(7, 9, *(1,) * (len(shape) - 1), dtype=dtype), torch.randn(9, dtype=torch.float64)
+
+    folded = functional.fold(B, u)
+
+    assert folded.dtype == dtype
+    expected = torch.einsum("or...,r->or...", B.double(), u)
+    assert relative_error(folded, expected) < TOLERANCE[dtype]
+
+
+def test_fold_of_half_precision_factors_rounds_once() -> None:
+    B, u = torch.randn(50, 9).bfloat16(), torch.rand(9)
+
+    folded = functional.fold(B, u)
+
+    assert torch.equal(folded, (B.double() * u.double()).float().bfloat16())
+
+
+# The layer has in = 24, out = 16, so that a dense weight is as large as factors of rank 9.6.
+IN, OUT = 24, 16
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("ranks", [(1, 3), (9, 11)], ids=["dense weight made anew", "dense weight kept"])
+@pytest.mark.parametrize("form", ["tokens", "weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_linear_and_its_gradients_are_those_of_the_composed_weight(
+    dtype: torch.dtype, form: functional.Form, ranks: tuple[int, ...], leading: tuple[int, ...], has_bias: bool
+) -> None:
+    A, B, weights = _factors(ranks, (IN,), OUT, dtype)
+    W, x = torch.randn(OUT, IN, dtype=dtype), torch.randn(*leading, IN, dtype=dtype, requires_grad=True)
+    bias = torch.randn(OUT, dtype=dtype, requires_grad=True) if has_bias else None
+    weights.requires_grad_()
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, bias, weights)]
+
+    u = functional.spread(weights, _owner(ranks))
+    y = functional.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
+
+    exact_x, exact_bias, exact_weights = exact
+    expected = F.linear(exact_x, W.double() + _composed(exact_weights, A, B), exact_bias)
+    c = torch.randn_like(y)
+    y.backward(c)
+    expected.backward(c.double())
+    assert y.dtype == dtype
+    for actual, wanted in [(y, expected), (x.grad, exact_x.grad), (weights.grad, exact_weights.grad)]:
+        if y.numel():
+            assert relative_error(actual, wanted) < TOLERANCE[dtype]
+        else:
+            assert torch.equal(actual.double(), wanted)
+    if has_bias and y.numel():
+        assert relative_error(bias.grad, exact_bias.grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("needs", ["x", "u", "neither"])
+def test_merged_linear_saves_no_more_than_a_gradient_needs(needs: str) -> None:
+    x, u = torch.randn(50, IN, requires_grad=needs == "x"), torch.rand(4, requires_grad=needs == "u")
+    W, A, B = torch.randn(OUT, IN), torch.randn(4, IN), torch.randn(OUT, 4)
+    given = {t.untyped_storage().data_ptr() for t in (W, A, B, u)}
+    saved = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = functional.merged_linear(x, W, None, A, B, u)
+
+    assert y.requires_grad == (needs != "neither")
+    new = [t for t in saved if t.untyped_storage().data_ptr() not in given]
+    assert [t.shape for t in new] == ([x.shape] if needs == "u" else [])
+
+
+@pytest.mark.parametrize("ranks", [(1, 3), (9, 11)], ids=["dense weight made anew", "dense weight kept"])
+@pytest.mark.parametrize("form", ["tokens", "weight"])
+def test_merged_linear_has_right_second_derivatives(form: functional.Form, ranks: tuple[int, ...]) -> None:
+    A, B, _ = _factors(ranks, (6,), 5, torch.float64)
+    W = torch.randn(5, 6, dtype=torch.float64)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (5,), (sum(ranks),))]
+
+    def output(x: Tensor, bias: Tensor, u: Tensor) -> Tensor:
+        return functional.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
+
+    assert torch.autograd.gradcheck(output, inputs)
+    assert torch.autograd.gradgradcheck(output, inputs)
+
+
+@pytest.mark.parametrize("form", ["tokens", "weight"])
+def test_merged_linear_works_under_function_transforms(form: functional.Form) -> None:
+    A, B, _ = _factors((2, 3), (IN,), OUT, torch.float64)
+    W, x, many = torch.randn(OUT, IN).double(), torch.randn(4, IN).double(), torch.randn(6, 5).double()
+
+    def loss(u: Tensor) -> Tensor:
+        return functional.merged_linear(x, W, None, torch.cat(A), torch.cat(B, 1), u, form).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(many)
+
+    for u, gradient in zip(many, gradients):
+        leaf = u.clone().requires_grad_()
+        delta = torch.cat(B, 1) @ torch.diag(leaf) @ torch.cat(A)
+        (x @ (W + delta).T).square().sum().backward()
+        assert relative_error(gradient, leaf.grad) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["tokens", "weight"])
+def test_merged_linear_compiles_without_a_graph_break(form: functional.Form) -> None:
+    A, B, W = torch.randn(5, IN), torch.randn(OUT, 5), torch.randn(OUT, IN)
+
+    def output(x: Tensor, u: Tensor) -> Tensor:
+        return functional.merged_linear(x, W, None, A, B, u, form)
+
+    results = []
+    for run in (output, torch.compile(output, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        x, u = torch.randn(7, IN, requires_grad=True), torch.randn(5, requires_grad=True)
+        y = run(x, u)
+        y.square().sum().backward()
+        results.append((y, x.grad, u.grad))
+    for actual, wanted in zip(*results):
+        assert relative_error(actual, wanted.double()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "trains_input", "trains_weights", "form"),
+    [
+        # stacked 2 T R 40; tokens 2 R 384 + T R 40, less from T = 19.2 on
+        (19, 9, True, True, "stacked"),
+        (20, 9, True, True, "tokens"),
+        # weight 3 R 384 + T 384: less than tokens where R 384 + T 384 < T R 40
+        (40, 12, True, True, "tokens"),
+        (60, 12, True, True, "weight"),
+        # without a gradient of x: stacked T R 56, tokens R 384 + T R 40, weight 2 R 384 + T 384
+        (24, 9, False, True, "stacked"),
+        (25, 9, False, True, "tokens"),
+        (100, 20, False, True, "weight"),
+        # constant weights: stacked T R 40 a pass, merged R 384
+        (9, 5, True, False, "stacked"),
+        (10, 5, True, False, "tokens"),
+        (9, 500, False, False, "stacked"),
+        (10, 500, False, False, "tokens"),
+        (0, 5, True, True, "stacked"),
+        (0, 5, False, False, "stacked"),
+    ],
+)
+def test_cheapest_form_needs_the_fewest_multiplications(
+    tokens: int, rank: int, trains_input: bool, trains_weights: bool, form: str
+) -> None:
+    assert (
+        functional.cheapest_form(tokens, rank, IN, OUT, trains_input=trains_input, trains_weights=trains_weights)
+        == form
+    )
+
+
+def test_dense_is_smaller_from_the_rank_on_where_factors_hold_as_many_numbers() -> None:
+    assert [functional.dense_is_smaller(rank, IN, OUT) for rank in (1, 9, 10, 100)] == [False, False, True, True]
