@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from warnings import warn
 
 import torch
@@ -124,7 +125,11 @@ class Factors(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks = list(ranks)
-        total = sum(ranks)
+        self.rank = total = sum(ranks)
+        # The factors of one token are few, however large the vocabulary of an embedding is.
+        self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(
+            total, math.prod(shape.in_shape), shape.out_features
+        )
         bias_shape = (len(ranks), shape.out_features) if has_bias else None
         for name, size in (("A", shape.shape_of_A(total)), ("B", shape.shape_of_B(total)), ("bias", bias_shape)):
             parameter = None
@@ -138,7 +143,9 @@ class Factors(nn.Module):
     @property
     def is_pending(self) -> bool:
         """Whether the factors were built from a saved configuration and their values never came."""
-        return any(self._parameters[name] is parameter for name, parameter in self._placeholders.items())
+        return bool(self._placeholders) and any(
+            self._parameters[name] is parameter for name, parameter in self._placeholders.items()
+        )
 
     def fill(self, stacked: StackedFactors, device: torch.device) -> None:
         """Take the values, also where the parameters were created on the meta device.
@@ -197,20 +204,49 @@ class Folded:
     bias: Tensor | None = None
 
 
-@dataclass
-class _Kept:
-    """A folded composition with what it was made from.
+class _Source(NamedTuple):
+    """A parameter that something was computed from, and how to see that it is still the same."""
 
-    `sources` share the storages of the parameters, so that no other values can appear at the addresses in `stamp`.
-    """
+    owner: dict[str, nn.Parameter | None]
+    name: str
+    parameter: nn.Parameter
+    address: int
+    version: int
+    alias: Tensor  # keeps the storage, so that no other values can appear at its address
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> _Source | None:
+        """None where changes of the parameter cannot be seen: it is none, or was made in inference mode."""
+        parameter = module._parameters[name]
+        if type(parameter) is not nn.Parameter or parameter.is_inference():
+            return None
+        return cls(module._parameters, name, parameter, parameter.data_ptr(), parameter._version, parameter.detach())
+
+    def is_unchanged(self) -> bool:
+        parameter = self.parameter
+        return (
+            self.owner[self.name] is parameter
+            and parameter._version == self.version
+            and parameter.data_ptr() == self.address
+        )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A folded composition with what it was made from, and the values that theta had if it is on the CPU."""
 
     folded: Folded
-    sources: list[Tensor]
-    stamp: list[object]
-    theta: Tensor | None
+    sources: list[_Source]
+    theta: tuple[Tensor, Tensor] | None
+
+    def is_valid(self) -> bool:
+        for source in self.sources:
+            if not source.is_unchanged():
+                return False
+        return self.theta is None or torch.equal(*self.theta)
 
 
-class _KeptByName(dict[str, _Kept]):
+class _KeptByName(dict[tuple[str, bool], _Kept]):
     """Copies and pickles of a layer start without what it keeps."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _KeptByName:
@@ -244,6 +280,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         # The weights a composition was merged with: unmerging must subtract the same.
         self._merged_weights: dict[str, Tensor] = {}
         self._kept = _KeptByName()
+        self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
 
     def update_layer(self, adapter_name: str, mixing: Mixing, factors: Factors, inference_mode: bool = False) -> None:
@@ -271,8 +308,9 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
     def mixing_weights(self, adapter_name: str) -> Tensor:
         """The mixing weights w of a composition, shape (N,), float32 or wider."""
-        factors = self._ready_factors(adapter_name)
-        return self.composition_mixing[adapter_name](factors.A).to(factors.A.device)
+        mixing, factors = self._parts(adapter_name)
+        A = factors.A
+        return mixing(A).to(A.device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
@@ -351,9 +389,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         factors = self._ready_factors(adapter_name)
         return functional.delta_weight(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
 
+    def _parts(self, adapter_name: str) -> tuple[Mixing, Factors]:
+        return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
+
     def _ready_factors(self, adapter_name: str) -> Factors:
-        factors = self.composition_factors[adapter_name]
-        assert isinstance(factors, Factors)
+        # As entries of the tables of modules: this is done in every forward pass, at the pace of a single token.
+        factors = cast(Factors, self.composition_factors._modules[adapter_name])
         if factors.is_pending:
             raise RuntimeError(
                 f"The composition {adapter_name!r} was built from a saved configuration, but its factors were never "
@@ -409,7 +450,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
         Such a pass is followed by new weights: what was folded with the old ones is given up.
         """
-        theta = cast(Mixing, self.composition_mixing[adapter_name]).weight
+        theta = self._parts(adapter_name)[0]._parameters["weight"]
         if theta is None:
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
@@ -432,29 +473,35 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Returns:
             The folded composition; do not write to it.
         """
-        theta = cast(Mixing, self.composition_mixing[adapter_name]).weight
         factors = self._ready_factors(adapter_name)
-        into_base = into_base and self._dense_is_smaller(factors)
-        parameters = [*factors._parameters.values(), theta]
-        if into_base:
-            parameters.append(cast(nn.Parameter, self.get_base_layer().weight))
-        sources = [parameter for parameter in parameters if parameter is not None]
-        if any(type(source) is not nn.Parameter or source.is_inference() for source in sources):
-            return self._fold(adapter_name, into_base)
-        stamp: list[object] = [into_base]
-        for source in sources:
-            stamp += (source.data_ptr(), source._version)
-        kept = self._kept.get(adapter_name)
-        if (
-            kept is None
-            or kept.stamp != stamp
-            or not (kept.theta is None or torch.equal(kept.theta, cast(Tensor, theta)))
-        ):
+        into_base = into_base and factors.dense_is_smaller
+        kept = self._kept.get((adapter_name, into_base))
+        if kept is None or not kept.is_valid():
             with torch.inference_mode(False), torch.no_grad():  # kept for training, too
-                values = theta.detach().clone() if theta is not None and theta.device.type == "cpu" else None
-                kept = _Kept(self._fold(adapter_name, into_base), [s.detach() for s in sources], stamp, values)
-            self._kept[adapter_name] = kept
+                folded = self._fold(adapter_name, into_base)
+                kept = self._keepable(folded, adapter_name, into_base)
+            if kept is None:
+                return folded
+            self._kept.clear()
+            self._kept[adapter_name, into_base] = kept
         return kept.folded
+
+    def _keepable(self, folded: Folded, adapter_name: str, into_base: bool) -> _Kept | None:
+        mixing, factors = self._parts(adapter_name)
+        owners: list[tuple[nn.Module, str]] = [
+            (factors, name) for name in ("A", "B", "bias") if factors._parameters[name] is not None
+        ]
+        if mixing.weight is not None:
+            owners.append((mixing, "weight"))
+        if into_base:
+            owners.append((self.get_base_layer(), "weight"))
+        sources = [_Source.of(module, name) for module, name in owners]
+        if any(source is None for source in sources):
+            return None
+        theta = None
+        if mixing.weight is not None and mixing.weight.device.type == "cpu":
+            theta = mixing.weight.detach(), mixing.weight.detach().clone()
+        return _Kept(folded, cast("list[_Source]", sources), theta)
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
@@ -462,15 +509,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         u = functional.spread(weights, factors.rank_owner)
         A, B = factors.A.detach(), factors.B.detach()
         bias = None if factors.bias is None else functional.delta_bias(factors.bias.detach(), weights)
-        if not self._dense_is_smaller(factors):
+        if not factors.dense_is_smaller:
             return Folded(A=A, B=functional.fold(B, u), bias=bias)
         delta = functional.delta_weight(A, B, u)
         if into_base:
             return Folded(merged=functional.add_delta(self._base_matrix(), delta), bias=bias)
         return Folded(delta=delta.to(A.dtype), bias=bias)
-
-    def _dense_is_smaller(self, factors: Factors) -> bool:
-        return functional.dense_is_smaller(factors.A.shape[0], factors.A[:1].numel(), factors.B.shape[0])
 
     def _base_matrix(self) -> Tensor:
         """The base weight as (out, in); asked for only where a form of this class merges into it."""
@@ -524,14 +568,14 @@ class Linear(CompositionLayer):
         learns = self._learns(adapter_name)
         form = functional.cheapest_form(
             x.numel() // self.in_features,
-            factors.A.shape[0],
+            factors.rank,
             self.in_features,
             self.out_features,
             trains_input=x.requires_grad and torch.is_grad_enabled(),
             trains_weights=learns,
         )
         keeps = not learns and not torch.compiler.is_compiling()
-        if form == "stacked" and not (keeps and self._dense_is_smaller(factors)):
+        if form == "stacked" and not (keeps and factors.dense_is_smaller):
             return None
         if not self._can_merge(x, factors):
             return None
@@ -553,18 +597,19 @@ class Linear(CompositionLayer):
 
         Not in 16 bits, nor under autocast, where W0 + Delta would be rounded to 8 or 11 bits and lose a small update.
         """
-        base = self.get_base_layer()
-        if type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+        base = self.base_layer
+        weight, A = base._parameters.get("weight"), factors._parameters["A"]
+        if type(weight) is not nn.Parameter or type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
             return False
-        weight = base.weight
+        dtype, device = weight.dtype, weight.device
         return (
-            type(weight) is nn.Parameter
+            dtype.itemsize >= torch.float32.itemsize
             and type(x) in (Tensor, nn.Parameter)
+            and dtype == x.dtype == cast(Tensor, A).dtype
+            and device == x.device == cast(Tensor, A).device
+            and device.type != "meta"
+            and not torch.is_autocast_enabled(device.type)
             and not (weight.requires_grad and torch.is_grad_enabled())
-            and weight.dtype == x.dtype == factors.A.dtype
-            and weight.dtype.itemsize >= torch.float32.itemsize
-            and weight.device == x.device == factors.A.device
-            and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
         )
 
     def _base_matrix(self) -> Tensor:
@@ -623,9 +668,6 @@ class Embedding(CompositionLayer):
         super().__init__(base_layer, **quantization_kwargs)
         base = cast(nn.Embedding, self.get_base_layer())
         self.in_features, self.out_features = base.num_embeddings, base.embedding_dim
-
-    def _dense_is_smaller(self, factors: Factors) -> bool:
-        return False  # the factors of a token are few, however large the vocabulary is
 
     def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
         delta = functional.embedding_delta_output(x, A, B, u)
