@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from warnings import warn
 
 import torch
@@ -17,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import functional
 from .config import CompositionConfig
+from .folding import Folded, Folds, Source
 from .upstream import LayerShape, StackedFactors
 
 
@@ -182,80 +182,6 @@ class Factors(nn.Module):
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"
 
 
-@dataclass
-class Folded:
-    """A composition with its mixing weights multiplied in, while they are constants.
-
-    Holds the least of what serves a forward pass: factors with the weights folded into B; or, where that is no larger,
-    the dense update; or the merged weight, for base layers that can do without their own product.
-
-    Attributes:
-        A: stacked factors, shape (R, in, ...); None for the dense forms.
-        B: stacked factors with scales and mixing weights, shape (out, R, ...).
-        delta: dense update, shape (out, in, ...).
-        merged: base weight plus update, shape (out, in).
-        bias: composed LoRA bias, shape (out,), if there is one.
-    """
-
-    A: Tensor | None = None
-    B: Tensor | None = None
-    delta: Tensor | None = None
-    merged: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class _Source(NamedTuple):
-    """A parameter that something was computed from, and how to see that it is still the same."""
-
-    owner: dict[str, nn.Parameter | None]
-    name: str
-    parameter: nn.Parameter
-    address: int
-    version: int
-    alias: Tensor  # keeps the storage, so that no other values can appear at its address
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> _Source | None:
-        """None where changes of the parameter cannot be seen: it is none, or was made in inference mode."""
-        parameter = module._parameters[name]
-        if type(parameter) is not nn.Parameter or parameter.is_inference():
-            return None
-        return cls(module._parameters, name, parameter, parameter.data_ptr(), parameter._version, parameter.detach())
-
-    def is_unchanged(self) -> bool:
-        parameter = self.parameter
-        return (
-            self.owner[self.name] is parameter
-            and parameter._version == self.version
-            and parameter.data_ptr() == self.address
-        )
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A folded composition with what it was made from, and the values that theta had if it is on the CPU."""
-
-    folded: Folded
-    sources: list[_Source]
-    theta: tuple[Tensor, Tensor] | None
-
-    def is_valid(self) -> bool:
-        for source in self.sources:
-            if not source.is_unchanged():
-                return False
-        return self.theta is None or torch.equal(*self.theta)
-
-
-class _KeptByName(dict[tuple[str, bool], _Kept]):
-    """Copies and pickles of a layer start without what it keeps."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _KeptByName:
-        return _KeptByName()
-
-    def __reduce__(self) -> tuple[type[_KeptByName], tuple[()]]:
-        return _KeptByName, ()
-
-
 class CompositionLayer(nn.Module, BaseTunerLayer):
     """A base layer with one or several compositions of upstream LoRA adapters beside it.
 
@@ -279,7 +205,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # The weights a composition was merged with: unmerging must subtract the same.
         self._merged_weights: dict[str, Tensor] = {}
-        self._kept = _KeptByName()
+        self._folds = Folds()
         self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
 
@@ -294,7 +220,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """
         self.composition_mixing[adapter_name] = mixing
         self.composition_factors[adapter_name] = factors
-        self._kept.clear()
+        self._folds.clear()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -339,7 +265,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             )
         weights = {name: self.mixing_weights(name).detach() for name in names}
         self._add_to_base(weights, sign=1, must_be_finite=safe_merge)
-        self._kept.clear()
+        self._folds.clear()
         self.merged_adapters.extend(names)
         self._merged_weights.update(weights)
 
@@ -455,8 +381,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
         learns = type(theta) is not nn.Parameter or (theta.requires_grad and torch.is_grad_enabled())
-        if learns and self._kept:
-            self._kept.clear()
+        if learns:
+            self._folds.drop(adapter_name)
         return learns
 
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
@@ -475,33 +401,22 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """
         factors = self._ready_factors(adapter_name)
         into_base = into_base and factors.dense_is_smaller
-        kept = self._kept.get((adapter_name, into_base))
-        if kept is None or not kept.is_valid():
+        folded = self._folds.get(adapter_name, into_base)
+        if folded is None:
             with torch.inference_mode(False), torch.no_grad():  # kept for training, too
                 folded = self._fold(adapter_name, into_base)
-                kept = self._keepable(folded, adapter_name, into_base)
-            if kept is None:
-                return folded
-            self._kept.clear()
-            self._kept[adapter_name, into_base] = kept
-        return kept.folded
+            self._folds.put(adapter_name, into_base, folded, self._sources(adapter_name, into_base))
+        return folded
 
-    def _keepable(self, folded: Folded, adapter_name: str, into_base: bool) -> _Kept | None:
+    def _sources(self, adapter_name: str, into_base: bool) -> list[Source | None]:
+        """What `_fold` reads."""
         mixing, factors = self._parts(adapter_name)
-        owners: list[tuple[nn.Module, str]] = [
-            (factors, name) for name in ("A", "B", "bias") if factors._parameters[name] is not None
-        ]
+        sources = [Source.of(factors, name) for name in ("A", "B", "bias") if factors._parameters[name] is not None]
         if mixing.weight is not None:
-            owners.append((mixing, "weight"))
+            sources.append(Source.of(mixing, "weight", by_value=True))
         if into_base:
-            owners.append((self.get_base_layer(), "weight"))
-        sources = [_Source.of(module, name) for module, name in owners]
-        if any(source is None for source in sources):
-            return None
-        theta = None
-        if mixing.weight is not None and mixing.weight.device.type == "cpu":
-            theta = mixing.weight.detach(), mixing.weight.detach().clone()
-        return _Kept(folded, cast("list[_Source]", sources), theta)
+            sources.append(Source.of(self.base_layer, "weight"))
+        return sources
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
@@ -521,11 +436,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         return cast(Tensor, self.get_base_layer().weight).detach()
 
     def train(self, mode: bool = True) -> CompositionLayer:
-        self._kept.clear()
+        self._folds.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionLayer:
-        self._kept.clear()
+        self._folds.clear()
         return super()._apply(fn, recurse)
 
     def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:

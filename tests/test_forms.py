@@ -423,6 +423,34 @@ def test_weights_are_folded_once_for_all_calls(
     assert folds == ["fold"]
 
 
+@pytest.mark.parametrize("ranks", [FEW, MANY])
+def test_active_compositions_are_each_folded_once(
+    ranks: tuple[int, ...], upstream: Callable[..., tuple[nn.Module, list[str]]], folds: list[str]
+) -> None:
+    model = compose(*upstream("linear", ranks)).eval()
+    model.add_adapter("other", CompositionConfig(adapters=model.peft_config["default"].adapters, mixing="uniform"))
+    model.base_model.set_adapter(["default", "other"])
+
+    with torch.no_grad():
+        for count in (2, LONG, 2):
+            model(tokens(count))
+
+    assert folds == ["fold", "fold"]
+
+
+def test_a_prompt_and_its_single_tokens_share_what_is_kept(
+    upstream: Callable[..., tuple[nn.Module, list[str]]], folds: list[str], forms: list[str]
+) -> None:
+    model = compose(*upstream("linear", FEW)).eval()
+
+    with torch.no_grad():
+        for count in (LONG, 2, 2, LONG, 2):
+            model(tokens(count))
+
+    assert folds == ["fold"]
+    assert forms == ["tokens"] * 2
+
+
 def test_a_uniform_composition_does_not_fold_in_training_either(
     upstream: Callable[..., tuple[nn.Module, list[str]]], folds: list[str]
 ) -> None:
