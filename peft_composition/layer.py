@@ -52,7 +52,9 @@ class Mixing(nn.Module):
             self.register_parameter("weight", None)
             self.start = weights
         # Constants are no buffers: DDP would broadcast them on every step.
-        self._start = None if self.start is None else torch.tensor(self.start, dtype=torch.float64, device="cpu")
+        self._start: Tensor | None = None
+        if self.start is not None:
+            self._start_on(_real(device), torch.promote_types(dtype, torch.float32))
 
     def forward(self, like: Tensor | None = None) -> Tensor:
         """The mixing weights w, shape (N,), in float32 or wider.
@@ -70,8 +72,7 @@ class Mixing(nn.Module):
         return functional.normalize(logits, self.normalization)
 
     def _start_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        assert self._start is not None
-        if self._start.device != device or self._start.dtype != dtype:
+        if self._start is None or self._start.device != device or self._start.dtype != dtype:
             with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
                 self._start = torch.tensor(self.start, dtype=dtype, device=device)
         return self._start
@@ -94,6 +95,8 @@ class Mixing(nn.Module):
             gradient, self.weight.grad = self.weight.grad, None
             self.weight.data = source.float()
             self.weight.grad = None if gradient is None else gradient.float()
+        if self._start is not None:  # now, and not in the first forward pass: that may be the one that is compiled
+            self._start_on(_real(fn(self._start[:0]).device), self._start.dtype)
         return self
 
     def extra_repr(self) -> str:
@@ -139,6 +142,7 @@ class Factors(nn.Module):
         # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
         self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         self._owner: Tensor | None = None
+        self._index_ranks(_real(device))
 
     @property
     def is_pending(self) -> bool:
@@ -158,16 +162,24 @@ class Factors(nn.Module):
             if tensor is not None:
                 self._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
         self._placeholders.clear()
+        self._index_ranks(device)
 
     @property
     def rank_owner(self) -> Tensor:
         """For each stacked row the number of its adapter, int64 of shape (R,), on the device of the factors."""
-        device = self.A.device
+        return self._index_ranks(self.A.device)
+
+    def _index_ranks(self, device: torch.device) -> Tensor:
         if self._owner is None or self._owner.device != device:
             numbers = [number for number, rank in enumerate(self.ranks) for _ in range(rank)]
             with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
                 self._owner = torch.tensor(numbers, dtype=torch.int64, device=device)
         return self._owner
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
+        super()._apply(fn, recurse)
+        self._index_ranks(_real(self.A.device))  # now, and not in a forward pass that may be compiled
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
         return self  # upstream factors stay as they were trained
@@ -381,7 +393,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
         learns = type(theta) is not nn.Parameter or (theta.requires_grad and torch.is_grad_enabled())
-        if learns:
+        if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
             self._folds.drop(adapter_name)
         return learns
 
@@ -594,6 +606,11 @@ class Embedding(CompositionLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
+
+
+def _real(device: torch.device | None) -> torch.device:
+    """Where constants are made for parameters on `device`: also for those that are on the meta device for a while."""
+    return torch.device("cpu") if device is None or device.type == "meta" else device
 
 
 def _is_hooked(module: nn.Module) -> bool:

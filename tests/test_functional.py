@@ -318,6 +318,7 @@ def test_merged_linear_works_under_function_transforms(form: functional.Form) ->
 
 @pytest.mark.parametrize("form", ["tokens", "weight"])
 def test_merged_linear_compiles_without_a_graph_break(form: functional.Form) -> None:
+    torch.compiler.reset()
     A, B, W = torch.randn(5, IN), torch.randn(OUT, 5), torch.randn(OUT, IN)
 
     def output(x: Tensor, u: Tensor) -> Tensor:
