@@ -170,7 +170,7 @@ class HubServer:
         ]
 
     def receive(self, target: str, headers: Mapping[str, str], body: bytes) -> _Answer:
-        """The answer to what an upload posts: a new repository, how files are to come, or a commit on top of others."""
+        """The answer to what an upload posts: a new repository, how files are to come, or a commit."""
         if headers.get("Authorization") != f"Bearer {self.token}":
             return _error(HTTPStatus.UNAUTHORIZED, None, "Invalid credentials in Authorization header")
         parts = [unquote(part) for part in urlsplit(target).path.strip("/").split("/")]
