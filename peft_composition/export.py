@@ -101,6 +101,8 @@ class LoraExport:
     ) -> CommitInfo:
         """Upload the files of `save_pretrained` in one commit to a repository, made where it does not exist.
 
+        Other files of the repository stay as they are, a `head.safetensors` of an earlier export too.
+
         Args:
             repo_id: of the repository.
             subfolder: folder in the repository. Default: its root.
@@ -270,7 +272,7 @@ class _Options:
 
 @dataclass
 class _Module:
-    """What a composition does to one module, on the CPU: the update B diag(u) A and the bias, weights folded in."""
+    """What a composition does to one module, on the CPU: the update B diag(u) A, and the mixed bias."""
 
     A: Tensor
     B: Tensor
