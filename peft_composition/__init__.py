@@ -7,6 +7,7 @@ require_supported_peft()
 add_peft_type()
 
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
+from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora  # noqa: E402
 from .layer import CompositionLayer  # noqa: E402
 from .model import CompositionModel  # noqa: E402
 from .upstream import AdapterError  # noqa: E402
@@ -15,4 +16,14 @@ from .upstream import AdapterError  # noqa: E402
 register_method(CompositionConfig, CompositionModel)
 
 __version__ = "0.1.0"
-__all__ = ["AdapterError", "CompositionConfig", "CompositionLayer", "CompositionModel", "__version__"]
+__all__ = [
+    "AdapterError",
+    "CompositionConfig",
+    "CompositionLayer",
+    "CompositionModel",
+    "LoraExport",
+    "add_to_checkpoint",
+    "lora_from_checkpoint",
+    "to_lora",
+    "__version__",
+]

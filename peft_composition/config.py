@@ -43,6 +43,18 @@ class Provenance(TypedDict):
     base_model_name_or_path: str | None
 
 
+class LoraLayout(TypedDict):
+    """What a plain LoRA on the composed modules must say of the base model and factors do not show.
+
+    `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
+    embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`.
+    """
+
+    target_modules: list[str] | str
+    embeddings: list[str]
+    fan_in_fan_out: bool
+
+
 @dataclass
 class CompositionConfig(PeftConfig):
     """Configuration of a composition: N trained LoRA adapters mixed, module by module, into one adapter.
@@ -76,6 +88,7 @@ class CompositionConfig(PeftConfig):
             the rank of every adapter there (0: untouched). Not for users.
         biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
         provenance: record: name, path, commit and sha256 of every upstream adapter. Not for users.
+        lora_layout: record: what an export to a plain LoRA needs to know of the base model. Not for users.
 
     Raises:
         ValueError: a field has a value that is not listed above; the message names the field and the value.
@@ -121,6 +134,9 @@ class CompositionConfig(PeftConfig):
     )
     provenance: list[Provenance] | None = field(
         default=None, metadata={"help": "Record: what every upstream adapter was when it was read."}
+    )
+    lora_layout: LoraLayout | None = field(
+        default=None, metadata={"help": "Record: what an export to a plain LoRA needs to know of the base model."}
     )
 
     def __post_init__(self) -> None:

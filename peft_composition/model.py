@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from . import upstream
-from .config import AdapterReference, CompositionConfig
+from .config import AdapterReference, CompositionConfig, LoraLayout
 from .layer import CompositionLayer, Factors, Mixing, compute_dtype, device_of, form_of, layer_shape
 from .upstream import CompositionPlan, LayerShape, StackedFactors
 
@@ -296,6 +298,7 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
             [adapter.provenance for adapter in plan.adapters],
         )
     assert config.composed_modules is not None
+    config.lora_layout = _lora_layout(config.composed_modules, targets)
     return _Injection(
         ranks=config.composed_modules,
         biased=set(config.biased_modules or ()),
@@ -304,6 +307,18 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
         mixings={},
         stacked=stacked,
         quantization_kwargs=quantization_kwargs,
+    )
+
+
+def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> LoraLayout:
+    """What a plain LoRA on these modules says of the model; a regex where no list of name ends selects just them."""
+    others = set(layers) - set(composed)
+    ends = _find_minimal_target_modules(set(composed), others)
+    selected = {name for name in layers if any(name == end or name.endswith(f".{end}") for end in ends)}
+    return LoraLayout(
+        target_modules=sorted(ends) if selected == set(composed) else "|".join(map(re.escape, composed)),
+        embeddings=[name for name in composed if isinstance(layers[name], nn.Embedding)],
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in composed),
     )
 
 

@@ -1,11 +1,12 @@
-"""A small Hub on loopback: the download half of the Hub's protocol over real HTTP, for tests with the real client.
+"""A small Hub on loopback: downloads and commits in the Hub's protocol over real HTTP, for tests with the real client.
 
 What `huggingface_hub` asks for is answered as the Hub answers it (headers, error codes, redirects of weight files to a
-second origin); what is not asked for by a download is not here.
+second origin). Commits carry all files in them: this Hub asks for none to go to a storage host.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -168,6 +169,29 @@ class HubServer:
             if request.repo == repo and method in (None, request.method) and not 300 <= request.status < 400
         ]
 
+    def receive(self, target: str, headers: Mapping[str, str], body: bytes) -> _Answer:
+        """The answer to what an upload posts: a new repository, how files are to come, or a commit."""
+        if headers.get("Authorization") != f"Bearer {self.token}":
+            return _error(HTTPStatus.UNAUTHORIZED, None, "Invalid credentials in Authorization header")
+        parts = [unquote(part) for part in urlsplit(target).path.strip("/").split("/")]
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.repositories:
+                return _json({"url": f"{self.url}/{repo}"}, HTTPStatus.CONFLICT)
+            self.push(repo, {}, private=asked.get("visibility") == "private")
+            return _json({"url": f"{self.url}/{repo}"})
+        repo, action, branch = "/".join(parts[2:4]), parts[4], parts[5]
+        if action == "preupload":
+            asked_files = json.loads(body)["files"]
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked_files]
+            return _json({"files": modes})
+        repository = self.repositories[repo]
+        lines = [json.loads(line) for line in body.splitlines()]
+        new = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+        commit = self.push(repo, {**repository.commits[repository.refs[branch]], **new}, branch)
+        return _json({"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit})
+
     # How it answers
 
     def answer(self, host: str, method: str, target: str, headers: Mapping[str, str]) -> tuple[_Answer, int | None]:
@@ -269,8 +293,8 @@ def _part(whole: _Answer, wanted: str) -> _Answer:
     )
 
 
-def _json(value: object) -> _Answer:
-    return _Answer(HTTPStatus.OK, {"Content-Type": "application/json"}, json.dumps(value).encode())
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> _Answer:
+    return _Answer(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
 def _error(status: HTTPStatus, code: str | None, message: str, headers: Mapping[str, str] | None = None) -> _Answer:
@@ -332,6 +356,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        answer = cast(_Origin, self.server).hub.receive(self.path, self.headers, body)
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
 
     def _break(self) -> None:
         self.wfile.flush()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_composition import functional
 
@@ -368,3 +370,100 @@ def test_cheapest_form_needs_the_fewest_multiplications(
 
 def test_dense_is_smaller_from_the_rank_on_where_factors_hold_as_many_numbers() -> None:
     assert [functional.dense_is_smaller(rank, IN, OUT) for rank in (1, 9, 10, 100)] == [False, False, True, True]
+
+
+# For an export: factors without weights, and of lower rank
+
+
+SHAPES = [((10,), 7), ((30,), 40), ((3, 2, 2), 5)]  # less, more and about as many rows and columns as ranks
+
+
+def _stacked(
+    ranks: tuple[int, ...], in_shape: tuple[int, ...], out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B and u, and the update that they stand for."""
+    A, B, weights = _factors(ranks, in_shape, out, dtype)
+    u = functional.spread(weights, _owner(ranks))
+    return torch.cat(A), torch.cat(B, 1), u, _composed(weights, A, B)
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    return torch.einsum("or,r...->o...", B.flatten(1), A)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("in_shape", "out"), SHAPES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_fold_evenly_keeps_the_update_and_the_shapes(ranks, in_shape, out, dtype) -> None:
+    A, B, u, delta = _stacked(ranks, in_shape, out, dtype)
+    rows, columns = functional.fold_evenly(A, B, u)
+    assert (rows.shape, columns.shape) == (A.shape, B.shape)
+    assert rows.dtype == columns.dtype == torch.float64
+    assert relative_error(_product(rows, columns), delta) < 1e-12
+
+
+def test_fold_evenly_rounds_no_digit_of_A() -> None:
+    A, B, u = torch.randn(3, 10), 1e-3 * torch.randn(6, 3), torch.tensor([0.3, -1e-4, 0.0])
+    rows, columns = functional.fold_evenly(A, B, u)
+    assert torch.equal(torch.frexp(rows).mantissa, torch.frexp(A.double()).mantissa)
+    ratio = rows[:2].abs().amax(1) / columns[:, :2].abs().amax(0)
+    assert ((ratio >= 0.5) & (ratio <= 2)).all()
+    assert torch.equal(rows[2], A[2].double())
+    assert not columns[:, 2].any()
+
+
+def test_evenly_folded_small_weights_survive_in_float16() -> None:
+    """The weight would press B below what float16 resolves, were it all put there."""
+    A, B, u = torch.randn(4, 64).half(), (1e-3 * torch.randn(48, 4)).half(), torch.full((4,), 1e-4)
+    expected = (B.double() * u.double()) @ A.double()
+    rows, columns = (factor.half().double() for factor in functional.fold_evenly(A, B, u))
+    assert relative_error(columns @ rows, expected) < 1e-3
+    assert relative_error((B.double() * u).half().double() @ A.double(), expected) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("in_shape", "out"), SHAPES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_truncate_is_the_nearest_update_of_its_rank(ranks, in_shape, out, dtype) -> None:
+    A, B, u, delta = _stacked(ranks, in_shape, out, dtype)
+    U, S, Vh = np.linalg.svd(delta.flatten(1).numpy(), full_matrices=False)
+    S = S[: sum(ranks)]
+    torch.testing.assert_close(functional.singular_values(A, B, u), torch.from_numpy(S), rtol=1e-10, atol=1e-12)
+    assert functional.norm_of_delta(A, B, u) == pytest.approx(float(delta.norm()), rel=1e-12)
+    for rank in range(1, len(S) + 1):
+        rows, columns, values = functional.truncate(A, B, u, rank)
+        assert rows.shape == (rank, *A.shape[1:])
+        assert columns.shape == (out, rank, *B.shape[2:])
+        nearest = torch.from_numpy(U[:, :rank] * S[:rank] @ Vh[:rank])
+        assert relative_error(_product(rows, columns).flatten(1), nearest) < 1e-11
+        torch.testing.assert_close(values, torch.from_numpy(S), rtol=1e-10, atol=1e-12)
+
+
+def test_the_update_itself_is_never_formed() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    A, B, u = torch.randn(6, 3000), torch.randn(2000, 6), torch.rand(6)
+    with Largest() as largest:
+        functional.fold_evenly(A, B, u)
+        functional.truncate(A, B, u, 3)
+        functional.singular_values(A, B, u)
+        functional.norm_of_delta(A, B, u)
+    assert largest.numel == A.numel()
+
+
+@pytest.mark.parametrize(("energy", "rank"), [(0.1, 1), (0.64, 1), (0.65, 2), (0.9999, 2), (1.0, 2)])
+def test_rank_for_energy_is_the_least(energy: float, rank: int) -> None:
+    """The squares are 64, 36 and 0 of 100: a share that is just reached needs no more."""
+    assert functional.rank_for_energy(torch.tensor([8.0, 6.0, 0.0]), energy) == rank
+
+
+def test_rank_for_energy_of_nothing_is_one() -> None:
+    assert functional.rank_for_energy(torch.zeros(3), 0.5) == 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from peft_composition import CompositionConfig
+from peft_composition import CompositionConfig, to_lora
 
 from . import tiny
 
@@ -111,3 +111,18 @@ def test_merge_dequantizes_first_and_says_what_it_costs(kind: str, saved_base: P
     step = {"4bit": 1 / 3, "8bit": 1 / 127}[kind] * expected.abs().max()
     assert (after - expected).abs().max() <= step / 2 * (1 + 1e-3)
     assert math.isfinite(model(tokens()).logits.sum().item())
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_export_to_a_plain_lora_never_looks_at_the_quantized_weights(
+    kind: str, saved_base: Path, adapters: list[str], tmp_path: Path
+) -> None:
+    model = get_peft_model(quantized(saved_base, kind), CompositionConfig(adapters=adapters, task_type="CAUSAL_LM"))
+    export = to_lora(model.eval())
+    A, B = (export.state_dict[f"base_model.model.{MODULE}.lora_{factor}.weight"].double() for factor in "AB")
+    expected = uniform_delta(adapters)
+    assert torch.linalg.norm(B @ A - expected) <= 1e-6 * torch.linalg.norm(expected)
+    export.save_pretrained(tmp_path / "lora")
+    plain = PeftModel.from_pretrained(quantized(saved_base, kind), tmp_path / "lora").eval()
+    with torch.no_grad():
+        assert torch.allclose(plain(tokens()).logits, model(tokens()).logits, rtol=0, atol=1e-5)
