@@ -1,5 +1,7 @@
 """peft-composition: mix trained LoRA adapters into one PEFT adapter. Importing it registers the method with PEFT."""
 
+__version__ = "0.1.0"
+
 from .registration import add_peft_type, register_method, require_supported_peft
 
 
@@ -7,6 +9,7 @@ require_supported_peft()
 add_peft_type()
 
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
+from .hub import CompositionCardMixin, push_to_hub, write_model_card  # noqa: E402
 from .layer import CompositionLayer  # noqa: E402
 from .model import CompositionModel  # noqa: E402
 from .upstream import AdapterError  # noqa: E402
@@ -14,5 +17,13 @@ from .upstream import AdapterError  # noqa: E402
 
 register_method(CompositionConfig, CompositionModel)
 
-__version__ = "0.1.0"
-__all__ = ["AdapterError", "CompositionConfig", "CompositionLayer", "CompositionModel", "__version__"]
+__all__ = [
+    "AdapterError",
+    "CompositionCardMixin",
+    "CompositionConfig",
+    "CompositionLayer",
+    "CompositionModel",
+    "push_to_hub",
+    "write_model_card",
+    "__version__",
+]
