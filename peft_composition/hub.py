@@ -312,8 +312,12 @@ class _Saved:
 
 
 def _with_section(text: str, section: str, subfolder: str | None) -> str:
-    """A card's text with the section of one composition replaced, or put before the first other section."""
-    for found in _SECTION.finditer(text):
+    """A card's text with the section of one composition replaced or, where it has none yet, added.
+
+    A first section goes before the first second-level heading, another one after the last section.
+    """
+    sections = [*_SECTION.finditer(text)]
+    for found in sections:
         if _subfolder_in(found) == subfolder:
             return text[: found.start()] + section + text[found.end() :]
     boilerplate = "\n".join(ModelCard.from_template(ModelCardData()).text.splitlines())
@@ -321,7 +325,7 @@ def _with_section(text: str, section: str, subfolder: str | None) -> str:
         text = f"{NEW_TITLE}\n{text.removeprefix(boilerplate)}"
         place = len(NEW_TITLE) + 1
     else:
-        place = _before_first_heading(text)
+        place = sections[-1].end() if sections else _before_first_heading(text)
     return f"{text[:place].rstrip()}\n\n{section}\n\n{text[place:].lstrip()}".lstrip()
 
 
