@@ -1,4 +1,4 @@
-"""Model cards of saved compositions, and pushing them to the Hub with the card that they deserve.
+"""Model cards of saved compositions, written from their files, and pushing both to the Hub.
 
 PEFT writes the card before it saves the config, so `CompositionConfig.save_pretrained` completes it. transformers'
 `model.push_to_hub` and `Trainer.create_model_card` write it once more afterwards: hence `push_to_hub` and
@@ -121,9 +121,9 @@ def push_to_hub(
     commit_message: str = "Upload composition",
     metrics: Mapping[str, float] | None = None,
 ) -> CommitInfo:
-    """Push the compositions of a model to the Hub in one commit, with their model card.
+    """Push the compositions of a model to the Hub, with their model card.
 
-    Like `model.push_to_hub`, which pushes the same weights but replaces the card by an empty one. What people wrote
+    Like `model.push_to_hub`, which pushes the same weights but replaces a new card by an empty one. What people wrote
     into the card on the Hub stays. Call it in one process only; a sharded model is pushed by the Trainer, see
     `CompositionCardMixin`.
 
@@ -153,8 +153,8 @@ def push_to_hub(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        _fetch_card(api, repo_id, revision, Path(folder))
         model.save_pretrained(folder)
+        _fetch_card(api, repo_id, revision, Path(folder))  # in place of PEFT's, who would take people's tags away
         for name in configs:
             write_model_card(folder, subfolder=_subfolder_of(name), repo_id=repo_id, metrics=metrics)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
@@ -211,7 +211,7 @@ def _require_public_sources(config: CompositionConfig) -> None:
 
 
 def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
-    """The card that the repository has, if any."""
+    """Put the card that the repository has, if any, into a folder."""
     try:
         # Forced: a copy from the cache could lack what people wrote since.
         card = api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, force_download=True)

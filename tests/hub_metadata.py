@@ -42,8 +42,8 @@ def errors_in(content: str) -> list[str]:
 
 def _errors(metadata: dict[str, Any]) -> Iterator[str]:
     for key in ("base_model", "datasets", "language", "license", "metrics", "tags"):
-        values = metadata.get(key)
-        if key in metadata and not (values and all(isinstance(value, str) and value for value in _listed(values))):
+        values = metadata.get(key, [])
+        if values is None or not all(isinstance(value, str) and value for value in _listed(values)):
             yield f'"{key}" must be a string or an array of strings'
     for key in ("library_name", "pipeline_tag", "license_name", "license_link"):
         if key in metadata and not isinstance(metadata[key], str):

@@ -67,10 +67,11 @@ class Outcome:
     error: str = ""
 
 
-def attempt(function: Any, *args: Any, cache: str = "", **kwargs: Any) -> Outcome:
-    """Call a function that gives a model, with a Hub cache of its own."""
+def attempt(function: Any, *args: Any, cache: str = "", is_offline: bool = False, **kwargs: Any) -> Outcome:
+    """Call a function that gives a model, with a Hub cache of its own or offline."""
     folder = patch.object(constants, "HF_HUB_CACHE", cache or constants.HF_HUB_CACHE)
-    with folder, warnings.catch_warnings():
+    offline = patch.object(constants, "HF_HUB_OFFLINE", is_offline)
+    with folder, offline, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return Outcome(logits(function(*args, **kwargs)))
@@ -314,25 +315,32 @@ def test_pushed_in_one_commit_with_its_card(hub: HubServer, online: Client, tmp_
 def test_pushing_again_keeps_what_people_wrote_on_the_hub(hub: HubServer, online: Client) -> None:
     assert online(attempt, push, "me/edited").error == ""
     before = card_of(hub, "me/edited")
-    edited = before.replace("license: apache-2.0", "license: gpl-3.0") + "\n## Mine\n\nText.\n"
+    edited = before.replace("license: apache-2.0", "license: gpl-3.0").replace("tags:\n", "tags:\n- movies\n")
+    edited += "\n## Mine\n\nText.\n"
     hub.push("me/edited", {**content(hub, "me/edited"), CARD: edited.encode()})
 
     outcome = online(attempt, push, "me/edited", seed=1)
 
     assert outcome.error == ""
     after = card_of(hub, "me/edited")
-    assert after.endswith("\n## Mine\n\nText.")
-    assert metadata(after) == {**metadata(before), "license": "gpl-3.0"}
+    assert after.endswith("\n## Mine\n\nText.\n")
+    tags = ["movies", *metadata(before)["tags"]]
+    assert metadata(after) == {**metadata(before), "license": "gpl-3.0", "tags": tags}
     assert table(after, "adapter", "mean") != table(before, "adapter", "mean")
     assert after.count("peft-composition:begin") == 1
 
 
-def test_transformers_push_loads_and_keeps_a_card_that_is_there(hub: HubServer, online: Client) -> None:
-    assert online(attempt, push, "me/transformers").error == ""
-    card = card_of(hub, "me/transformers")
+def test_what_transformers_pushed_loads_and_gets_its_card_later(hub: HubServer, online: Client) -> None:
     outcome = online(attempt, push_as_transformers_does, "me/transformers")
-    assert outcome.error == ""
-    assert torch.equal(online(attempt, load, "me/transformers").logits, outcome.logits)
+    loaded = online(attempt, load, "me/transformers")
+    assert (outcome.error, loaded.error) == ("", "")
+    assert torch.equal(loaded.logits, outcome.logits)
+
+    online(attempt, push, "me/transformers")
+    card = card_of(hub, "me/transformers")
+    assert metadata(card)["library_name"] == "peft"
+    assert code_blocks(card)[0].endswith('PeftModel.from_pretrained(base_model, "me/transformers")\n')
+    online(attempt, push_as_transformers_does, "me/transformers")
     assert card_of(hub, "me/transformers") == card
 
 
@@ -356,6 +364,16 @@ def test_a_private_repository_needs_the_token(hub: HubServer, online: Client, tm
     stranger = online(attempt, load, "me/secret", token=hub.token_of_another, cache=str(tmp_path))
     assert "Can't find 'adapter_config.json' at 'me/secret'" in stranger.error
     assert torch.equal(online(attempt, load, "me/secret", cache=str(tmp_path)).logits, outcome.logits)
+
+
+def test_the_cache_is_enough_offline(hub: HubServer, online: Client) -> None:
+    outcome = online(attempt, push, "me/cached")
+    assert online(attempt, load, "me/cached").error == ""
+    hub.clear()
+    loaded = online(attempt, load, "me/cached", is_offline=True)
+    assert loaded.error == ""
+    assert torch.equal(loaded.logits, outcome.logits)
+    assert hub.requests == []
 
 
 def test_who_may_not_write_is_told_so(hub: HubServer, online: Client) -> None:
