@@ -203,9 +203,8 @@ class CompositionConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter_config-") as draft:
             super().save_pretrained(draft, **kwargs)
             os.replace(Path(draft, CONFIG_NAME), folder / CONFIG_NAME)
-        if (
-            "auto_mapping_dict" in kwargs
-        ):  # so calls PEFT, who has written weights and card by now; others save it first
+        # So calls PEFT, which has written weights and card by now; transformers saves the config first.
+        if "auto_mapping_dict" in kwargs:
             complete_card(folder)
 
     def _checked_weights(self) -> list[float] | None:
