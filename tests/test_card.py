@@ -403,9 +403,11 @@ def test_a_named_composition_is_described_in_the_card_above_it(
 def test_a_config_on_its_own_has_no_card(pair: Any, tmp_path: Path) -> None:
     model = trained(pair("bert"))
     card = saved(model, tmp_path)
-    (tmp_path / CARD).write_text(card + "\nMine.\n")
-    model.peft_config["default"].save_pretrained(tmp_path)  # as transformers does before it writes new weights
-    assert (tmp_path / CARD).read_text() == card + "\nMine.\n"
+    trained(pair("bert"), seed=1).save_pretrained(str(tmp_path / "other"))
+    (tmp_path / "other" / WEIGHTS).replace(tmp_path / WEIGHTS)
+    model.peft_config["default"].save_pretrained(tmp_path)  # so does transformers, before it writes new weights
+    assert (tmp_path / CARD).read_text() == card
+    assert write_model_card(tmp_path).read_text() != card
     model.peft_config["default"].save_pretrained(tmp_path / "alone")
     assert [path.name for path in (tmp_path / "alone").iterdir()] == [CONFIG]
 
