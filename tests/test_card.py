@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_composition import CompositionCardMixin, CompositionConfig, write_model_card
+from peft_composition import CompositionCardMixin, CompositionConfig, push_to_hub, write_model_card
 
 from . import tiny
 from .hub_metadata import errors_in
@@ -419,6 +419,12 @@ def test_a_folder_without_a_composition_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"There is no saved composition in {re.escape(str(folder))}"):
             write_model_card(folder)
     assert (lora / CARD).read_text() == before
+
+
+def test_a_model_without_a_composition_is_not_pushed() -> None:
+    model = get_peft_model(tiny.build("bert"), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"has no composition to push; its adapters are \['default'\]"):
+        push_to_hub(model, "me/lora")
 
 
 def test_a_missing_card_is_made(pair: Any, tmp_path: Path) -> None:
