@@ -1,5 +1,7 @@
 """peft-composition: mix trained LoRA adapters into one PEFT adapter. Importing it registers the method with PEFT."""
 
+__version__ = "0.1.0"
+
 from .registration import add_peft_type, register_method, require_supported_peft
 
 
@@ -8,6 +10,7 @@ add_peft_type()
 
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora  # noqa: E402
+from .hub import CompositionCardMixin, push_to_hub, write_model_card  # noqa: E402
 from .layer import CompositionLayer  # noqa: E402
 from .model import CompositionModel  # noqa: E402
 from .upstream import AdapterError  # noqa: E402
@@ -15,15 +18,17 @@ from .upstream import AdapterError  # noqa: E402
 
 register_method(CompositionConfig, CompositionModel)
 
-__version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "CompositionCardMixin",
     "CompositionConfig",
     "CompositionLayer",
     "CompositionModel",
     "LoraExport",
     "add_to_checkpoint",
     "lora_from_checkpoint",
+    "push_to_hub",
     "to_lora",
+    "write_model_card",
     "__version__",
 ]

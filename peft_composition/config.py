@@ -13,6 +13,8 @@ from typing import Any, Literal, TypedDict
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
+from . import __version__
+
 
 MIXINGS = ("learned", "uniform", "fixed")
 NORMALIZATIONS = ("softmax", "none")
@@ -41,6 +43,7 @@ class Provenance(TypedDict):
     commit: str | None
     sha256: str
     base_model_name_or_path: str | None
+    license: str | None
 
 
 class LoraLayout(TypedDict):
@@ -87,8 +90,10 @@ class CompositionConfig(PeftConfig):
         composed_modules: record, written when the composition is built: for each composed module, by its full name,
             the rank of every adapter there (0: untouched). Not for users.
         biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
-        provenance: record: name, path, commit and sha256 of every upstream adapter. Not for users.
         lora_layout: record: what an export to a plain LoRA needs to know of the base model. Not for users.
+        provenance: record: name, path, commit, sha256, base and licence of every upstream adapter. Not for users.
+        num_labels: record: number of classes of the base model's head, if it classifies. Not for users.
+        peft_composition_version: record: version of this package that the composition was made with. Not for users.
 
     Raises:
         ValueError: a field has a value that is not listed above; the message names the field and the value.
@@ -138,6 +143,12 @@ class CompositionConfig(PeftConfig):
     lora_layout: LoraLayout | None = field(
         default=None, metadata={"help": "Record: what an export to a plain LoRA needs to know of the base model."}
     )
+    num_labels: int | None = field(
+        default=None, metadata={"help": "Record: number of classes of the base model's head."}
+    )
+    peft_composition_version: str | None = field(
+        default=None, metadata={"help": "Record: version of this package that the composition was made with."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +166,8 @@ class CompositionConfig(PeftConfig):
             raise ValueError("layers_to_transform needs target_modules as a list of names (or none), not a regex")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern means nothing without layers_to_transform")
+        if self.peft_composition_version is None:
+            self.peft_composition_version = __version__
         self._read_from_checkpoint = self.composed_modules is not None
         # Building a composition replaces target_modules by what was found; a second use starts from the request.
         self.requested_target_modules = self.target_modules
@@ -193,15 +206,22 @@ class CompositionConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `adapter_config.json`; a save that is cut short leaves an earlier file as it was.
 
+        Within `PeftModel.save_pretrained`, which saves the config last, it also completes the model card.
+
         Args:
             save_directory: folder, made where it does not exist.
             **kwargs: passed to PEFT's own `save_pretrained`.
         """
+        from .hub import complete_card  # it builds on this module
+
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter_config-") as draft:
             super().save_pretrained(draft, **kwargs)
             os.replace(Path(draft, CONFIG_NAME), folder / CONFIG_NAME)
+        # So calls PEFT, which has written weights and card by now; transformers saves the config first.
+        if "auto_mapping_dict" in kwargs:
+            complete_card(folder)
 
     def _checked_weights(self) -> list[float] | None:
         """`weights` as floats, for softmax with sum exactly 1."""

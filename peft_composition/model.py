@@ -259,13 +259,23 @@ def _sharing_key(config: CompositionConfig, module: str) -> str:
         return ""
     if config.weight_sharing == "module":
         return module
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    return block_of(module, config.layers_pattern) or module
+
+
+def block_of(module: str, layers_pattern: list[str] | str | None = None) -> str | None:
+    """The transformer block that a module is in, by name; None for a module outside any block.
+
+    Args:
+        module: name of the module.
+        layers_pattern: as in `CompositionConfig`.
+    """
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for pattern in patterns or []:
         found = re.match(rf"(?P<block>(?:.*?\.)?{pattern}\.\d+)\.", module)
         if found:
             return found["block"]
     found = _BLOCK.match(module)
-    return found["block"] if found else module
+    return found["block"] if found else None
 
 
 # Preparation: all that can fail happens here, before the model is changed
@@ -295,8 +305,9 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
         config.record(
             {module: plan.ranks(module) for module in plan.factors},
             [module for module in plan.factors if plan.is_biased(module)],
-            [adapter.provenance for adapter in plan.adapters],
+            (config.provenance if config.is_restored else None) or [adapter.provenance for adapter in plan.adapters],
         )
+    config.num_labels = _num_labels(model)
     assert config.composed_modules is not None
     config.lora_layout = _lora_layout(config.composed_modules, targets)
     return _Injection(
@@ -320,6 +331,13 @@ def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> 
         embeddings=[name for name in composed if isinstance(layers[name], nn.Embedding)],
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in composed),
     )
+
+
+def _num_labels(model: nn.Module) -> int | None:
+    """How many classes a classifier of transformers has; who loads the composition must build the same head."""
+    if not isinstance(model, PreTrainedModel) or "Classification" not in type(model).__name__:
+        return None
+    return model.config.num_labels
 
 
 def _require_no_other_method(model: nn.Module) -> None:
@@ -363,7 +381,8 @@ def _read(
             for reference, entry in zip(references, recorded)
         ]
     hashes = [entry["sha256"] for entry in recorded] if recorded is not None else [None] * len(references)
-    adapters = [upstream.read_adapter(files, sha256) for files, sha256 in zip(upstream.locate(references), hashes)]
+    located = upstream.locate(references, with_cards=recorded is None)
+    adapters = [upstream.read_adapter(files, sha256) for files, sha256 in zip(located, hashes)]
     upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
     if recorded is not None:
         composed = config.composed_modules or {}

@@ -14,12 +14,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+import yaml
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,7 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm, validate_repo_id
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -71,12 +73,13 @@ class _NotCachedError(AdapterError):
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The files of one adapter on this machine."""
+    """The files of one adapter on this machine; `card` is its README.md, where there is one."""
 
     reference: AdapterReference
     config: Path
     weights: Path
     commit: str | None
+    card: Path | None = None
 
     @property
     def name(self) -> str:
@@ -201,13 +204,14 @@ def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
 # Finding the files
 
 
-def locate(references: Sequence[AdapterReference]) -> list[AdapterFiles]:
+def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> list[AdapterFiles]:
     """Find the files of adapters, downloading those that are on the Hub, several at once.
 
     Args:
         references: where the adapters are; a `path` that is a folder here is local, any other is a Hub id. The Hub
             token comes from the usual places (`HF_TOKEN`, `hf auth login`); `HF_HUB_OFFLINE=1` or
             `local_files_only` use the cache alone.
+        with_cards: whether the cards are wanted, too. One that cannot be had is left out.
 
     Returns:
         The files, in the order of `references`.
@@ -217,9 +221,9 @@ def locate(references: Sequence[AdapterReference]) -> list[AdapterFiles]:
     """
     remote = [reference for reference in references if not _is_local(reference["path"])]
     if not remote:
-        return [_locate(reference) for reference in references]
+        return [_locate(reference, with_cards) for reference in references]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        found = pool.map(_locate, references)
+        found = pool.map(_locate, references, repeat(with_cards))
         return list(tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter"))
 
 
@@ -227,12 +231,13 @@ def _is_local(path: str) -> bool:
     return os.path.isdir(path)
 
 
-def _locate(reference: AdapterReference) -> AdapterFiles:
+def _locate(reference: AdapterReference, with_card: bool) -> AdapterFiles:
     if _is_local(reference["path"]):
         return _locate_in_folder(reference)
     if _looks_like_path(reference["path"]):
         raise AdapterError(reference["name"], f"there is no folder {reference['path']}")
-    return _locate_on_hub(reference)
+    files = _locate_on_hub(reference)
+    return replace(files, card=_download_card(reference, files.commit)) if with_card else files
 
 
 def _looks_like_path(path: str) -> bool:
@@ -245,8 +250,15 @@ def _looks_like_path(path: str) -> bool:
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    return not (_is_local(name) or _looks_like_path(name))
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is that of a repository on the Hub and not a folder, as far as can be told without asking."""
+    if not name or _is_local(name) or _looks_like_path(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
@@ -256,7 +268,8 @@ def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
         raise AdapterError(reference["name"], f"{folder} is not an adapter: it has no {CONFIG_NAME}")
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / filename).is_file():
-            return AdapterFiles(reference, config, folder / filename, commit=None)
+            card = Path(reference["path"], constants.REPOCARD_NAME)
+            return AdapterFiles(reference, config, folder / filename, None, card if card.is_file() else None)
     raise AdapterError(reference["name"], f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
@@ -281,6 +294,17 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     raise AdapterError(
         reference["name"], f"{reference['path']} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
     )
+
+
+def _download_card(reference: AdapterReference, commit: str | None) -> Path | None:
+    """The repository's card at the same commit; None where it has none or, unlike the weights, it cannot be had."""
+    whole = AdapterReference(**{**reference, "subfolder": None})
+    if _is_known_to_be_missing(whole, constants.REPOCARD_NAME, commit):
+        return None
+    try:
+        return _download(whole, constants.REPOCARD_NAME, commit)
+    except AdapterError:
+        return None
 
 
 def _is_known_to_be_missing(reference: AdapterReference, filename: str, commit: str | None) -> bool:
@@ -370,6 +394,7 @@ def read_adapter(files: AdapterFiles, expected_sha256: str | None = None) -> Ups
         commit=files.commit,
         sha256=sha256,
         base_model_name_or_path=config.get("base_model_name_or_path"),
+        license=_license(files.card),
     )
     return UpstreamAdapter(name, config, weights, modules, extras, provenance)
 
@@ -382,6 +407,21 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise AdapterError(name, f"{path} does not describe a PEFT adapter: it has no peft_type")
     return config
+
+
+def _license(card: Path | None) -> str | None:
+    """The licence that a card states: its Hub identifier, or `other (name)`; None where it states none."""
+    try:
+        metadata = (metadata_load(card) if card is not None else None) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # a card is text that people write; no adapter is refused for it
+        return None
+    stated = metadata.get("license")
+    if isinstance(stated, list):
+        stated = ", ".join(map(str, stated))
+    if not stated:
+        return None
+    name = metadata.get("license_name")
+    return f"{stated} ({name})" if name else str(stated)
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""A small Hub on loopback: downloads and commits in the Hub's protocol over real HTTP, for tests with the real client.
+"""A small Hub on loopback: what the Hub's protocol needs for models, over real HTTP, for tests with the real client.
 
-What `huggingface_hub` asks for is answered as the Hub answers it (headers, error codes, redirects of weight files to a
-second origin). Commits carry all files in them: this Hub asks for none to go to a storage host.
+What `huggingface_hub` asks for is answered as the Hub answers it: headers, error codes, redirects of weight files to a
+second origin; uploads through git LFS (the client needs `HF_HUB_DISABLE_XET=1`), commits, metadata that is refused.
 """
 
 from __future__ import annotations
@@ -9,20 +9,28 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import multiprocessing
+import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
+
+from .hub_metadata import errors_in
 
 
 # The Hub keeps these in git LFS and redirects to a storage host; all others it serves itself.
 LFS_SUFFIXES = (".safetensors", ".bin")
+SECONDS = 120  # that a call in another process may take, the start of the process included
 
 
 @dataclass
@@ -50,7 +58,8 @@ class Request:
         host: "hub" or "storage".
         repo: repository, by id.
         revision: as asked for: a branch, tag or commit.
-        file: path in the repository; empty for questions about the repository itself.
+        file: path in the repository; for an upload to the storage host the sha256 of the content; empty for what is
+            about the repository itself.
         range: the Range header, if any.
         authorized: whether a token came along.
     """
@@ -76,13 +85,16 @@ class HubServer:
     """A Hub at `url`, with repositories that a test fills; use it as a context manager.
 
     Attributes:
-        token: the one token that opens private and gated repositories.
-        token_of_another: a valid token of a user who may read neither.
+        token: the one token that opens private and gated repositories, and that may write.
+        token_of_another: a valid token of a user who may do none of that.
         latency: seconds that every answer takes.
+        objects: what was uploaded to the storage host, by sha256.
         requests: what was asked about repositories, in order; `clear` empties it.
+        cut_off: method, repository and file of the uploads that were broken off; `clear` empties it.
         most_at_once: the largest number of requests that were in the works at the same time, since `clear`.
     """
 
+    user = "me"
     token = "hf_test_token"
     token_of_another = "hf_test_token_of_another"
 
@@ -92,6 +104,8 @@ class HubServer:
         self.latency = 0.0
         self.most_at_once = 0
         self._at_once = 0
+        self.objects: dict[str, bytes] = {}
+        self.cut_off: list[tuple[str, str, str]] = []
         self._cuts: dict[tuple[str, str, str], list[int]] = {}
         self._lock = threading.Lock()
         self._origins: dict[str, _Origin] = {}
@@ -148,12 +162,16 @@ class HubServer:
         self.repositories[repo].commits[commit][file] = content
 
     def cut(self, repo: str, file: str, *after: int, method: str = "GET") -> None:
-        """Break the connection after so many bytes of a file (0: before any answer): one entry per request to come."""
+        """Break the connection after so many bytes of a file (0: before any answer): one entry per request to come.
+
+        An upload (`method="PUT"`) is named by the sha256 of the file.
+        """
         self._cuts[method, repo, file] = list(after)
 
     def clear(self) -> None:
         """Forget the requests so far."""
         self.requests.clear()
+        self.cut_off.clear()
         self.most_at_once = 0
 
     def asked(self, repo: str, method: str | None = None) -> list[str]:
@@ -169,33 +187,16 @@ class HubServer:
             if request.repo == repo and method in (None, request.method) and not 300 <= request.status < 400
         ]
 
-    def receive(self, target: str, headers: Mapping[str, str], body: bytes) -> _Answer:
-        """The answer to what an upload posts: a new repository, how files are to come, or a commit."""
-        if headers.get("Authorization") != f"Bearer {self.token}":
-            return _error(HTTPStatus.UNAUTHORIZED, None, "Invalid credentials in Authorization header")
-        parts = [unquote(part) for part in urlsplit(target).path.strip("/").split("/")]
-        if parts == ["api", "repos", "create"]:
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            if repo in self.repositories:
-                return _json({"url": f"{self.url}/{repo}"}, HTTPStatus.CONFLICT)
-            self.push(repo, {}, private=asked.get("visibility") == "private")
-            return _json({"url": f"{self.url}/{repo}"})
-        repo, action, branch = "/".join(parts[2:4]), parts[4], parts[5]
-        if action == "preupload":
-            asked_files = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked_files]
-            return _json({"files": modes})
-        repository = self.repositories[repo]
-        lines = [json.loads(line) for line in body.splitlines()]
-        new = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
-        commit = self.push(repo, {**repository.commits[repository.refs[branch]], **new}, branch)
-        return _json({"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit})
-
     # How it answers
 
-    def answer(self, host: str, method: str, target: str, headers: Mapping[str, str]) -> tuple[_Answer, int | None]:
+    def answer(
+        self, host: str, method: str, target: str, headers: Mapping[str, str], body: bytes
+    ) -> tuple[_Answer, int | None]:
         """The answer to one request, and after how many bytes of it the connection breaks, if it does."""
+        if method not in ("GET", "HEAD"):
+            return self._answer_to_change(
+                host, method, urlsplit(target).path, headers.get("Authorization"), body
+            ), None
         asked = _parse(urlsplit(target).path)
         if asked is None:  # the client also asks, once a day, for things that have nothing to do with repositories
             return _error(HTTPStatus.NOT_FOUND, None, f"no such address: {target}"), None
@@ -218,6 +219,121 @@ class HubServer:
             cuts = self._cuts.get((method, repo, file))
             is_redirected = method == "GET" and answer.status == HTTPStatus.FOUND
             return answer, cuts.pop(0) if cuts and not is_redirected else None
+
+    def upload_cut(self, method: str, target: str) -> int | None:
+        """After how many bytes the connection breaks while the client sends, if it does."""
+        repo, _, file = _parse(urlsplit(target).path) or ("", "", "")
+        with self._lock:
+            cuts = self._cuts.get((method, repo, file)) if method == "PUT" else None
+            if not cuts:
+                return None
+            self.cut_off.append((method, repo, file))
+            return cuts.pop(0)
+
+    def _answer_to_change(self, host: str, method: str, path: str, authorization: str | None, body: bytes) -> _Answer:
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        repo, revision, file = _parse(path) or ("", "", "")
+        with self._lock:
+            answer = self._change(host, method, parts, authorization, body)
+            self.requests.append(
+                Request(host, method, repo, revision, file, None, authorization is not None, int(answer.status))
+            )
+        return answer
+
+    def _change(self, host: str, method: str, parts: list[str], authorization: str | None, body: bytes) -> _Answer:
+        """What a request that may write does, and its answer."""
+        if host == "storage":
+            return self._store(parts[-1], body)
+        if method == "POST" and parts == ["api", "validate-yaml"]:
+            errors = [{"message": error} for error in errors_in(json.loads(body)["content"])]
+            return _json({"errors": errors, "warnings": []}, HTTPStatus.BAD_REQUEST if errors else HTTPStatus.OK)
+        if authorization != f"Bearer {self.token}":
+            status = HTTPStatus.FORBIDDEN if authorization else HTTPStatus.UNAUTHORIZED
+            return _error(status, None, "You don't have the rights to do that")
+        if parts[:2] == ["api", "repos"]:
+            return self._create_or_delete(method, json.loads(body))
+        repo = "/".join(parts[2:4]) if parts[0] == "api" else f"{parts[0]}/{parts[1].removesuffix('.git')}"
+        if repo not in self.repositories:
+            return _error(HTTPStatus.NOT_FOUND, "RepoNotFound", "Repository not found")
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self._offer_uploads(repo, json.loads(body))
+        if parts[2:] == ["info", "lfs", "verify"]:
+            is_there = json.loads(body)["oid"] in self.objects
+            return _json({}, HTTPStatus.OK if is_there else HTTPStatus.NOT_FOUND)
+        action, branch = parts[4], "/".join(parts[5:])
+        if action == "branch":
+            return self._branch(repo, branch, json.loads(body or b"{}").get("startingPoint", "main"))
+        if branch not in self.repositories[repo].refs:
+            return _error(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {branch}")
+        if action == "preupload":
+            return _json({"files": [self._upload_mode(repo, branch, file) for file in json.loads(body)["files"]]})
+        assert action == "commit"
+        return self._commit(repo, branch, [json.loads(line) for line in body.splitlines()])
+
+    def _create_or_delete(self, method: str, asked: dict[str, Any]) -> _Answer:
+        repo = f"{asked.get('organization') or self.user}/{asked['name']}"
+        if method == "DELETE":
+            known = self.repositories.pop(repo, None)
+            return _json({}) if known else _error(HTTPStatus.NOT_FOUND, "RepoNotFound", "Repository not found")
+        url = {"url": f"{self.url}/{repo}"}
+        if repo in self.repositories:
+            return _json({**url, "error": "You already created this model repo"}, HTTPStatus.CONFLICT)
+        is_private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.push(repo, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, private=is_private)
+        return _json(url)
+
+    def _branch(self, repo: str, branch: str, start: str) -> _Answer:
+        refs = self.repositories[repo].refs
+        if branch in refs:
+            return _error(HTTPStatus.CONFLICT, None, f"Reference already exists: {branch}")
+        refs[branch] = refs.get(start, start)
+        return _json({})
+
+    def _upload_mode(self, repo: str, branch: str, file: dict[str, Any]) -> dict[str, Any]:
+        path = file["path"]
+        repository = self.repositories[repo]
+        content = repository.commits[repository.refs[branch]].get(path)
+        is_lfs = path.endswith(LFS_SUFFIXES)
+        oid = None
+        if content is not None:
+            oid = hashlib.sha256(content).hexdigest() if is_lfs else _git_blob(content)
+        return {"path": path, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False, "oid": oid}
+
+    def _offer_uploads(self, repo: str, asked: dict[str, Any]) -> _Answer:
+        storage = f"http://127.0.0.1:{self._ports['storage']}"
+        objects = []
+        for wanted in asked["objects"]:
+            offer = {
+                "upload": {"href": f"{storage}/{repo}/resolve/upload/{wanted['oid']}?signature=1"},
+                "verify": {"href": f"{self.url}/{repo}.git/info/lfs/verify"},
+            }
+            objects.append({**wanted, **({} if wanted["oid"] in self.objects else {"actions": offer})})
+        return _json({"transfer": "basic", "objects": objects})
+
+    def _store(self, oid: str, body: bytes) -> _Answer:
+        if hashlib.sha256(body).hexdigest() != oid:
+            return _error(HTTPStatus.BAD_REQUEST, None, "The content does not match its sha256")
+        self.objects[oid] = body
+        return _json({})
+
+    def _commit(self, repo: str, branch: str, lines: list[dict[str, Any]]) -> _Answer:
+        repository = self.repositories[repo]
+        files = dict(repository.commits[repository.refs[branch]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in self.objects:
+                    return _error(HTTPStatus.BAD_REQUEST, None, f"LFS object {value['oid']} was never uploaded")
+                files[value["path"]] = self.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        errors = errors_in(files.get("README.md", b"").decode())
+        if errors:
+            return _error(HTTPStatus.BAD_REQUEST, None, f"Your push was rejected: {errors}")
+        commit = self.push(repo, files, branch)
+        return _json({"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{repo}/commit/{commit}"})
 
     def _answer(self, host: str, repo: str, revision: str, file: str, authorization: str | None) -> _Answer:
         repository = self.repositories.get(repo)
@@ -247,6 +363,7 @@ class HubServer:
                     "sha": commit,
                     "private": repository.private,
                     "gated": "manual" if repository.gated else False,
+                    "tags": [],
                     "siblings": [{"rfilename": name} for name in files],
                 }
             )
@@ -277,9 +394,13 @@ def _parse(path: str) -> tuple[str, str, str] | None:
     return None
 
 
+def _git_blob(content: bytes) -> str:
+    """The name that git gives a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _content(content: bytes, headers: Mapping[str, str]) -> _Answer:
-    etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names a blob
-    return _Answer(HTTPStatus.OK, {**headers, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}, content)
+    return _Answer(HTTPStatus.OK, {**headers, "ETag": f'"{_git_blob(content)}"', "Accept-Ranges": "bytes"}, content)
 
 
 def _part(whole: _Answer, wanted: str) -> _Answer:
@@ -339,7 +460,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         origin = cast(_Origin, self.server)
-        answer, cut = origin.hub.answer(origin.host, self.command, self.path, self.headers)
+        upload_cut = origin.hub.upload_cut(self.command, self.path)
+        if upload_cut is not None:
+            self.rfile.read(upload_cut)
+            self._break()
+            return
+        answer, cut = origin.hub.answer(origin.host, self.command, self.path, self.headers, self._body())
         if cut == 0:
             self._break()
             return
@@ -358,14 +484,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        answer = cast(_Origin, self.server).hub.receive(self.path, self.headers, body)
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.end_headers()
-        self.wfile.write(answer.body)
+        self.do_GET()
+
+    def do_PUT(self) -> None:
+        self.do_GET()
+
+    def do_DELETE(self) -> None:
+        self.do_GET()
+
+    def _body(self) -> bytes:
+        """What the client sends, of known length or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _break(self) -> None:
         self.wfile.flush()
@@ -374,3 +510,36 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Nothing: the log is `HubServer.requests`."""
+
+
+class Client:
+    """A process that knows the server as its Hub, in which functions of a test's module run.
+
+    Args:
+        hub: the server.
+        home: folder of its Hub files, the cache among them.
+        **environment: further variables.
+    """
+
+    def __init__(self, hub: HubServer, home: Path, **environment: str) -> None:
+        self.environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with patch.dict(os.environ, self.environment):  # the first call starts the process
+            return self._pool.submit(function, *args, **kwargs).result(SECONDS)
+
+    def close(self) -> None:
+        self._pool.shutdown()

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +29,12 @@ from peft_composition import AdapterError, CompositionConfig
 from peft_composition.model import composition_layers
 
 from . import tiny
-from .hub_server import HubServer
+from .hub_server import Client, HubServer
 from .reference import Reference, relative_error
 
 
 CONFIG, SAFETENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-SECONDS = 120  # that a process may take, its start included
+CARD = "README.md"
 pytestmark = pytest.mark.xdist_group("hub")  # one server and one pair of processes for all
 
 
@@ -122,45 +120,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hf_home")
 
 
-class Client:
-    """A process with an environment of its own, in which functions of this file run."""
-
-    def __init__(self, **environment: str) -> None:
-        self._environment = environment
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        with patch.dict(os.environ, self._environment):  # the first call starts the process
-            return self._pool.submit(function, *args, **kwargs).result(SECONDS)
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-
-def _client(hub: HubServer, home: Path, offline: bool) -> Iterator[Client]:
-    client = Client(
-        HF_ENDPOINT=hub.url,
-        HF_HOME=str(home),
-        HF_HUB_CACHE=str(home / "hub"),
-        HF_HUB_OFFLINE=str(int(offline)),
-        HF_TOKEN="",
-        HF_HUB_DISABLE_PROGRESS_BARS="0",
-        NO_PROXY="127.0.0.1",
-        no_proxy="127.0.0.1",
-        OMP_NUM_THREADS="1",
-    )
+@pytest.fixture(scope="module")
+def online(hub: HubServer, home: Path) -> Iterator[Client]:
+    client = Client(hub, home)
     yield client
     client.close()
 
 
 @pytest.fixture(scope="module")
-def online(hub: HubServer, home: Path) -> Iterator[Client]:
-    yield from _client(hub, home, offline=False)
-
-
-@pytest.fixture(scope="module")
 def offline(hub: HubServer, home: Path) -> Iterator[Client]:
-    yield from _client(hub, home, offline=True)
+    client = Client(hub, home, HF_HUB_OFFLINE="1")
+    yield client
+    client.close()
 
 
 @pytest.fixture(autouse=True)
@@ -235,12 +206,17 @@ def test_an_adapter_by_id(hub: HubServer, online: Client, adapters: Adapters) ->
             "commit": commit,
             "sha256": _sha256(lora / SAFETENSORS),
             "base_model_name_or_path": None,
+            "license": None,
         }
     ]
-    assert hub.asked("me/by-id", "GET") == [CONFIG, SAFETENSORS]
+    assert hub.asked("me/by-id", "GET") == [CONFIG, SAFETENSORS, CARD]
     assert PICKLE not in hub.asked("me/by-id")
     # What git LFS holds comes from the storage host, which must not see the token; here there is none at all.
-    assert {(r.host, r.file) for r in hub.requests if r.method == "GET"} == {("hub", CONFIG), ("storage", SAFETENSORS)}
+    assert {(r.host, r.file) for r in hub.requests if r.method == "GET"} == {
+        ("hub", CONFIG),
+        ("storage", SAFETENSORS),
+        ("hub", CARD),
+    }
 
 
 def _sha256(file: Path) -> str:
@@ -291,7 +267,7 @@ def test_a_pickle_is_fetched_only_where_there_are_no_safetensors(
     hub.push("me/pickle", pickled(lora))
 
     adapters.check(online(compose, ["me/pickle"]), lora)
-    assert hub.asked("me/pickle", "GET") == [CONFIG, PICKLE]
+    assert hub.asked("me/pickle", "GET") == [CONFIG, PICKLE, CARD]
 
 
 def test_a_cache_under_a_folder_called_snapshots(
@@ -374,6 +350,60 @@ def test_what_cannot_be_read_is_refused(
     assert token == "" or token not in error
 
 
+# Licences
+
+
+def test_licences_come_from_the_cards(hub: HubServer, online: Client, offline: Client, adapters: Adapters) -> None:
+    cards = {
+        "me/licensed": b"---\nlicense: mit\n---\n# Mine\n",
+        "me/with-a-name": b"---\nlicense: other\nlicense_name: llama3.1\n---\n",
+        "me/silent": b"# No metadata\n",
+        "me/empty": b"---\ntags:\n- lora\n---\n",
+        "me/damaged": b"---\nlicense: [mit\n---\n",
+        "me/no-text": b"---\nlicense: \xff\n---\n",
+        "me/bare": None,
+    }
+    loras = [adapters.make() for _ in cards]
+    for (repo, card), lora in zip(cards.items(), loras):
+        files = files_of(lora, "inner/")  # the card is that of the repository, wherever in it the adapter is
+        hub.push(repo, {**files, CARD: card} if card is not None else files)
+    references = [{"path": repo, "subfolder": "inner", "name": repo} for repo in cards]
+
+    outcome = online(compose, references)
+
+    adapters.check(outcome, *loras)
+    expected = ["mit", "other (llama3.1)", None, None, None, None, None]
+    assert [entry["license"] for entry in outcome.provenance] == expected
+    assert [entry["license"] for entry in offline(compose, references).provenance] == expected
+    hub.clear()
+    again = online(
+        compose,
+        [
+            {**reference, "revision": next(iter(hub.repositories[reference["path"]].commits))}
+            for reference in references
+        ],
+    )
+    assert [entry["license"] for entry in again.provenance] == expected
+    assert hub.requests == []  # that a repository has no card is remembered, too
+
+
+def test_the_licence_of_a_folder_is_in_its_card(online: Client, adapters: Adapters, tmp_path: Path) -> None:
+    lora = adapters.make()
+    (lora / CARD).write_text("---\nlicense: apache-2.0\n---\n")
+    outcome = online(compose, [str(lora)])
+    adapters.check(outcome, lora)
+    assert outcome.provenance[0]["license"] == "apache-2.0"
+
+
+def test_an_adapter_is_not_refused_for_its_card(hub: HubServer, online: Client, adapters: Adapters) -> None:
+    lora = adapters.make()
+    hub.push("me/broken-card", files_of(lora))
+    hub.cut("me/broken-card", CARD, *[0] * 9, method="HEAD")
+    outcome = online(compose, ["me/broken-card"])
+    adapters.check(outcome, lora)
+    assert outcome.provenance[0]["license"] is None
+
+
 # Many, and interrupted
 
 
@@ -392,7 +422,7 @@ def test_many_adapters_are_fetched_at_the_same_time_and_each_file_once(
 
     adapters.check(outcome, *loras)
     assert [entry["path"] for entry in outcome.provenance] == repos
-    assert all(hub.asked(repo, "GET") == [CONFIG, SAFETENSORS] for repo in repos)
+    assert all(hub.asked(repo, "GET") == [CONFIG, SAFETENSORS, CARD] for repo in repos)
     assert hub.most_at_once > 3
     assert _bars(outcome.stderr) == {"Fetching adapters"}
     assert re.search(r"Fetching adapters: 100%.* 20/20 ", outcome.stderr)
@@ -545,7 +575,8 @@ def test_a_light_composition_reloads_the_recorded_commits(
     hub: HubServer, online: Client, adapters: Adapters, tmp_path: Path
 ) -> None:
     loras, later = [adapters.make(), adapters.make()], adapters.make()
-    commits = [hub.push(f"me/light-{n}", files_of(lora)) for n, lora in enumerate(loras)]
+    card = {CARD: b"---\nlicense: mit\n---\n"}
+    commits = [hub.push(f"me/light-{n}", files_of(lora) | card) for n, lora in enumerate(loras)]
     saved = tmp_path / "saved"
     adapters.check(online(compose, ["me/light-0", "me/light-1"], save=str(saved), save_adapters=False), *loras)
     assert sum(file.stat().st_size for file in saved.iterdir()) < 20_000
@@ -561,6 +592,9 @@ def test_a_light_composition_reloads_the_recorded_commits(
     assert {(request.repo, request.revision) for request in hub.requests} == {
         (f"me/light-{number}", commit) for number, commit in enumerate(commits)
     }
+    # The licences are in the record.
+    assert [entry["license"] for entry in outcome.provenance] == ["mit", "mit"]
+    assert CARD not in hub.asked("me/light-0")
 
     hub.clear()
     adapters.check(online(compose, load=str(saved), cache=str(tmp_path / "elsewhere")), *loras)

@@ -1,0 +1,500 @@
+"""Model cards of saved compositions, written from their files, and pushing both to the Hub.
+
+PEFT writes the card before it saves the config, so `CompositionConfig.save_pretrained` completes it. transformers'
+`model.push_to_hub` and `Trainer.create_model_card` write it once more afterwards: hence `push_to_hub` and
+`CompositionCardMixin`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote, unquote
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from .config import CompositionConfig, Provenance
+from .layer import Mixing
+from .model import block_of
+from .upstream import WeightsFile, is_hub_id
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+TAG = "peft-composition"
+LORA_SUBFOLDER = "lora"  # where an exported plain LoRA lies, if there is one
+TEMPLATE = "model_card_template.md"
+NEW_TITLE = "# Composition of LoRA adapters"
+ADAPTERS_PER_BLOCK_TABLE = 20
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_BEGIN, _END = "<!-- peft-composition:begin", "<!-- peft-composition:end -->"
+# A begin mark whose end somebody deleted must not swallow the text up to the end mark of a later section.
+_SECTION = re.compile(rf"{_BEGIN}(?P<fields>[^>\n]*)-->(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
+_NOTE = "<!-- Replaced whenever the adapter is saved: write your own text above or below. -->"
+_FIELD = re.compile(r"(\w+)=(\S+)")
+_LICENSE_ID = re.compile(r"(?!other$|unknown$)[a-z0-9][a-z0-9.+-]*")
+
+
+# What users call
+
+
+def write_model_card(
+    folder: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    repo_id: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write, or bring up to date, what the model card says of a saved composition.
+
+    Only the part between the marks `<!-- peft-composition:begin -->` and `<!-- peft-composition:end -->` is replaced;
+    all other text stays. The metadata gets the library, the base model where it is a Hub id, the tag, the upstream
+    adapters and, where all of them state the same one and the card has none yet, the licence.
+
+    Args:
+        folder: where the card is, and the composition that `save_pretrained` wrote.
+        subfolder: where in `folder` the composition is; PEFT saves an adapter that is not named "default" in a folder
+            of its own. Default: in `folder` itself.
+        repo_id: the repository that the folder is pushed to, for the loading code. Default: the one that the card
+            names already, or else the folder itself.
+        metrics: evaluation results of these weights, by name. Default: none are shown.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: there is no saved composition.
+    """
+    root = Path(folder)
+    subfolder = subfolder or None
+    saved = _Saved(root, subfolder)
+    if not saved.is_complete:
+        raise ValueError(
+            f"There is no saved composition in {saved.folder}: it needs {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    path = root / REPOCARD_NAME
+    card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n\n---\n{NEW_TITLE}\n")
+    repo_id = repo_id or _repository_of(card.text, subfolder)
+    card.text = _with_section(card.text, _section(saved, repo_id, metrics or {}), subfolder)
+    described = [_Saved(root, _subfolder_in(found)) for found in _SECTION.finditer(card.text)]
+    _complete_metadata(cast(ModelCardData, card.data), [other for other in described if other.is_complete])
+    with tempfile.TemporaryDirectory(dir=root, prefix=".card-") as draft:
+        card.save(Path(draft, REPOCARD_NAME))
+        os.replace(Path(draft, REPOCARD_NAME), path)
+    return path
+
+
+def push_to_hub(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload composition",
+    metrics: Mapping[str, float] | None = None,
+) -> CommitInfo:
+    """Push the compositions of a model to the Hub, with their model card.
+
+    Like `model.push_to_hub`, which pushes the same weights but replaces a new card by an empty one. What people wrote
+    into the card on the Hub stays. Call it in one process only; a sharded model is pushed by the Trainer, see
+    `CompositionCardMixin`.
+
+    Args:
+        model: the model.
+        repo_id: the repository, made where it does not exist.
+        private: whether a new repository is private. Default: as the Hub decides.
+        token: Hub token. Default: the usual places (`HF_TOKEN`, `hf auth login`).
+        revision: branch to push to, made where it does not exist. Default: the main branch.
+        commit_message: first line of the commit.
+        metrics: evaluation results for the card, by name.
+
+    Returns:
+        The commit.
+
+    Raises:
+        ValueError: the model has no composition, or one with `save_adapters=False` has upstream adapters that are
+            local folders, so that nobody else could load it; nothing is pushed.
+    """
+    configs = {name: c for name, c in model.peft_config.items() if isinstance(c, CompositionConfig)}
+    if not configs:
+        raise ValueError(f"The model has no composition to push; its adapters are {sorted(model.peft_config)}.")
+    for config in configs.values():
+        _require_public_sources(config)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        _fetch_card(api, repo_id, revision, Path(folder))  # in place of PEFT's, who would take people's tags away
+        for name in configs:
+            write_model_card(folder, subfolder=_subfolder_of(name), repo_id=repo_id, metrics=metrics)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+
+
+class CompositionCardMixin(_TrainerBase):
+    """Completes the model card that a Trainer writes, so that `push_to_hub` pushes it.
+
+    The Trainer writes its card after saving and tells no callback; `create_model_card` is there to be overridden.
+
+        class ComposedTrainer(CompositionCardMixin, Trainer):
+            pass
+
+    Works with every subclass of `Trainer`. Until the model is saved in `output_dir`, there is nothing to describe and
+    the card stays as the Trainer wrote it.
+    """
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's card, and into it what a composition's card says, with the evaluation results."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        folder = Path(cast(str, self.args.output_dir))
+        for name, config in getattr(model, "peft_config", {}).items():
+            subfolder = _subfolder_of(name)
+            if isinstance(config, CompositionConfig) and _Saved(folder, subfolder).is_complete:
+                write_model_card(folder, subfolder=subfolder, repo_id=self.hub_model_id, metrics=_evaluation_of(self))
+
+
+# What saving and pushing need
+
+
+def complete_card(folder: Path) -> None:
+    """Complete the card that PEFT wrote into the folder of a saved composition, or above that of a named one."""
+    if (folder / REPOCARD_NAME).is_file():
+        write_model_card(folder)
+    else:
+        write_model_card(folder.parent, subfolder=folder.name)
+
+
+def _subfolder_of(adapter_name: str) -> str | None:
+    return None if adapter_name == "default" else adapter_name
+
+
+def _require_public_sources(config: CompositionConfig) -> None:
+    local = [entry["name"] for entry in config.provenance or () if entry["commit"] is None]
+    if local and not config.save_adapters:
+        raise ValueError(
+            f"With save_adapters=False nobody else could load this composition: {', '.join(map(repr, local))} "
+            "came from local folders. Push these adapters first and compose them from there, or set "
+            "save_adapters=True."
+        )
+
+
+def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
+    """Put the card that the repository has, if any, into a folder."""
+    try:
+        # Forced: a copy from the cache could lack what people wrote since.
+        card = api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, force_download=True)
+    except RemoteEntryNotFoundError:
+        return
+    shutil.copyfile(card, folder / REPOCARD_NAME)
+
+
+def _evaluation_of(trainer: Trainer) -> dict[str, float]:
+    """The Trainer's evaluation results for the weights that it holds after training; empty where it has none."""
+    state = trainer.state
+    step = state.global_step
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        step = state.best_global_step
+    about_speed = ("_runtime", "_per_second", "_time")
+    return {
+        key.removeprefix("eval_"): value
+        for entry in state.log_history
+        if entry["step"] == step
+        for key, value in entry.items()
+        if key.startswith("eval_") and not key.endswith(about_speed) and isinstance(value, (int, float))
+    }
+
+
+# A composition as it is on disk
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A composition that `save_pretrained` wrote.
+
+    Attributes:
+        root: folder of the card.
+        subfolder: where in it the composition is.
+    """
+
+    root: Path
+    subfolder: str | None
+
+    @property
+    def folder(self) -> Path:
+        return self.root / (self.subfolder or "")
+
+    @property
+    def weights_file(self) -> Path | None:
+        candidates = [self.folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+        return next((path for path in candidates if path.is_file()), None)
+
+    @property
+    def is_complete(self) -> bool:
+        config = self.folder / CONFIG_NAME
+        if self.weights_file is None or not config.is_file():
+            return False
+        return json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "COMPOSITION"
+
+    @property
+    def has_lora(self) -> bool:
+        return (self.folder / LORA_SUBFOLDER / CONFIG_NAME).is_file()
+
+    @cached_property
+    def config(self) -> CompositionConfig:
+        config = CompositionConfig.from_pretrained(str(self.folder))
+        assert isinstance(config, CompositionConfig)
+        return config
+
+    @property
+    def ranks(self) -> dict[str, list[int]]:
+        return self.config.composed_modules or {}
+
+    @property
+    def provenance(self) -> list[Provenance]:
+        return self.config.provenance or []
+
+    @property
+    def base_model(self) -> str | None:
+        name = self.config.base_model_name_or_path
+        return name if is_hub_id(name) else None
+
+    def mixing_weights(self) -> dict[str, list[float]]:
+        """The weight of every adapter in every composed module, from theta in the weights file; empty if not there."""
+        mixing = Mixing(self.config, torch.float32)
+        if mixing.weight is None:
+            return dict.fromkeys(self.ranks, mixing().tolist())
+        assert self.weights_file is not None
+        file = WeightsFile(self.subfolder or "default", self.weights_file)
+        weights = {}
+        for key in file:
+            module, found, _ = key.removeprefix("base_model.model.").partition(".composition_mixing.")
+            if found:
+                mixing.load_state_dict({"weight": file.read(key)})
+                weights[module] = mixing().tolist()
+        if weights.keys() != self.ranks.keys():  # DeepSpeed, for one, can leave an empty file here and save elsewhere
+            return {}
+        return {module: weights[module] for module in self.ranks}
+
+
+# Text and metadata of a card
+
+
+def _with_section(text: str, section: str, subfolder: str | None) -> str:
+    """A card's text with the section of one composition replaced or, where it has none yet, added.
+
+    A first section goes before the first second-level heading, another one after the last section.
+    """
+    sections = [*_SECTION.finditer(text)]
+    for found in sections:
+        if _subfolder_in(found) == subfolder:
+            return text[: found.start()] + section + text[found.end() :]
+    boilerplate = "\n".join(ModelCard.from_template(ModelCardData()).text.splitlines())
+    if text.startswith(boilerplate):  # what PEFT puts into a new folder: headings without content
+        text = f"{NEW_TITLE}\n{text.removeprefix(boilerplate)}"
+        place = len(NEW_TITLE) + 1
+    else:
+        place = sections[-1].end() if sections else _before_first_heading(text)
+    return f"{text[:place].rstrip()}\n\n{section}\n\n{text[place:].lstrip()}".lstrip()
+
+
+def _before_first_heading(text: str) -> int:
+    """Where the first second-level heading begins, or the end; what is in code blocks does not count."""
+    place, in_code = 0, False
+    for line in text.splitlines(keepends=True):
+        if line.startswith("```"):
+            in_code = not in_code
+        elif line.startswith("## ") and not in_code:
+            return place
+        place += len(line)
+    return place
+
+
+def _subfolder_in(section: re.Match[str]) -> str | None:
+    """The subfolder of the composition that a section is about."""
+    return unquote(dict(_FIELD.findall(section["fields"])).get("subfolder", "")) or None
+
+
+def _repository_of(text: str, subfolder: str | None) -> str | None:
+    """The repository that a card names in the section of a composition."""
+    for section in _SECTION.finditer(text):
+        if _subfolder_in(section) == subfolder:
+            return dict(_FIELD.findall(section["fields"])).get("repository")
+    return None
+
+
+def _complete_metadata(data: ModelCardData, compositions: list[_Saved]) -> None:
+    """Add what is known of the compositions; keep what is there already, unless the Hub would refuse it."""
+    data.library_name = "peft"
+    known = [composition.base_model for composition in compositions if composition.base_model]
+    data.base_model = known[0] if known else _hub_ids(data.base_model)
+    data["base_model_relation"] = "adapter" if data.base_model else None
+    # PEFT makes a tag of the base model's name, local path or not.
+    tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:") or is_hub_id(tag.split(":", 2)[-1])]
+    data.tags = [*tags, TAG] if TAG not in tags else tags
+    entries = [entry for composition in compositions for entry in composition.provenance]
+    data["upstream_adapters"] = [*dict.fromkeys(e["path"] for e in entries if e["commit"] is not None)] or None
+    if data.license is None:
+        data.license = _shared_license(entries)
+
+
+def _hub_ids(names: str | list[str] | None) -> str | list[str] | None:
+    """The names where all of them are Hub ids."""
+    listed = [names] if isinstance(names, str) else names or []
+    return names if listed and all(map(is_hub_id, listed)) else None
+
+
+def _shared_license(entries: Iterable[Provenance]) -> str | None:
+    """The licence that all adapters state, as an identifier that the Hub has accepted before."""
+    entries = list(entries)
+    stated = {entry.get("license") for entry in entries}
+    shared = stated.pop() if len(stated) == 1 else None
+    if shared is None or not _LICENSE_ID.fullmatch(shared):
+        return None
+    return shared if any(entry["commit"] is not None for entry in entries) else None
+
+
+def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -> str:
+    """The text about one composition, between its marks."""
+    weights = saved.mixing_weights()
+    adapters = [_Row(saved, number, weights) for number in range(len(saved.config.references))]
+    largest = sorted(adapters, key=lambda row: -abs(row.mean or 0))[:ADAPTERS_PER_BLOCK_TABLE]
+    shown = [row for row in adapters if row in largest]
+    blocks: dict[str, list[str]] = {}
+    for module in weights:
+        blocks.setdefault(block_of(module, saved.config.layers_pattern) or module, []).append(module)
+    fields = {"subfolder": quote(saved.subfolder or ""), "repository": repo_id}
+    lora_subfolder = f"{saved.subfolder}/{LORA_SUBFOLDER}" if saved.subfolder else LORA_SUBFOLDER
+    text = _template().render(
+        config=saved.config,
+        base_link=_link(saved.base_model) if saved.base_model else None,
+        code=_loading_code(
+            saved, repo_id, saved.subfolder, "import peft_composition  # registers the method with PEFT"
+        ),
+        lora_code=_loading_code(saved, repo_id, lora_subfolder) if saved.has_lora else None,
+        lora_subfolder=lora_subfolder,
+        modules=len(saved.ranks),
+        different_weights=len({tuple(row) for row in weights.values()}),
+        adapters=adapters,
+        shown=shown,
+        blocks={block: [row.mean_over(modules) for row in shown] for block, modules in blocks.items()},
+        licenses=sorted({row.license for row in adapters}),
+        metrics=metrics,
+    )
+    begin = " ".join([_BEGIN, *(f"{name}={value}" for name, value in fields.items() if value)])
+    return f"{begin} -->\n{_NOTE}\n{text.strip()}\n{_END}"
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template(TEMPLATE)
+
+
+def _cell(value: object) -> str:
+    """A value as it stands in a table: numbers with few digits, no text that would end the cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+class _Row:
+    """What the tables say of one upstream adapter."""
+
+    def __init__(self, saved: _Saved, number: int, weights: dict[str, list[float]]) -> None:
+        entry = saved.provenance[number]
+        ranks = {module: row[number] for module, row in saved.ranks.items() if row[number]}
+        base = entry["base_model_name_or_path"]
+        self.name = f"`{entry['name']}`"
+        self.source = (
+            _link(entry["path"], entry["commit"], entry["subfolder"]) if entry["commit"] else "a local folder"
+        )
+        self.ranks = ", ".join(map(str, sorted(set(ranks.values()))))
+        self.base_model = _link(base) if base and is_hub_id(base) else "a local folder" if base else "not stated"
+        self.license = entry.get("license") or "not stated"
+        self.sha256 = entry["sha256"]
+        self.modules = len(ranks)
+        self._weights = {module: weights[module][number] for module in ranks if module in weights}
+        self.mean = self.mean_over(self._weights)
+        self.min = min(self._weights.values(), default=None)
+        self.max = max(self._weights.values(), default=None)
+
+    def mean_over(self, modules: Iterable[str]) -> float | None:
+        """The mean weight in those of the modules that the adapter touches; None where it touches none."""
+        touched = [self._weights[module] for module in modules if module in self._weights]
+        return fmean(touched) if touched else None
+
+
+def _link(repo_id: str, commit: str | None = None, subfolder: str | None = None) -> str:
+    """A link to a repository on the Hub, at a commit."""
+    if commit is None:
+        return f"[{repo_id}](https://huggingface.co/{repo_id})"
+    place = f"/{quote(subfolder)}" if subfolder else ""
+    return f"[{repo_id}{place}](https://huggingface.co/{repo_id}/tree/{commit}{place}) at `{commit[:12]}`"
+
+
+def _loading_code(saved: _Saved, repo_id: str | None, subfolder: str | None, *first_lines: str) -> str:
+    """Python that loads the base model and the adapter, to be pasted."""
+    config = saved.config
+    where = [json.dumps(repo_id or ".")]
+    if subfolder:
+        where.append(f"subfolder={json.dumps(subfolder)}")
+    note = "" if repo_id else "  # this folder, or the repository that it was pushed to"
+    imported, base_model = _base_model_code(config)
+    lines = [*first_lines, "from peft import PeftModel", *imported, "", base_model]
+    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {', '.join(where)}){note}"])
+
+
+def _base_model_code(config: CompositionConfig) -> tuple[list[str], str]:
+    """The import and the line that load the base model, as far as the config tells."""
+    mapping = config.auto_mapping or {}
+    auto_class = AUTO_CLASSES.get(config.task_type or "")
+    if auto_class is None and (mapping.get("parent_library") or "").startswith("transformers."):
+        auto_class = mapping["base_model_class"]
+    name = config.base_model_name_or_path
+    if auto_class is None or not name:
+        kind = f", a {mapping['base_model_class']}" if mapping.get("base_model_class") else ""
+        return [], f"base_model = ...  # the model that the adapters were trained on{kind}"
+    arguments = [json.dumps(name)]
+    if config.revision:
+        arguments.append(f"revision={json.dumps(config.revision)}")
+    if config.num_labels is not None:
+        arguments.append(f"num_labels={config.num_labels}")
+    note = "" if is_hub_id(name) else "  # a local folder: put your own here"
+    line = f"base_model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
+    return [f"from transformers import {auto_class}"], line
