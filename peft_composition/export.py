@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict
@@ -30,6 +31,7 @@ from .upstream import WeightsFile
 # What vLLM takes as `max_lora_rank`.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 HEAD_NAME = "head.safetensors"
+LORA_SUBFOLDER = "lora"
 # PEFT looks for a head in every adapter of these task types, and fails where there is none.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _PREFIX = "base_model.model."
@@ -222,7 +224,7 @@ def lora_from_checkpoint(
     return _export(config, modules, others, options)
 
 
-def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = "lora", **options: Any) -> LoraExport:
+def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = LORA_SUBFOLDER, **options: Any) -> LoraExport:
     """Put the export of a saved composition into a subfolder, for everybody who does not have this plugin.
 
     Once pushed, `PeftModel.from_pretrained(base, "me/composed", subfolder="lora")` loads it with PEFT alone.
@@ -240,6 +242,10 @@ def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = "lora", *
     """
     export = lora_from_checkpoint(folder, **options)
     export.save_pretrained(Path(folder, subfolder))
+    if Path(folder, REPOCARD_NAME).is_file():
+        from .hub import write_model_card  # it builds on this module
+
+        write_model_card(folder)  # says how to load the export
     return export
 
 

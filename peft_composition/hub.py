@@ -29,6 +29,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .config import CompositionConfig, Provenance
+from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
 from .layer import Mixing
 from .model import block_of
 from .upstream import WeightsFile, is_hub_id
@@ -42,7 +43,6 @@ else:
     _TrainerBase = object
 
 TAG = "peft-composition"
-LORA_SUBFOLDER = "lora"  # where an exported plain LoRA lies, if there is one
 TEMPLATE = "model_card_template.md"
 NEW_TITLE = "# Composition of LoRA adapters"
 ADAPTERS_PER_BLOCK_TABLE = 20
@@ -120,8 +120,9 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload composition",
     metrics: Mapping[str, float] | None = None,
+    lora: bool = True,
 ) -> CommitInfo:
-    """Push the compositions of a model to the Hub, with their model card.
+    """Push the compositions of a model to the Hub, with their model card and as plain LoRAs.
 
     Like `model.push_to_hub`, which pushes the same weights but replaces a new card by an empty one. What people wrote
     into the card on the Hub stays. Call it in one process only; a sharded model is pushed by the Trainer, see
@@ -135,6 +136,8 @@ def push_to_hub(
         revision: branch to push to, made where it does not exist. Default: the main branch.
         commit_message: first line of the commit.
         metrics: evaluation results for the card, by name.
+        lora: also push the exact export, in the subfolder `lora`, for those who do not have this plugin; not for a
+            composition with `save_adapters=False`, whose repository shall not carry the factors.
 
     Returns:
         The commit.
@@ -149,19 +152,29 @@ def push_to_hub(
     for config in configs.values():
         _require_public_sources(config)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    exports = [_lora_folder(name) for name in configs]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        for name, config in configs.items():
+            if lora and config.save_adapters:
+                lora_from_checkpoint(_folder_of(folder, name)).save_pretrained(Path(folder, _lora_folder(name)))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         _fetch_card(api, repo_id, revision, Path(folder))  # in place of PEFT's, who would take people's tags away
         for name in configs:
             write_model_card(folder, subfolder=_subfolder_of(name), repo_id=repo_id, metrics=metrics)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=[f"{export}/*" for export in exports],  # those of an earlier push would no longer be true
+        )
 
 
 class CompositionCardMixin(_TrainerBase):
-    """Completes the model card that a Trainer writes, so that `push_to_hub` pushes it.
+    """Completes the model card that a Trainer writes, and adds the plain LoRA, so that `push_to_hub` pushes both.
 
     The Trainer writes its card after saving and tells no callback; `create_model_card` is there to be overridden.
 
@@ -182,6 +195,8 @@ class CompositionCardMixin(_TrainerBase):
         for name, config in getattr(model, "peft_config", {}).items():
             subfolder = _subfolder_of(name)
             if isinstance(config, CompositionConfig) and _Saved(folder, subfolder).is_complete:
+                if self.args.push_to_hub and config.save_adapters:
+                    add_to_checkpoint(_folder_of(folder, name))
                 write_model_card(folder, subfolder=subfolder, repo_id=self.hub_model_id, metrics=_evaluation_of(self))
 
 
@@ -198,6 +213,14 @@ def complete_card(folder: Path) -> None:
 
 def _subfolder_of(adapter_name: str) -> str | None:
     return None if adapter_name == "default" else adapter_name
+
+
+def _folder_of(folder: str | os.PathLike[str], adapter_name: str) -> Path:
+    return Path(folder, _subfolder_of(adapter_name) or "")
+
+
+def _lora_folder(adapter_name: str) -> str:
+    return (Path(_subfolder_of(adapter_name) or "") / LORA_SUBFOLDER).as_posix()
 
 
 def _require_public_sources(config: CompositionConfig) -> None:

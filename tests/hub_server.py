@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 from .hub_metadata import errors_in
 
 
+TREE = "/tree"  # stands for the list of files in the place of a file
 # The Hub keeps these in git LFS and redirects to a storage host; all others it serves itself.
 LFS_SUFFIXES = (".safetensors", ".bin")
 SECONDS = 120  # that a call in another process may take, the start of the process included
@@ -355,6 +356,9 @@ class HubServer:
         if commit not in repository.commits:
             return _error(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = repository.commits[commit]
+        if file == TREE:
+            entries = [{"type": "file", "path": n, "size": len(c), "oid": _git_blob(c)} for n, c in files.items()]
+            return _json(entries)
         if not file:
             return _json(
                 {
@@ -387,6 +391,8 @@ def _parse(path: str) -> tuple[str, str, str] | None:
     """(repository, revision, file) of an address; the file is empty for a question about the repository."""
     parts = [unquote(part) for part in path.strip("/").split("/")]
     if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        if parts[4:5] == ["tree"]:
+            return "/".join(parts[2:4]), "/".join(parts[5:]), TREE
         revision = parts[5] if parts[4:5] == ["revision"] and len(parts) == 6 else "main"
         return "/".join(parts[2:4]), revision, ""
     if len(parts) >= 5 and parts[2] == "resolve":

@@ -407,6 +407,34 @@ def test_an_upload_that_breaks_off_is_sent_again(hub: HubServer, online: Client)
     assert hub.cut_off == [("PUT", "me/bumpy", sha256)]
 
 
+# The plain LoRA
+
+
+def test_the_pushed_lora_gives_the_same_logits(hub: HubServer, online: Client, tmp_path: Path) -> None:
+    pushed = {
+        "me/pushed": online(attempt, push, "me/pushed"),
+        "me/trained": online(attempt, train, ComposedTrainer, "me/trained", str(tmp_path / "run")),
+    }
+    for repo, outcome in pushed.items():
+        assert outcome.error == ""
+        assert json.loads(content(hub, repo)[f"lora/{CONFIG}"])["peft_type"] == "LORA"
+        by_hand = online(attempt, load, repo, subfolder="lora")
+        as_the_card_says = online(attempt, run_code, code_blocks(card_of(hub, repo))[1])
+        assert (by_hand.error, as_the_card_says.error) == ("", "")
+        for found in (by_hand, as_the_card_says):
+            assert (found.logits - outcome.logits).abs().max() < 1e-5
+
+
+def test_a_lora_that_is_no_longer_pushed_is_taken_away(hub: HubServer, online: Client) -> None:
+    assert online(attempt, push, "me/pushed").error == ""
+    assert 'subfolder="lora"' in card_of(hub, "me/pushed")
+
+    assert online(attempt, push, "me/pushed", seed=1, lora=False).error == ""
+
+    assert not [file for file in content(hub, "me/pushed") if file.startswith("lora/")]
+    assert 'subfolder="lora"' not in card_of(hub, "me/pushed")
+
+
 # Compositions that name their adapters
 
 
