@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("train", "forward", "generate", "linear", "load")
-MODELS = ("vit", "t5", "llama", "tiny")
+MODELS = ("vit", "t5", "llama", "tiny-vit", "tiny-llama")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,12 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers", nargs="+", metavar="PEER", help="default: all of the table; its reference always runs"
     )
-    parser.add_argument("--repeats", type=_positive, metavar="ROUNDS", help="default: 5 to 9, by table and model")
+    parser.add_argument("--repeats", type=_positive, metavar="ROUNDS", help="default: 3 to 11, by table and model")
     parser.add_argument(
         "--memory-limit",
         type=float,
         metavar="GB",
-        help="leave out peers that would keep more than this for backward; default: 60%% of what is free",
+        help="leave out peers whose training step would take more than this; default: 60%% of what is free",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file whose block is replaced")

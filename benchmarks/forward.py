@@ -69,7 +69,7 @@ TABLE = Table(
     peers=(BASE, COMPOSITION, MERGED, LORA, PEFT, LOOP, XLORA),
     models=("vit", "t5", "llama"),
     adapters=(1, 2, 5, 20, 64),
-    rounds={"vit": 7, "t5": 5, "llama": 5, "tiny": 4},
+    rounds={"vit": 7, "t5": 5, "llama": 5, "tiny-vit": 4, "tiny-llama": 4},
     describe=lambda model: f"{model.name}, {model.size}",
     run=run,
 )

@@ -16,7 +16,7 @@ from .settings import Settings, Table
 
 
 PROMPT = 8
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 
 
 def run(settings: Settings) -> Iterator[Cell]:
@@ -62,7 +62,7 @@ TABLE = Table(
     peers=(BASE, COMPOSITION, MERGED, LORA, PEFT, XLORA),
     models=("llama", "t5"),
     adapters=(1, 5, 20, 64),
-    rounds={"llama": 5, "t5": 5},
+    rounds={"llama": 5, "t5": 5, "tiny-llama": 3},
     describe=lambda model: f"{model.name}, {NEW_TOKENS} tokens after {PROMPT}",
     run=run,
 )

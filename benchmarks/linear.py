@@ -22,15 +22,16 @@ from .settings import LIMIT, Settings, Table
 
 
 # (inputs, outputs) of the layers that LoRA targets in each model.
-SHAPES = {"vit": ((768, 768),), "t5": ((512, 512),), "llama": ((2048, 2048), (2048, 512)), "tiny": ((32, 32),)}
+SHAPES = {"vit": ((768, 768),), "t5": ((512, 512),), "llama": ((2048, 2048), (2048, 512)), "tiny-vit": ((32, 32),)}
 TOKENS = (1, 8, 64, 512)
 STACK_BYTES = 96 * 2**20
+MOST_LAYERS = 48
 # Multiply-accumulates of one timed pass over layers of the stack, at least: some hundredths of a second.
 WORK = {"cpu": 2e9, "cuda": 1e12}
 
 
 class Stack(nn.Module):
-    """Linear layers of one shape, enough to fill `STACK_BYTES` in float32."""
+    """Linear layers of one shape, enough to fill `STACK_BYTES` in float32, `MOST_LAYERS` at most."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Stack(nn.Module):
 
 def stack_size(inputs: int, outputs: int) -> int:
     """How many layers a stack has."""
-    return min(256, STACK_BYTES // (4 * inputs * outputs))
+    return min(MOST_LAYERS, STACK_BYTES // (4 * inputs * outputs))
 
 
 def architecture(inputs: int, outputs: int) -> Architecture:
@@ -105,7 +106,7 @@ TABLE = Table(
     peers=(BASE, COMPOSITION, MERGED),
     models=("vit", "llama"),
     adapters=(1, 5, 20, 64),
-    rounds={"vit": 15, "t5": 15, "llama": 15, "tiny": 3},
+    rounds={"vit": 11, "t5": 11, "llama": 11, "tiny-vit": 3},
     describe=lambda model: f"target layers of {model.name}",
     run=run,
 )

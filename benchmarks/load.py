@@ -91,7 +91,7 @@ TABLE = Table(
     peers=(COMPOSITION, PEFT, RAW),
     models=("vit",),
     adapters=(1, 2, 5, 20, 64, 256),
-    rounds={"vit": 5, "t5": 5, "llama": 5, "tiny": 3},
+    rounds={"vit": 5, "t5": 5, "llama": 5, "tiny-vit": 3, "tiny-llama": 3},
     describe=lambda model: model.name,
     run=run,
 )

@@ -96,12 +96,10 @@ def elapsed(call: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage collector runs between the rounds and passes over all that is there already."""
+    """Python's garbage collector runs between the rounds alone."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()

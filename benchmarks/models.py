@@ -133,7 +133,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         4,
         64,
     ),
-    "tiny": _vit(
+    "tiny-vit": _vit(
         ViTConfig(
             hidden_size=32,
             num_hidden_layers=2,
@@ -144,6 +144,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         "a tiny ViT (to try the programs)",
         4,
+    ),
+    "tiny-llama": _llama(
+        LlamaConfig(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        "a tiny Llama (to try the programs)",
+        4,
+        16,
     ),
 }
 
@@ -185,7 +198,7 @@ class Workbench:
         }
 
     def shared_base(self) -> nn.Module:
-        """A base model of its own modules that shares the frozen tensors; only the head is a copy, to be trained."""
+        """A base model of its own modules that shares the frozen tensors; only the head is a copy."""
         model = share(self.base)
         for name in self.architecture.head:
             model.set_submodule(name, copy.deepcopy(self.base.get_submodule(name)))
@@ -195,9 +208,10 @@ class Workbench:
         """A base model that shares nothing, for weights that change."""
         return copy.deepcopy(self.base)
 
-    def head(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters of the head in a model made by `shared_base`."""
-        return [parameter for name in self.architecture.head for parameter in model.get_submodule(name).parameters()]
+    def train_head(self, model: nn.Module) -> None:
+        """Let the head train in a model made by `shared_base`."""
+        for name in self.architecture.head:
+            model.get_submodule(name).requires_grad_()
 
     def lora_config(self) -> LoraConfig:
         """A LoRA on the targets, without a head."""

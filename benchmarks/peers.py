@@ -69,6 +69,7 @@ def _frozen(bench: Workbench, count: int) -> nn.Module:
 
     for name in target_names(bench):
         model.get_submodule(name).register_forward_hook(ask_for_gradient)
+    bench.train_head(model)
     return model
 
 
@@ -110,8 +111,7 @@ def _merged(bench: Workbench, count: int) -> nn.Module:
 def _peft_trained(bench: Workbench, count: int) -> nn.Module:
     _require_loadable(count)
     model = bench.peft_model(count)
-    for parameter in bench.head(model.get_base_model()):
-        parameter.requires_grad_()
+    bench.train_head(model.get_base_model())
     return model
 
 
@@ -125,8 +125,7 @@ def _peft(bench: Workbench, count: int) -> nn.Module:
                 module.scaling[name] = nn.Parameter(torch.tensor(scale / count, device=bench.device))
                 scales.append(module.scaling[name])
     model.learned_scales = scales  # so that the optimizer finds them
-    for parameter in bench.head(model.get_base_model()):
-        parameter.requires_grad_()
+    bench.train_head(model.get_base_model())
     return model
 
 
@@ -134,8 +133,7 @@ def _loop(bench: Workbench, count: int) -> nn.Module:
     model = bench.shared_base()
     for name, factors in read_factors(bench, count):
         model.set_submodule(name, PlainLoop(model.get_submodule(name), factors))
-    for parameter in bench.head(model):
-        parameter.requires_grad_()
+    bench.train_head(model)
     return model
 
 

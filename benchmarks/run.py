@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -39,13 +40,7 @@ def run_tables(names: Sequence[str], options: argparse.Namespace, folder: Path) 
     Raises:
         ValueError: the options name a peer or only models that none of the tables has.
     """
-    chosen = [name for name in names if _models(name, options)]
-    if not chosen:
-        raise ValueError(f"{' and '.join(names)} cannot be measured on {', '.join(options.models)}")
-    known = {peer.key: None for name in chosen for peer in TABLES[name].peers}
-    unknown = [key for key in options.peers or () if key not in known]
-    if unknown:
-        raise ValueError(f"there are no peers {', '.join(unknown)} here; there are {', '.join(known)}")
+    chosen = _chosen(names, options)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +54,8 @@ def run_tables(names: Sequence[str], options: argparse.Namespace, folder: Path) 
         return new_workbench(ARCHITECTURES[key], key)
 
     described = machine.describe(device)
-    console = Console()
+    gc.collect()
+    gc.freeze()  # the many objects of the imports stay; collections between the rounds pass over them
     for name in chosen:
         settings = _settings(name, options, device, workbench, new_workbench)
         results = Results(
@@ -74,7 +70,20 @@ def run_tables(names: Sequence[str], options: argparse.Namespace, folder: Path) 
         for cell in TABLES[name].run(settings):
             results.cells.append(cell)
             results.write(options.out)
-            console.print(_grid(name, cell))
+            Console().print(_grid(name, cell))
+    gc.unfreeze()
+
+
+def _chosen(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """The tables that have a chosen model."""
+    chosen = [name for name in names if _models(name, options)]
+    if not chosen:
+        raise ValueError(f"{' and '.join(names)} cannot be measured on {', '.join(options.models)}")
+    known = dict.fromkeys(peer.key for name in chosen for peer in TABLES[name].peers)
+    unknown = [key for key in options.peers or () if key not in known]
+    if unknown:
+        raise ValueError(f"there are no peers {', '.join(unknown)} here; there are {', '.join(known)}")
+    return chosen
 
 
 def _models(name: str, options: argparse.Namespace) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ TABLE = Table(
     peers=(LORA, COMPOSITION, UNIFORM, PEFT, PEFT_TRAINED, LOOP, XLORA, FROZEN),
     models=("vit", "t5", "llama"),
     adapters=(1, 2, 5, 20, 64),
-    rounds={"vit": 7, "t5": 4, "llama": 4, "tiny": 4},
+    rounds={"vit": 7, "t5": 4, "llama": 4, "tiny-vit": 4, "tiny-llama": 4},
     describe=lambda model: f"{model.name}, {model.size}",
     run=run,
 )
