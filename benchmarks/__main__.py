@@ -20,6 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .report import around_block, write_report
+from .results import UsageError
+
 
 # Before torch is imported: its profiler reports on standard error that there is no GPU.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -63,23 +66,19 @@ def main() -> int:
     """Run the chosen tables."""
     parser = _parser()
     options = parser.parse_args()
-    tables = TABLES if options.table == "all" else (options.table,)
-    if options.table != "report":
-        from .run import run_tables  # imports torch, which a report does not need
+    try:
+        if options.table in ("all", "report"):
+            around_block(options.readme)  # before half an hour of measuring, not after it
+        if options.table != "report":
+            from .run import run_tables  # imports torch, which a report does not need
 
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                run_tables(tables, options, Path(folder))
-            except ValueError as error:
-                parser.error(str(error))
-    if options.table in ("all", "report"):
-        from .report import write_report
-
-        try:
+            with tempfile.TemporaryDirectory() as folder:
+                run_tables(TABLES if options.table == "all" else [options.table], options, Path(folder))
+        if options.table in ("all", "report"):
             written = write_report(options.out, options.readme)
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-        print("Wrote " + ", ".join(path.name for path in written))
+            print("Wrote " + ", ".join(path.name for path in written))
+    except UsageError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import text
 from .plot import plot_training
-from .results import Cell, Measurement, Results, read_all
+from .results import Cell, Measurement, Results, UsageError, read_all
 
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -41,16 +41,15 @@ def write_report(folder: Path, readme: Path) -> list[Path]:
         The files that were written.
 
     Raises:
-        FileNotFoundError: there are no results, or no such README.
-        ValueError: the README does not have both lines, once each and in this order.
+        UsageError: there are no results, or the README does not have both lines, once each and in this order.
     """
     results = read_all(folder, TITLES)
-    before, after = _around_block(readme)
+    before, after = around_block(readme)
     plots = {
         (found.device, model): plot_training(found, model, folder / f"train-{found.device}-{model}.png")
         for found in results
         if found.table == "train"
-        for model in found.models
+        for model in dict.fromkeys(cell.model for cell in found.cells)
     }
     page = folder / PAGE
     page.write_text(_page(results, plots))
@@ -268,11 +267,15 @@ def _device_part(own: dict[str, Results]) -> list[str]:
     return [table, f"{_capitalized(models)}. {_kind(some)}; {_machine(some)}."]
 
 
-def _around_block(readme: Path) -> tuple[bytes, bytes]:
-    """What stands before and after the block, to the byte."""
-    content = readme.read_bytes()
+def around_block(readme: Path) -> tuple[bytes, bytes]:
+    """What stands before and after the block, to the byte.
+
+    Raises:
+        UsageError: it does not exist, or does not have both lines, once each and in this order.
+    """
+    content = readme.read_bytes() if readme.is_file() else b""
     begin, end = BEGIN.encode(), END.encode()
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
-        raise ValueError(f"{readme.name} needs the lines {BEGIN} and {END}, once each and in this order")
+        raise UsageError(f"{readme.name} needs the lines {BEGIN} and {END}, once each and in this order")
     before, _, rest = content.partition(begin)
     return before, rest.partition(end)[2]

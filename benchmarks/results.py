@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 
 
+class UsageError(Exception):
+    """Something the user can put right; the command line shows the message alone."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Median and quartiles of repeated measurements.
@@ -132,12 +136,12 @@ def read_all(folder: Path, order: Iterable[str]) -> list[Results]:
     """The results in a folder, by table in the given order, CPU before GPU.
 
     Raises:
-        FileNotFoundError: there are none.
+        UsageError: there are none.
     """
     found = [folder / f"{table}-{device}.json" for table in order for device in ("cpu", "cuda")]
     results = [Results.read(path) for path in found if path.is_file()]
     if not results:
-        raise FileNotFoundError(f"no results in {folder}; run a table first, such as: python -m benchmarks train")
+        raise UsageError(f"no results in {folder}; run a table first, such as: python -m benchmarks train")
     return results
 
 

@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 
 from . import forward, generate, linear, load, machine, text, train
 from .models import ARCHITECTURES, Architecture, Workbench
-from .results import Cell, Results
+from .results import Cell, Results, UsageError
 from .settings import Settings, Table
 
 
@@ -38,7 +38,7 @@ def run_tables(names: Sequence[str], options: argparse.Namespace, folder: Path) 
         folder: for adapters, empty.
 
     Raises:
-        ValueError: the options name a peer or only models that none of the tables has.
+        UsageError: the options name a peer or only models that none of the tables has.
     """
     chosen = _chosen(names, options)
     transformers.logging.set_verbosity_error()
@@ -78,11 +78,11 @@ def _chosen(names: Sequence[str], options: argparse.Namespace) -> list[str]:
     """The tables that have a chosen model."""
     chosen = [name for name in names if _models(name, options)]
     if not chosen:
-        raise ValueError(f"{' and '.join(names)} cannot be measured on {', '.join(options.models)}")
+        raise UsageError(f"{' and '.join(names)} cannot be measured on {', '.join(options.models)}")
     known = dict.fromkeys(peer.key for name in chosen for peer in TABLES[name].peers)
     unknown = [key for key in options.peers or () if key not in known]
     if unknown:
-        raise ValueError(f"there are no peers {', '.join(unknown)} here; there are {', '.join(known)}")
+        raise UsageError(f"there are no peers {', '.join(unknown)} here; there are {', '.join(known)}")
     return chosen
 
 

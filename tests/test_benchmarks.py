@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from benchmarks.cells import require_same
 from benchmarks.memory import SavedBytes, peak_during
 from benchmarks.models import ARCHITECTURES, Workbench
 from benchmarks.peers import FROZEN, PlainLoop, target_names
-from benchmarks.results import Cell, Measurement, Results, Summary
+from benchmarks.results import Cell, Measurement, Results, Summary, UsageError
 from benchmarks.text import seconds, size
 
 
@@ -253,7 +255,7 @@ def test_a_readme_without_the_block_is_refused_and_left_as_it_was(content: str, 
     Results("train", "cpu", "float32", "", {}, {"m": "model"}, {}, [cell]).write(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(content)
-    with pytest.raises(ValueError, match="benchmarks:begin"):
+    with pytest.raises(UsageError, match="benchmarks:begin"):
         report.write_report(tmp_path, readme)
     assert readme.read_text() == content
     assert not list(tmp_path.glob("*.md.*"))
@@ -274,26 +276,41 @@ def test_summary_is_the_median_and_the_quartiles() -> None:
     assert Summary.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Summary(3.0, 2.0, 4.0, 5)
 
 
-def test_race_interleaves_and_divides_by_the_reference_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def _calls(costs: dict[str, float], log: list[str]) -> dict[str, Callable[[], float]]:
+    """Calls that write themselves down and return what the clock is to show."""
+
+    def call(name: str) -> float:
+        log.append(name)
+        return costs[name]
+
+    return {name: partial(call, name) for name in costs}
+
+
+def test_race_compares_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    # The clock of a machine that gets slower and slower; "b" takes three times as long as "a".
-    monkeypatch.setattr(measure, "elapsed", lambda call, device: call() * (1 + len(log) // 3))
-    monkeypatch.setattr(measure, "SHORT_SECONDS", 0.0)
-    calls = {name: lambda name=name, cost=cost: log.append(name) or cost for name, cost in _COSTS.items()}
+    calls = _calls({"a": 1.0, "b": 3.0}, log)
+    # The clock of a machine that gets slower from round to round.
+    monkeypatch.setattr(measure, "elapsed", lambda call, device: call() * (1 + (len(log) - 1) // 2))
 
-    found = measure.race(calls, "a", 7, CPU, "test", rare={"rare"}, units=2)
+    found = measure.race(calls, "a", 7, CPU, "test", units=2)
 
-    assert log[:3] == ["a", "b", "rare"]  # the warm-up
-    assert log.count("a") == log.count("b") == 1 + 7
-    assert log.count("rare") == 1 + 3
-    assert found["b"].ratio is not None
-    assert found["a"].seconds is not None
-    assert found["b"].ratio.count == 7
-    assert found["a"].seconds.count == 7
-    assert {tuple(log[start : start + 2]) for start in (6, 8)} <= {("a", "b"), ("b", "a")}
+    rounds = [log[start : start + 2] for start in range(0, 16, 2)]
+    assert len(log) == 16
+    assert all(sorted(names) == ["a", "b"] for names in rounds)
+    assert ["b", "a"] in rounds
+    assert found["a"].seconds == Summary.of([n / 2 for n in (2, 3, 4, 5, 6, 7, 8)])
+    assert found["b"].ratio == Summary(3.0, 3.0, 3.0, 7)
 
 
-_COSTS = {"a": 1.0, "b": 3.0, "rare": 10.0}
+def test_race_runs_rare_peers_in_every_third_round_where_they_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    calls = _calls({"a": 1.0, "long": measure.SHORT_SECONDS, "short": measure.SHORT_SECONDS / 2}, log)
+    monkeypatch.setattr(measure, "elapsed", lambda call, device: call())
+
+    found = measure.race(calls, "a", 7, CPU, "test", rare={"long", "short"})
+
+    assert [log.count(name) for name in calls] == [1 + 7, 1 + 3, 1 + 7]
+    assert found["long"].ratio == Summary.of([measure.SHORT_SECONDS] * 3)
 
 
 def test_saved_bytes_count_each_tensor_once_and_no_parameter() -> None:
