@@ -28,17 +28,19 @@ def race(
     label: str,
     rare: Collection[str] = (),
     units: int = 1,
+    warm_up: Mapping[str, float] | None = None,
 ) -> dict[str, Measurement]:
     """Time the calls in interleaved rounds, so that a slow spell of the machine falls on all of them.
 
     Args:
         calls: what is timed, by name.
         reference: the name that ratios refer to.
-        rounds: how many rounds are timed, after one that is not.
+        rounds: how many rounds are timed.
         device: where the calls run.
         label: for the progress bar.
         rare: names for which every third round is enough.
         units: how many units of work a call does.
+        warm_up: seconds of a call of each that was made already. Default: one is made before the rounds.
 
     Returns:
         For each name the seconds of a unit, and the ratio to the reference in the same round.
@@ -46,7 +48,7 @@ def race(
     order = list(calls)
     shuffle = random.Random(0).shuffle
     times: dict[str, dict[int, float]] = {name: {} for name in calls}
-    with _no_collection(), tqdm(total=(rounds + 1) * len(calls), desc=label, leave=False, unit="call") as progress:
+    with _no_collection(), tqdm(total=rounds * len(calls), desc=label, leave=False, unit="call") as progress:
 
         def timed(name: str) -> float:
             seconds = elapsed(calls[name], device)
@@ -55,10 +57,10 @@ def race(
                 calls[reference]()  # the next must not be the one to fetch the memory again
             return seconds
 
-        warm_up = {}
-        for name in order:
-            warm_up[name] = timed(name)
-            progress.update()
+        if warm_up is None:
+            warm_up = {name: timed(name) for name in order}
+        else:
+            calls[reference]()  # fetches the memory that was given back since
         for number in range(rounds):
             shuffle(order)
             for name in order:

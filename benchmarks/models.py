@@ -116,7 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "t5": _t5(
         T5Config(dropout_rate=0.0, decoder_start_token_id=0),  # type: ignore[call-arg]  # a field of all configs
         "T5-small",
-        8,
+        4,
         64,
     ),
     "llama": _llama(
@@ -130,7 +130,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             tie_word_embeddings=True,
         ),
         "two layers of Llama-3.2-1B's shape",
-        4,
+        2,
         64,
     ),
     "tiny-vit": _vit(

@@ -262,9 +262,11 @@ def _device_part(own: dict[str, Results]) -> list[str]:
         ["", "", *(f"N = {count}" for count in counts)],
         [[label, title, *(entries.get(count) or "-" for count in counts)] for label, title, entries in rows],
     )
+    notes = {title: note for found in own.values() for title, note in found.peers.items()}
+    peers = "; ".join(f"{title}: {notes[title]}" for title in dict.fromkeys(row[1] for row in rows) if title in notes)
     models = "; ".join(f"{', '.join(dict.fromkeys(whats))}: {model}" for model, whats in measured.items())
     some = next(iter(own.values()))
-    return [table, f"{_capitalized(models)}. {_kind(some)}; {_machine(some)}."]
+    return [table, f"{_capitalized(models)}. {_kind(some)}; {_machine(some)}.", f"Rows: {peers}."]
 
 
 def around_block(readme: Path) -> tuple[bytes, bytes]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import arithmetic
 from .cells import build_peers, in_order, target_calls
-from .measure import race
+from .measure import elapsed, race
 from .memory import OVERHEAD, SavedBytes, free_bytes, give_back, peak_during, resident_bytes, saved_bytes_at
 from .models import RANK, Workbench
 from .peers import COMPOSITION, FROZEN, LOOP, LORA, PEFT, PEFT_TRAINED, UNIFORM, XLORA
@@ -66,6 +66,7 @@ def _cell(settings: Settings, key: str, count: int) -> Cell:
     models, measured = build_peers(settings.peers, bench, count)
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
+    warm_up: dict[str, float] = {}
     for peer, model in models.items():
         needed = expected_memory(bench, model)
         give_back()
@@ -73,10 +74,11 @@ def _cell(settings: Settings, key: str, count: int) -> Cell:
             measured[peer.title] = Measurement(skipped=f"needs about {needed / 1e9:.0f} GB for a step")
             continue
         steps[peer.title] = step = Step(model, bench.batch(labels=True))
-        peaks[peer.title] = peak_during(step.first, settings.device)
+        peaks[peer.title], warm_up[peer.title] = _first_step(step, settings.device)
         give_back()
     reference = settings.peers[0].title
-    timed = race(steps, reference, settings.rounds[key], settings.device, f"train {key} N={count}", settings.rare)
+    label = f"train {key} N={count}"
+    timed = race(steps, reference, settings.rounds[key], settings.device, label, settings.rare, warm_up=warm_up)
     for title, measurement in timed.items():
         step = steps[title]
         measurement.saved_bytes = step.saved.total
@@ -85,6 +87,13 @@ def _cell(settings: Settings, key: str, count: int) -> Cell:
     if FROZEN.title in timed:
         measured[LIMIT] = _limit(bench, steps[FROZEN.title].model, timed[FROZEN.title], count)
     return Cell(key, count, reference, in_order(settings.peers, measured))
+
+
+def _first_step(step: Step, device: torch.device) -> tuple[int, float]:
+    """The transient peak of a first step, and its seconds."""
+    seconds: list[float] = []
+    peak = peak_during(lambda: seconds.append(elapsed(step.first, device)), device)
+    return peak, seconds[0]
 
 
 def expected_memory(bench: Workbench, model: nn.Module) -> float:
