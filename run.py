@@ -22,6 +22,7 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "demo": ("demo", [["examples/quickstart.py"]]),
     "test": ("test", [["-m", "pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]]),
+    "benchmark": ("benchmark", [["-m", "benchmarks"]]),
     "check": (
         "dev",
         [["-m", "ruff", "format", "--check", "."], ["-m", "ruff", "check", "."], ["-m", "mypy"]],

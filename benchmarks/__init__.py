@@ -1,0 +1,1 @@
+"""Programs that measure peft-composition beside its peers; `python -m benchmarks --help` says how to run them."""

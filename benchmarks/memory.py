@@ -1,0 +1,131 @@
+"""How much memory a step takes: what is saved for backward, and the peak."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+
+# Memory that a training step takes, over the bytes it saves for backward: measured, and rounded up.
+OVERHEAD = {"cpu": 2.0, "cuda": 1.2}
+
+
+class SavedBytes:
+    """Counts the storages that autograd keeps for backward, each once; parameters and buffers do not count.
+
+    Args:
+        model: whose parameters and buffers are there anyway.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self._kept: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self._kept.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what forward passes inside the block save."""
+        with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
+            yield
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def saved_bytes_at(model: nn.Module, loss: Callable[[int], Tensor], batch_size: int) -> int:
+    """What a step would save for backward at a batch size, from the same at two samples and at four.
+
+    Args:
+        model: in training mode.
+        loss: batch size -> loss, with its graph.
+        batch_size: the size asked for.
+    """
+    few, more = (_saved_bytes(model, loss, size) for size in (2, 4))
+    return few + (more - few) * (batch_size - 2) // 2
+
+
+def _saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], size: int) -> int:
+    saved = SavedBytes(model)
+    with saved.counting():
+        loss(size)
+    return saved.total
+
+
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of the parameters and buffers of a model and of the state of its optimizer, each storage once."""
+    state = [] if optimizer is None else [t for entry in optimizer.state.values() for t in entry.values()]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers(), *state)
+        if isinstance(tensor, Tensor)
+    }
+    return sum(storages.values())
+
+
+def peak_during(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors take at one time during a call, above what they took before it.
+
+    On a GPU from the caching allocator, on the CPU from the profiler's record of every allocation: unlike the peak of
+    the process this does not depend on what ran before.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    level = peak = 0
+    for _, change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def give_back() -> None:
+    """Collect garbage, and return what is free to the system.
+
+    glibc keeps freed memory in a heap full of holes, in training about as much again as what was in use at the peak:
+    peer after peer, each with tensors of other sizes, would fill the machine.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it
+        if trim is not None:
+            trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def heap_is_swollen() -> bool:
+    """Whether this process holds more than a third of the machine's memory."""
+    return psutil.Process().memory_info().rss > psutil.virtual_memory().total / 3
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a step could take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
