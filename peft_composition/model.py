@@ -287,14 +287,13 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
         _rename_recorded_modules(config, current_name)
         _require_recorded_modules(config, shape_of)
     if not config.is_restored or not config.save_adapters:
-        with _read(config, model, targets, shape_of, current_name) as plan:
-            dtypes = {module: compute_dtype(targets[module], model_dtype) for module in plan.factors}
-            stacked = upstream.stack(plan, dtypes)
-            config.record(
-                {module: plan.ranks(module) for module in plan.factors},
-                [module for module in plan.factors if plan.is_biased(module)],
-                [adapter.provenance for adapter in plan.adapters],
-            )
+        plan = _read(config, model, targets, shape_of, current_name)
+        stacked = upstream.stack(plan, {name: compute_dtype(targets[name], model_dtype) for name in plan.factors})
+        config.record(
+            {module: plan.ranks(module) for module in plan.factors},
+            [module for module in plan.factors if plan.is_biased(module)],
+            [adapter.provenance for adapter in plan.adapters],
+        )
     assert config.composed_modules is not None
     return _Injection(
         ranks=config.composed_modules,
@@ -331,18 +330,14 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     return targets
 
 
-@contextmanager
 def _read(
     config: CompositionConfig,
     model: nn.Module,
     targets: dict[str, nn.Module],
     shape_of: Callable[[str], LayerShape | None],
     current_name: Callable[[str], str],
-) -> Iterator[CompositionPlan]:
-    """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint.
-
-    New hashes are computed while the block goes on.
-    """
+) -> CompositionPlan:
+    """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
     references = config.references
     hashes: list[str | None] = [None] * len(references)
     if config.is_restored and config.provenance is not None:
@@ -351,17 +346,15 @@ def _read(
             cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
             for reference, entry in zip(references, config.provenance)
         ]
-    located = upstream.locate(references)
-    with upstream.hashing(located) as found:
-        adapters = [upstream.read_adapter(*entry) for entry in zip(located, found, hashes)]
-        upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
-        is_wanted = _module_filter(config, model, adapters, current_name)
-        plan = upstream.match(adapters, shape_of, targets, current_name, is_wanted)
-        if config.is_restored:
-            _require_recorded_ranks(config, plan)
-        else:
-            _warn_about_what_is_not_mixed(config, adapters, current_name)
-        yield plan
+    adapters = upstream.read_adapters(upstream.locate(references), hashes)
+    upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+    is_wanted = _module_filter(config, model, adapters, current_name)
+    plan = upstream.match(adapters, shape_of, targets, current_name, is_wanted)
+    if config.is_restored:
+        _require_recorded_ranks(config, plan)
+    else:
+        _warn_about_what_is_not_mixed(config, adapters, current_name)
+    return plan
 
 
 def _warn_about_what_is_not_mixed(

@@ -15,8 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cache, lru_cache
 from pathlib import Path
@@ -153,8 +152,7 @@ class UpstreamAdapter:
         weights: its tensors, read when asked for.
         modules: factors by module name, as spelled in the checkpoint.
         extras: entries that are not LoRA factors (heads, embeddings); they are not mixed.
-        files: where it was found.
-        sha256: hash of its weights, while it is being computed.
+        provenance: what is recorded of it.
     """
 
     name: str
@@ -162,20 +160,7 @@ class UpstreamAdapter:
     weights: WeightsFile
     modules: dict[str, Factors]
     extras: list[str]
-    files: AdapterFiles
-    sha256: Future[str]
-
-    @property
-    def provenance(self) -> Provenance:
-        """What is recorded of it; waits for the hash."""
-        return Provenance(
-            name=self.name,
-            path=self.files.reference["path"],
-            subfolder=self.files.reference.get("subfolder"),
-            commit=self.files.commit,
-            sha256=self.sha256.result(),
-            base_model_name_or_path=self.config.get("base_model_name_or_path"),
-        )
+    provenance: Provenance
 
 
 @dataclass
@@ -419,51 +404,50 @@ def _commit_of(cached: Path) -> str | None:
     return None
 
 
-# Reading one adapter
+# Reading the adapters
 
 
-@contextmanager
-def hashing(files: Sequence[AdapterFiles]) -> Iterator[list[Future[str]]]:
-    """Compute the sha256 of the weights of adapters in threads, while the block does something else.
+def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str | None]) -> list[UpstreamAdapter]:
+    """Read the configs and the tensor indices of adapters and check that they are plain LoRAs.
 
     Args:
-        files: the adapters.
+        files: where they are.
+        expected_sha256: for each the hash that its weights must have, where one is recorded. They are hashed before
+            anything else is done with them.
 
-    Yields:
-        The hashes to be, in the order of `files`. Those that nobody has waited for when the block ends are given up.
+    Returns:
+        The adapters, in the order of `files`; the values of their tensors are read later, in `stack`.
+
+    Raises:
+        AdapterError: one is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
     """
     pool = ThreadPoolExecutor(PARALLEL_HASHES)
     try:
-        yield [pool.submit(_sha256, file.weights) for file in files]
+        hashes = pool.map(_sha256, [file.weights for file in files])
+        return [_read_adapter(*entry) for entry in zip(files, hashes, expected_sha256)]
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # after an error the rest need not be hashed
 
 
-def read_adapter(files: AdapterFiles, sha256: Future[str], expected_sha256: str | None = None) -> UpstreamAdapter:
-    """Read the config and the tensor index of an adapter and check that it is a plain LoRA.
-
-    Args:
-        files: where it is.
-        sha256: the hash of its weights, from `hashing`.
-        expected_sha256: the hash that its weights must have, where one is recorded; they are not looked at before.
-
-    Returns:
-        The adapter; the values of its tensors are read later, in `stack`.
-
-    Raises:
-        AdapterError: it is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
-    """
+def _read_adapter(files: AdapterFiles, sha256: str, expected_sha256: str | None) -> UpstreamAdapter:
     name = files.name
     config = _read_config(name, files.config)
     _require_plain_lora(name, config)
-    if expected_sha256 is not None and sha256.result() != expected_sha256:
+    if expected_sha256 is not None and sha256 != expected_sha256:
         raise AdapterError(
-            name,
-            f"its weights have changed: recorded sha256 {expected_sha256}, but {files.weights} has {sha256.result()}",
+            name, f"its weights have changed: recorded sha256 {expected_sha256}, but {files.weights} has {sha256}"
         )
     weights = WeightsFile(name, files.weights)
     modules, extras = _index(name, config, weights)
-    return UpstreamAdapter(name, config, weights, modules, extras, files, sha256)
+    provenance = Provenance(
+        name=name,
+        path=files.reference["path"],
+        subfolder=files.reference.get("subfolder"),
+        commit=files.commit,
+        sha256=sha256,
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+    )
+    return UpstreamAdapter(name, config, weights, modules, extras, provenance)
 
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:
@@ -821,19 +805,18 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
             filled[module] += _stack_batch(plan, module, batch, target, filled[module])
         for number in batch:
             plan.adapters[number].weights.unmap()
+    for module, target in stacked.items():
+        if not all(_is_finite(tensor) for tensor in (target.A, target.B, target.bias) if tensor is not None):
+            _require_finite(plan, module, dtypes[module])
     return stacked
 
 
 def _allocate(plan: CompositionPlan, module: str, dtype: torch.dtype) -> StackedFactors:
     shape, ranks = plan.shapes[module], plan.ranks(module)
-    return StackedFactors(
-        ranks,
-        A=torch.empty(shape.shape_of_A(sum(ranks)), dtype=dtype, device="cpu"),
-        B=torch.empty(shape.shape_of_B(sum(ranks)), dtype=dtype, device="cpu"),
-        bias=torch.zeros(len(ranks), shape.out_features, dtype=dtype, device="cpu")
-        if plan.is_biased(module)
-        else None,
-    )
+    A = torch.empty(shape.shape_of_A(sum(ranks)), dtype=dtype, device="cpu")
+    B = torch.empty(shape.shape_of_B(sum(ranks)), dtype=dtype, device="cpu")
+    bias = torch.zeros(len(ranks), shape.out_features, dtype=dtype, device="cpu") if plan.is_biased(module) else None
+    return StackedFactors(ranks, A, B, bias)
 
 
 def _batches(adapters: Sequence[UpstreamAdapter]) -> Iterator[range]:
@@ -855,15 +838,11 @@ def _stack_batch(plan: CompositionPlan, module: str, batch: range, target: Stack
         return 0
     count = sum(factors.rank for _, factors in entries)
     A, B = target.A[start : start + count], target.B[:, start : start + count]
-    bias = None if target.bias is None else target.bias[batch.start : batch.stop]
     _join([adapter.weights.read(factors.A) for adapter, factors in entries], 0, A)
     _join([adapter.weights.read(factors.B) for adapter, factors in entries], 1, B, _scales(entries, B))
     for number, (adapter, factors) in zip(numbers, entries):
-        if bias is not None and factors.bias is not None:
-            bias[number - batch.start] = _scaled(adapter.weights.read(factors.bias), factors.scale, bias.dtype)
-    if not (_is_finite(A) and _is_finite(B) and (bias is None or _is_finite(bias))):
-        for adapter, factors in entries:
-            _require_finite(adapter, module, factors, A.dtype)
+        if factors.bias is not None and target.bias is not None:
+            target.bias[number] = _scaled(adapter.weights.read(factors.bias), factors.scale, target.bias.dtype)
     return count
 
 
@@ -898,16 +877,19 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
-def _require_finite(adapter: UpstreamAdapter, module: str, factors: Factors, dtype: torch.dtype) -> None:
-    parts = [("lora_A", factors.A, 1.0), ("lora_B", factors.B, factors.scale)]
-    if factors.bias is not None:
-        parts.append(("lora_B bias", factors.bias, factors.scale))
-    for what, key, scale in parts:
-        tensor = adapter.weights.read(key)
-        bad = tensor.numel() - int(torch.isfinite(_scaled(tensor, scale, dtype)).sum())
-        if bad:
-            in_file = tensor.numel() - int(torch.isfinite(tensor).sum())
-            reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
-            if not in_file:
-                reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
-            raise AdapterError(adapter.name, f"module {module!r}: {what}: {reason}")
+def _require_finite(plan: CompositionPlan, module: str, dtype: torch.dtype) -> None:
+    for adapter, factors in zip(plan.adapters, plan.factors[module]):
+        if factors is None:
+            continue
+        parts = {"lora_A": (factors.A, 1.0), "lora_B": (factors.B, factors.scale)}
+        if factors.bias is not None:
+            parts["lora_B bias"] = (factors.bias, factors.scale)
+        for what, (key, scale) in parts.items():
+            tensor = adapter.weights.read(key)
+            bad = tensor.numel() - int(torch.isfinite(_scaled(tensor, scale, dtype)).sum())
+            if bad:
+                in_file = tensor.numel() - int(torch.isfinite(tensor).sum())
+                reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
+                if not in_file:
+                    reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
+                raise AdapterError(adapter.name, f"module {module!r}: {what}: {reason}")
