@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -39,13 +39,14 @@ _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
 
 @dataclass
 class _Injection:
-    """What `inject_adapter` prepared for one composition, until its layers are in place."""
+    """What `inject_adapter` prepared for one composition, until its layers are in place; `layers` are those so far."""
 
     ranks: dict[str, list[int]]
     biased: set[str]
     shapes: dict[str, LayerShape]
     dtypes: dict[str, torch.dtype]
     mixings: dict[str, Mixing]
+    layers: dict[str, CompositionLayer]
     stacked: dict[str, StackedFactors] | None
     quantization_kwargs: dict[str, Any]
 
@@ -109,8 +110,9 @@ class CompositionModel(BaseTuner):
         Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
         """
         config = self.peft_config[adapter_name]
-        _require_usable_name(adapter_name, model)
-        injection = _prepare(config, model)
+        targets = _target_layers(model)
+        _require_usable_name(adapter_name, targets)
+        injection = _prepare(config, model, targets)
         config.target_modules = list(injection.ranks)
         self._injection = injection
         try:
@@ -132,25 +134,26 @@ class CompositionModel(BaseTuner):
     def _fill(self, injection: _Injection, adapter_name: str) -> None:
         """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
         assert injection.stacked is not None
-        for name, layer in composition_layers(self.model):
-            if name in injection.stacked and adapter_name in layer.composition_factors:
-                device = device_of(layer.get_base_layer())
-                device = torch.device("cpu") if device.type == "meta" else device
-                cast(Factors, layer.composition_factors[adapter_name]).fill(injection.stacked.pop(name), device)
-                mixing = cast(Mixing, layer.composition_mixing[adapter_name])
-                if mixing.weight is not None and mixing.weight.is_meta:
-                    mixing.reset(device)
+        for name, layer in injection.layers.items():
+            device = device_of(layer.get_base_layer())
+            device = torch.device("cpu") if device.type == "meta" else device
+            cast(Factors, layer.composition_factors[adapter_name]).fill(injection.stacked.pop(name), device)
+            mixing = cast(Mixing, layer.composition_mixing[adapter_name])
+            if mixing.weight is not None and mixing.weight.is_meta:
+                mixing.reset(device)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config  # inject_adapter has set target_modules
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        composed = cast(CompositionConfig, peft_config).composed_modules or {}
-        if key in composed:
+        config = cast(CompositionConfig, peft_config)
+        if key in (config.composed_modules or {}):
             return True
-        found = check_target_module_exists(peft_config, key)
-        return False if found else found  # keeps PEFT's mark of an excluded module
+        exclusions = SimpleNamespace(
+            exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save, target_modules=()
+        )
+        return check_target_module_exists(exclusions, key)  # False, or PEFT's mark of an excluded module
 
     def _create_and_replace(
         self,
@@ -184,6 +187,7 @@ class CompositionModel(BaseTuner):
             layer = form_of(base_layer)(target, **injection.quantization_kwargs)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, injection.mixings[block], factors, config.inference_mode)
+        injection.layers[current_key] = layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Devices and dtypes are chosen in _create_and_replace; PEFT's own version would move 8-bit layers.
@@ -238,14 +242,14 @@ def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer
             yield name, module
 
 
-def _require_usable_name(adapter_name: str, model: nn.Module) -> None:
+def _require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
     """Refuse names that would clash with another part of the keys of the state dict, or with `nn.ModuleDict`.
 
     PEFT picks the tensors of one adapter by leaving out all keys that have another adapter's name as a part.
     """
     taken = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "A", "B", "weight", "bias"}
     taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors"}
-    taken = taken.union(*(module.split(".") for module in _target_layers(model)))
+    taken = taken.union(*(module.split(".") for module in module_names))
     if not adapter_name or "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"A composition cannot be named {adapter_name!r}: the name becomes part of the keys of its weights. "
@@ -281,27 +285,22 @@ def block_of(module: str, layers_pattern: list[str] | str | None = None) -> str 
 # Preparation: all that can fail happens here, before the model is changed
 
 
-def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
-    _require_no_other_method(model)
-    targets = _target_layers(model)
+def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.Module]) -> _Injection:
     quantization_kwargs = get_quantization_kwargs(model)
-    shapes: dict[str, LayerShape] = {}
+    model_dtype = _model_dtype(model)
+    current_name = _module_renamer(model, targets)
 
+    @cache
     def shape_of(module: str) -> LayerShape | None:
-        if module not in shapes and module in targets:
-            shapes[module] = layer_shape(targets[module], **quantization_kwargs)
-        return shapes.get(module)
+        return layer_shape(targets[module], **quantization_kwargs) if module in targets else None
 
-    rename = _module_renamer(model, targets)
     stacked = None
     if config.is_restored:
-        _rename_recorded_modules(config, shape_of, rename)
+        _rename_recorded_modules(config, current_name)
         _require_recorded_modules(config, shape_of)
     if not config.is_restored or not config.save_adapters:
-        plan = _read(config, model, targets, shape_of, rename)
-        if config.is_restored:
-            _require_recorded_ranks(config, plan)
-        stacked = _stack_all(plan, targets, _model_dtype(model))
+        plan = _read(config, model, targets, shape_of, current_name)
+        stacked = upstream.stack(plan, {name: compute_dtype(targets[name], model_dtype) for name in plan.factors})
         config.record(
             {module: plan.ranks(module) for module in plan.factors},
             [module for module in plan.factors if plan.is_biased(module)],
@@ -313,9 +312,10 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
     return _Injection(
         ranks=config.composed_modules,
         biased=set(config.biased_modules or ()),
-        shapes=shapes,
-        dtypes={module: compute_dtype(targets[module], _model_dtype(model)) for module in config.composed_modules},
+        shapes={module: cast(LayerShape, shape_of(module)) for module in config.composed_modules},
+        dtypes={module: compute_dtype(targets[module], model_dtype) for module in config.composed_modules},
         mixings={},
+        layers={},
         stacked=stacked,
         quantization_kwargs=quantization_kwargs,
     )
@@ -340,25 +340,23 @@ def _num_labels(model: nn.Module) -> int | None:
     return model.config.num_labels
 
 
-def _require_no_other_method(model: nn.Module) -> None:
-    """A composition beside layers of another PEFT method would save and train them with its own."""
+def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Base layers by name; inside a layer that a composition already wraps only the wrapped one counts.
+
+    A composition beside layers of another PEFT method would save and train them with its own: it is refused.
+    """
+    targets: dict[str, nn.Module] = {}
+    wrapped: str | None = None
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, CompositionLayer):
             raise ValueError(
                 f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Merge it "
                 "(merge_and_unload) or take it off (unload) before composing."
             )
-
-
-def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Base layers by name; inside a layer that an adapter already wraps only the wrapped one counts."""
-    targets: dict[str, nn.Module] = {}
-    wrapped: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in wrapped):
+        if wrapped is not None and name.startswith(wrapped):  # what is inside comes right after it
             continue
-        if isinstance(module, BaseTunerLayer):
-            wrapped.append(f"{name}.")
+        if isinstance(module, CompositionLayer):
+            wrapped = f"{name}."
             module = module.get_base_layer()
         if name:
             targets[name] = module
@@ -370,38 +368,41 @@ def _read(
     model: nn.Module,
     targets: dict[str, nn.Module],
     shape_of: Callable[[str], LayerShape | None],
-    rename: Callable[[str], str],
+    current_name: Callable[[str], str],
 ) -> CompositionPlan:
     """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
-    recorded = config.provenance if config.is_restored else None
     references = config.references
-    if recorded is not None:
+    hashes: list[str | None] = [None] * len(references)
+    if config.is_restored and config.provenance is not None:
+        hashes = [entry["sha256"] for entry in config.provenance]
         references = [
             cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
-            for reference, entry in zip(references, recorded)
+            for reference, entry in zip(references, config.provenance)
         ]
-    hashes = [entry["sha256"] for entry in recorded] if recorded is not None else [None] * len(references)
-    located = upstream.locate(references, with_cards=recorded is None)
-    adapters = [upstream.read_adapter(files, sha256) for files, sha256 in zip(located, hashes)]
+    located = upstream.locate(references, with_cards=not config.is_restored)
+    adapters = upstream.read_adapters(located, hashes)
     upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
-    if recorded is not None:
-        composed = config.composed_modules or {}
-        is_wanted: Callable[[str], bool] = composed.__contains__
+    is_wanted = _module_filter(config, model, adapters, current_name)
+    plan = upstream.match(adapters, shape_of, targets, current_name, is_wanted)
+    if config.is_restored:
+        _require_recorded_ranks(config, plan)
     else:
-        is_wanted = _module_filter(config, model, adapters, rename)
-    plan = upstream.match(adapters, shape_of, targets, rename, is_wanted)
-    if recorded is None:
-        trained = {
-            f"{a.name!r}: {module}" for a in adapters for module in a.modules if _is_saved(config, rename(module))
-        }
-        if trained:
-            warnings.warn(
-                "These modules are trained in full (modules_to_save); the LoRA factors that upstream adapters have "
-                f"for them are not mixed: {', '.join(sorted(trained))}.",
-                stacklevel=2,
-            )
-        upstream.warn_about_extras(adapters)
+        _warn_about_what_is_not_mixed(config, adapters, current_name)
     return plan
+
+
+def _warn_about_what_is_not_mixed(
+    config: CompositionConfig, adapters: list[upstream.UpstreamAdapter], current_name: Callable[[str], str]
+) -> None:
+    is_saved = cache(lambda module: _is_saved(config, current_name(module)))
+    trained = {f"{a.name!r}: {module}" for a in adapters for module in a.modules if is_saved(module)}
+    if trained:
+        warnings.warn(
+            "These modules are trained in full (modules_to_save); the LoRA factors that upstream adapters have "
+            f"for them are not mixed: {', '.join(sorted(trained))}.",
+            stacklevel=2,
+        )
+    upstream.warn_about_extras(adapters)
 
 
 def _is_saved(config: CompositionConfig, module: str) -> bool:
@@ -409,24 +410,11 @@ def _is_saved(config: CompositionConfig, module: str) -> bool:
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.modules_to_save or ())
 
 
-def _stack_all(
-    plan: CompositionPlan, targets: dict[str, nn.Module], model_dtype: torch.dtype
-) -> dict[str, StackedFactors]:
-    return {
-        module: upstream.stack(plan, module, compute_dtype(targets[module], model_dtype)) for module in plan.factors
-    }
-
-
-def _rename_recorded_modules(
-    config: CompositionConfig, shape_of: Callable[[str], LayerShape | None], rename: Callable[[str], str]
-) -> None:
+def _rename_recorded_modules(config: CompositionConfig, current_name: Callable[[str], str]) -> None:
     """Bring the module names of a checkpoint from an older transformers up to date."""
-
-    def current(module: str) -> str:
-        return module if shape_of(module) is not None else rename(module)
-
-    config.composed_modules = {current(module): ranks for module, ranks in (config.composed_modules or {}).items()}
-    config.biased_modules = [current(module) for module in config.biased_modules or ()]
+    composed = config.composed_modules or {}
+    config.composed_modules = {current_name(module): ranks for module, ranks in composed.items()}
+    config.biased_modules = [current_name(module) for module in config.biased_modules or ()]
 
 
 def _renamed_state_dict(
@@ -439,8 +427,8 @@ def _renamed_state_dict(
     if modules <= set(composed):
         return state_dict
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-    rename = _module_renamer(base_model, _target_layers(base_model))
-    current = {module: rename(module) for module in sorted(modules - set(composed))}
+    current_name = _module_renamer(base_model, _target_layers(base_model))
+    current = {module: current_name(module) for module in sorted(modules - set(composed))}
     renamed = {}
     for key, tensor in state_dict.items():
         start = prefix if key.startswith(prefix) else ""
@@ -484,14 +472,19 @@ def _module_filter(
     config: CompositionConfig,
     model: nn.Module,
     adapters: list[upstream.UpstreamAdapter],
-    rename: Callable[[str], str],
+    current_name: Callable[[str], str],
 ) -> Callable[[str], bool]:
-    """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."""
+    """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`.
+
+    In a checkpoint they have been applied.
+    """
+    if config.is_restored:
+        return (config.composed_modules or {}).__contains__
     target_modules = config.requested_target_modules
     if target_modules is None:
         # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
         spelled = {module for adapter in adapters for module in adapter.modules}
-        target_modules = {name.rpartition(".")[2] for module in spelled for name in (module, rename(module))}
+        target_modules = {name.rpartition(".")[2] for module in spelled for name in (module, current_name(module))}
     rules = SimpleNamespace(
         target_modules=target_modules,
         target_parameters=None,
@@ -506,7 +499,7 @@ def _module_filter(
 
 
 def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable[[str], str]:
-    """Module names of older transformers, or of the model with or without its head, in today's spelling."""
+    """From module names of older transformers, or of the model with or without its head, to those in `targets`."""
     if not isinstance(model, PreTrainedModel):
         return lambda module: module
     weights = dict.fromkeys((f"{name}.weight" for name in targets), True)
@@ -516,7 +509,9 @@ def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable
         return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
     @cache  # adapters have most names in common
-    def rename(module: str) -> str:
+    def current_name(module: str) -> str:
+        if module in targets:
+            return module
         key, _ = rename_source_key(
             f"{module}.weight",
             renamings(),
@@ -524,6 +519,7 @@ def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable
             base_model_prefix=model.base_model_prefix,
             meta_state_dict=weights,
         )
-        return key.removesuffix(".weight")
+        renamed = key.removesuffix(".weight")
+        return renamed if renamed in targets else module
 
-    return rename
+    return current_name

@@ -9,15 +9,18 @@ import difflib
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, lru_cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
@@ -33,7 +36,6 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm, validate_repo_id
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,6 +48,26 @@ BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
 OTHER_VARIANTS = ("use_qalora", "layer_replication", "target_parameters", "megatron_config", "enable_lora")
 PARALLEL_DOWNLOADS = 8
+PARALLEL_HASHES = 4
+# How much of the adapters is mapped at once while they are stacked, in bytes and in files.
+MAPPED_BYTES = 32 << 20
+MAPPED_FILES = 64
+HASHED_AT_ONCE = 32 << 20
+# Values of these types lie in a safetensors file as PyTorch has them in memory; safetensors itself reads all others.
+_MAPPED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class AdapterError(ValueError):
@@ -154,37 +176,82 @@ class StackedFactors:
     bias: Tensor | None = None
 
 
+class _Entry(NamedTuple):
+    """One tensor of a safetensors file; `start` is its first byte, None where safetensors has to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    start: int | None
+
+
 class WeightsFile:
-    """The tensors of a weights file, by key; shapes are known without reading the values."""
+    """The tensors of a weights file, by key; shapes are known without reading the values.
+
+    A safetensors file is checked by safetensors, then mapped into memory: with thousands of tensors its own reader
+    takes most of the time that loading takes.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
         self._name = name
         self._path = path
         self._pickled: dict[str, Tensor] | None = None
-        self._file: Any = None
+        self._entries: dict[str, _Entry] = {}
+        self._mapping: mmap.mmap | None = None
         try:
+            self.nbytes = path.stat().st_size
             if path.suffix == ".safetensors":
-                self._file = safe_open(path, framework="pt", device="cpu")
+                self._entries = _entries(path)
             else:
                 self._pickled = _unpickle(name, path)
         except (SafetensorError, OSError) as error:
             raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._pickled if self._pickled is not None else self._file.keys())
+        return iter(self._entries if self._pickled is None else self._pickled)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if self._pickled is not None:
-            return tuple(self._pickled[key].shape)
-        return tuple(self._file.get_slice(key).get_shape())
+        return self._entries[key].shape if self._pickled is None else tuple(self._pickled[key].shape)
 
     def read(self, key: str) -> Tensor:
+        """The values of one tensor: a view of the mapped file, a private one."""
         if self._pickled is not None:
             return self._pickled[key]
+        shape, dtype, start = self._entries[key]
         try:
-            return self._file.get_tensor(key)
-        except SafetensorError as error:
+            if dtype is None or start is None or 0 in shape:
+                with safe_open(self._path, framework="pt", device="cpu") as file:
+                    return file.get_tensor(key)
+            return torch.frombuffer(self._mapped(), dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+        except (SafetensorError, OSError, ValueError) as error:
             raise AdapterError(self._name, f"{self._path} cannot be read at {key!r}: {error}") from error
+
+    def unmap(self) -> None:
+        """Let go of the mapped file; the memory is free once the tensors that were read are gone, too."""
+        self._mapping = None
+
+    def _mapped(self) -> mmap.mmap:
+        if self._mapping is None:
+            with self._path.open("rb") as file:
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._mapping
+
+
+def _entries(path: Path) -> dict[str, _Entry]:
+    """What a safetensors file holds, by key, in alphabetical order.
+
+    Where a tensor starts follows from the sizes of those behind it: on opening, safetensors makes sure that they
+    fill the file to its end without holes.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        views = {key: file.get_slice(key) for key in file.offset_keys()}
+    is_native = sys.byteorder == "little"
+    end: int | None = path.stat().st_size
+    entries: dict[str, _Entry] = {}
+    for key, view in reversed(views.items()):
+        shape, dtype = tuple(view.get_shape()), _MAPPED_DTYPES.get(view.get_dtype())
+        end = None if end is None or dtype is None else end - math.prod(shape) * dtype.itemsize
+        entries[key] = _Entry(shape, dtype, end if is_native else None)
+    return dict(sorted(entries.items()))
 
 
 def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
@@ -361,26 +428,35 @@ def _commit_of(cached: Path) -> str | None:
     return None
 
 
-# Reading one adapter
+# Reading the adapters
 
 
-def read_adapter(files: AdapterFiles, expected_sha256: str | None = None) -> UpstreamAdapter:
-    """Read the config and the tensor index of an adapter and check that it is a plain LoRA.
+def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str | None]) -> list[UpstreamAdapter]:
+    """Read the configs and the tensor indices of adapters and check that they are plain LoRAs.
 
     Args:
-        files: where it is.
-        expected_sha256: the hash that its weights must have, where one is recorded.
+        files: where they are.
+        expected_sha256: for each the hash that its weights must have, where one is recorded. They are hashed before
+            anything else is done with them.
 
     Returns:
-        The adapter; the values of its tensors are read later, in `stack`.
+        The adapters, in the order of `files`; the values of their tensors are read later, in `stack`.
 
     Raises:
-        AdapterError: it is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
+        AdapterError: one is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
     """
+    pool = ThreadPoolExecutor(PARALLEL_HASHES)
+    try:
+        hashes = pool.map(_sha256, [file.weights for file in files])
+        return [_read_adapter(*entry) for entry in zip(files, hashes, expected_sha256)]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error the rest need not be hashed
+
+
+def _read_adapter(files: AdapterFiles, sha256: str, expected_sha256: str | None) -> UpstreamAdapter:
     name = files.name
     config = _read_config(name, files.config)
     _require_plain_lora(name, config)
-    sha256 = _sha256(files.weights)
     if expected_sha256 is not None and sha256 != expected_sha256:
         raise AdapterError(
             name, f"its weights have changed: recorded sha256 {expected_sha256}, but {files.weights} has {sha256}"
@@ -411,8 +487,12 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
 
 def _license(card: Path | None) -> str | None:
     """The licence that a card states: its Hub identifier, or `other (name)`; None where it states none."""
+    if card is None:
+        return None
     try:
-        metadata = (metadata_load(card) if card is not None else None) or {}
+        if b"license" not in card.read_bytes():  # most cards say nothing, and YAML takes longer than the weights
+            return None
+        metadata = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError):  # a card is text that people write; no adapter is refused for it
         return None
     stated = metadata.get("license")
@@ -425,10 +505,14 @@ def _license(card: Path | None) -> str | None:
 
 
 def _sha256(path: Path) -> str:
+    # One call per file, mostly: for each the thread must win the interpreter back from the one that reads adapters.
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, size, HASHED_AT_ONCE):
+            length = min(HASHED_AT_ONCE, size - start)
+            with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as content:
+                digest.update(content)
     return digest.hexdigest()
 
 
@@ -464,8 +548,7 @@ def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
     for pattern in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(pattern) or {}, dict):
             raise AdapterError(name, f"{pattern} must be a dict of module names, got {config[pattern]!r}")
-    known = {config_field.name for config_field in fields(LoraConfig)} | {"runtime_config"}
-    unknown = sorted(key for key, value in config.items() if key not in known and value)
+    unknown = sorted(key for key, value in config.items() if key not in _known_fields() and value)
     if unknown:
         warnings.warn(
             f"adapter {name!r} has settings that this PEFT does not know and that are ignored: {', '.join(unknown)}. "
@@ -474,6 +557,12 @@ def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
+@cache
+def _known_fields() -> set[str]:
+    return {config_field.name for config_field in fields(LoraConfig)} | {"runtime_config"}
+
+
+@cache
 def _variant_fields() -> list[str]:
     marked = [config_field.name for config_field in fields(LoraConfig) if config_field.metadata.get("is_lora_variant")]
     return [*dict.fromkeys([*marked, *OTHER_VARIANTS])]
@@ -485,28 +574,45 @@ _FACTOR_KEY = re.compile(
 )
 
 
+class _Key(NamedTuple):
+    """A key of an adapter's weights, taken apart; `part` is None where it is no LoRA factor."""
+
+    plain: str
+    module: str = ""
+    part: str | None = None
+    is_embedding: bool = False
+
+
+@lru_cache(maxsize=1 << 16)  # adapters of one kind have their keys in common
+def _parse_key(key: str) -> _Key:
+    plain = key.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    match = _FACTOR_KEY.match(plain)
+    if match is None:
+        return _Key(plain)
+    part = match["factor"] + (".bias" if match["leaf"] == "bias" else "")
+    return _Key(plain, match["module"], part, is_embedding=match["embedding"] is not None)
+
+
 def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[dict[str, Factors], list[str]]:
     """Sort the keys of an adapter into factors by module and the rest."""
     found: dict[str, dict[str, str]] = {}
     embeddings: set[str] = set()
     extras: list[str] = []
     for key in weights:
-        plain = key.replace("_orig_mod.", "").removeprefix("base_model.model.")
-        match = _FACTOR_KEY.match(plain)
-        if match is None:
+        plain, module, part, is_embedding = _parse_key(key)
+        if part is None:
             if "lora_magnitude_vector" in plain:
                 raise AdapterError(name, f"it is a DoRA adapter ({key}); convert it first, with peft.convert_to_lora")
             if ".lora_" in plain:
                 raise AdapterError(name, f"tensor {key!r} is not part of a plain product B A")
             extras.append(plain)
             continue
-        part = match["factor"] + (".bias" if match["leaf"] == "bias" else "")
-        parts = found.setdefault(match["module"], {})
+        parts = found.setdefault(module, {})
         if part in parts:
-            raise AdapterError(name, f"module {match['module']!r} has two tensors {part}: {parts[part]!r} and {key!r}")
+            raise AdapterError(name, f"module {module!r} has two tensors {part}: {parts[part]!r} and {key!r}")
         parts[part] = key
-        if match["embedding"]:
-            embeddings.add(match["module"])
+        if is_embedding:
+            embeddings.add(module)
     if not found:
         raise AdapterError(name, "its weights hold no LoRA factors")
     modules = {
@@ -543,8 +649,20 @@ def _factors(
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), module), default)
+    if not pattern:
+        return default
+    return pattern.get(_pattern_key(tuple(pattern), module), default)
+
+
+@lru_cache(maxsize=1 << 16)
+def _pattern_key(patterns: tuple[str, ...], module: str) -> str:
+    """As PEFT's `get_pattern_key`, which with more than 512 patterns compiles them anew for every module."""
+    return next((pattern for pattern in patterns if _compiled(pattern).match(module)), module)
+
+
+@lru_cache(maxsize=1 << 16)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 # Matching adapters to a model
@@ -575,7 +693,7 @@ def match(
     adapters: Sequence[UpstreamAdapter],
     shape_of: Callable[[str], LayerShape | None],
     module_names: Iterable[str],
-    rename: Callable[[str], str],
+    current_name: Callable[[str], str],
     is_wanted: Callable[[str], bool],
 ) -> CompositionPlan:
     """Find the module of the model for all factors and check that they fit.
@@ -584,7 +702,7 @@ def match(
         adapters: what `read_adapter` returned.
         shape_of: module name -> what its factors must look like; None where the model has no such module.
         module_names: all modules of the model, in its order.
-        rename: module name of an older transformers -> today's name (or the name itself).
+        current_name: module name as an adapter spells it -> the model's (or the name itself).
         is_wanted: whether the config lets a module be composed (`target_modules` and the like).
 
     Returns:
@@ -596,15 +714,18 @@ def match(
     """
     by_module: dict[str, list[Factors | None]] = {}
     shapes: dict[str, LayerShape] = {}
+
+    @cache  # adapters have most names in common
+    def find(spelled: str) -> tuple[str, LayerShape | None, bool]:
+        module = current_name(spelled)
+        return module, shape_of(module), is_wanted(module)
+
     for number, adapter in enumerate(adapters):
         touched = 0
         for spelled, factors in adapter.modules.items():
-            module = spelled if shape_of(spelled) is not None else rename(spelled)
-            if shape_of(module) is None:
-                module = spelled
-            if not is_wanted(module):
+            module, shape, is_composed = find(spelled)
+            if not is_composed:
                 continue
-            shape = shape_of(module)
             if shape is None:
                 # PEFT wraps nn.MultiheadAttention as a whole, with its output projection inside.
                 outer, inside, _ = spelled.partition(".base_layer.")
@@ -705,50 +826,115 @@ def warn_about_extras(adapters: Iterable[UpstreamAdapter]) -> None:
         )
 
 
-def stack(plan: CompositionPlan, module: str, dtype: torch.dtype) -> StackedFactors:
-    """Read the factors of one module and stack them, with the scales folded into B.
+# Stacking
+
+
+def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str, StackedFactors]:
+    """Read the factors of all modules and stack them, with the scales folded into B.
 
     Args:
         plan: what `match` returned.
-        module: one of its modules.
-        dtype: dtype of the result; scales are multiplied in float32 or wider before rounding.
+        dtypes: dtype of the result by module; scales are multiplied in float32 or wider before rounding.
 
     Returns:
-        The stacked factors, on the CPU.
+        The stacked factors by module, on the CPU. Beside them only a few adapters are in memory at a time.
 
     Raises:
-        AdapterError: a factor holds NaN or infinity, in the file or after rounding to `dtype`.
+        AdapterError: a factor holds NaN or infinity, in the file or after rounding to its dtype.
     """
-    shape = plan.shapes[module]
-    ranks = plan.ranks(module)
+    stacked = {module: _allocate(plan, module, dtypes[module]) for module in plan.factors}
+    filled = dict.fromkeys(plan.factors, 0)
+    for batch in _batches(plan.adapters):
+        for module, target in stacked.items():
+            filled[module] += _stack_batch(plan, module, batch, target, filled[module])
+        for number in batch:
+            plan.adapters[number].weights.unmap()
+    for module, target in stacked.items():
+        if not all(_is_finite(tensor) for tensor in (target.A, target.B, target.bias) if tensor is not None):
+            _require_finite(plan, module, dtypes[module])
+    return stacked
+
+
+def _allocate(plan: CompositionPlan, module: str, dtype: torch.dtype) -> StackedFactors:
+    shape, ranks = plan.shapes[module], plan.ranks(module)
     A = torch.empty(shape.shape_of_A(sum(ranks)), dtype=dtype, device="cpu")
     B = torch.empty(shape.shape_of_B(sum(ranks)), dtype=dtype, device="cpu")
     bias = torch.zeros(len(ranks), shape.out_features, dtype=dtype, device="cpu") if plan.is_biased(module) else None
-    start = 0
-    for number, (adapter, factors) in enumerate(zip(plan.adapters, plan.factors[module])):
-        if factors is None:
-            continue
-        rows = slice(start, start + factors.rank)
-        A[rows] = _finite(adapter, module, "lora_A", adapter.weights.read(factors.A), 1.0, dtype)
-        B[:, rows] = _finite(adapter, module, "lora_B", adapter.weights.read(factors.B), factors.scale, dtype)
-        if bias is not None and factors.bias is not None:
-            bias[number] = _finite(
-                adapter, module, "lora_B bias", adapter.weights.read(factors.bias), factors.scale, dtype
-            )
-        start += factors.rank
     return StackedFactors(ranks, A, B, bias)
 
 
-def _finite(
-    adapter: UpstreamAdapter, module: str, what: str, tensor: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """scale * tensor in `dtype`, refused where a value is not finite."""
-    scaled = (tensor.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)
-    bad = scaled.numel() - int(torch.isfinite(scaled).sum())
-    if bad:
-        in_file = tensor.numel() - int(torch.isfinite(tensor).sum())
-        reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
-        if not in_file:
-            reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
-        raise AdapterError(adapter.name, f"module {module!r}: {what}: {reason}")
-    return scaled
+def _batches(adapters: Sequence[UpstreamAdapter]) -> Iterator[range]:
+    """The numbers of the adapters in turn, as many at once as may be mapped, at least one."""
+    first, nbytes = 0, 0
+    for number, adapter in enumerate(adapters):
+        nbytes += adapter.weights.nbytes
+        if number > first and (nbytes > MAPPED_BYTES or number - first >= MAPPED_FILES):
+            yield range(first, number)
+            first, nbytes = number, adapter.weights.nbytes
+    yield range(first, len(adapters))
+
+
+def _stack_batch(plan: CompositionPlan, module: str, batch: range, target: StackedFactors, start: int) -> int:
+    """Write the factors that some adapters have for a module, from row `start` on; returns the number of rows."""
+    numbers = [number for number in batch if plan.factors[module][number] is not None]
+    entries = [(plan.adapters[number], cast(Factors, plan.factors[module][number])) for number in numbers]
+    if not entries:
+        return 0
+    count = sum(factors.rank for _, factors in entries)
+    A, B = target.A[start : start + count], target.B[:, start : start + count]
+    _join([adapter.weights.read(factors.A) for adapter, factors in entries], 0, A)
+    _join([adapter.weights.read(factors.B) for adapter, factors in entries], 1, B, _scales(entries, B))
+    for number, (adapter, factors) in zip(numbers, entries):
+        if factors.bias is not None and target.bias is not None:
+            target.bias[number] = _scaled(adapter.weights.read(factors.bias), factors.scale, target.bias.dtype)
+    return count
+
+
+def _join(tensors: list[Tensor], dim: int, out: Tensor, scales: Tensor | None = None) -> None:
+    """Concatenate into `out`, scaled in float32 or wider and rounded once."""
+    if any(tensor.dtype != out.dtype for tensor in tensors):
+        wide = torch.promote_types(out.dtype, torch.float32)
+        tensors = [tensor.to(wide) for tensor in tensors]
+    if scales is not None:
+        torch.mul(torch.cat(tensors, dim), scales, out=out)
+    elif tensors[0].dtype == out.dtype:
+        torch.cat(tensors, dim, out=out)
+    else:
+        out.copy_(torch.cat(tensors, dim))
+
+
+def _scales(entries: Sequence[tuple[UpstreamAdapter, Factors]], B: Tensor) -> Tensor | None:
+    """The scale of every column of B, in a shape to multiply it with; None where all are 1."""
+    scales = [factors.scale for _, factors in entries for _ in range(factors.rank)]
+    if all(scale == 1 for scale in scales):
+        return None
+    wide = torch.promote_types(B.dtype, torch.float32)
+    return torch.tensor(scales, dtype=wide, device="cpu").view(-1, *(1,) * (B.dim() - 2))
+
+
+def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (tensor.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: what is not survives a sum; where finite values overflow it, the extremes tell."""
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return math.isfinite(total.item()) or all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
+
+
+def _require_finite(plan: CompositionPlan, module: str, dtype: torch.dtype) -> None:
+    for adapter, factors in zip(plan.adapters, plan.factors[module]):
+        if factors is None:
+            continue
+        parts = {"lora_A": (factors.A, 1.0), "lora_B": (factors.B, factors.scale)}
+        if factors.bias is not None:
+            parts["lora_B bias"] = (factors.bias, factors.scale)
+        for what, (key, scale) in parts.items():
+            tensor = adapter.weights.read(key)
+            bad = tensor.numel() - int(torch.isfinite(_scaled(tensor, scale, dtype)).sum())
+            if bad:
+                in_file = tensor.numel() - int(torch.isfinite(tensor).sum())
+                reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
+                if not in_file:
+                    reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
+                raise AdapterError(adapter.name, f"module {module!r}: {what}: {reason}")

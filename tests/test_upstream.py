@@ -1,13 +1,16 @@
-"""Reading saved LoRA adapters: the right products from every format, and a clear refusal of everything else."""
+"""Reading saved LoRA adapters: the right products from every format, a clear refusal of everything else, no waste."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import pickle
 import re
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_composition import AdapterError, CompositionConfig
+from peft_composition import AdapterError, CompositionConfig, upstream
+from peft_composition import model as composition
 from peft_composition.model import composition_layers
 
 from . import tiny
@@ -282,6 +286,54 @@ def test_spellings_of_keys(respell: Callable[[str], str], tmp_path: Path) -> Non
     rename_keys(folder, respell)
 
     assert_products(compose(base, folder), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_and_models_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny.build("mlp")
+    folders = [tiny.save_lora(tmp_path / str(seed), base, ["lin0"], seed=seed, lora_alpha=3) for seed in range(3)]
+    for folder, own in zip(folders, (torch.bfloat16, torch.float64, torch.float8_e4m3fn)):
+        edit_tensors(folder, lambda tensors, own=own: tensors.update({key: t.to(own) for key, t in tensors.items()}))
+    model = compose(tiny.build("mlp").to(dtype), *folders)
+
+    factors = model.base_model.model.lin0.composition_factors["default"]
+    assert factors.A.dtype == factors.B.dtype == dtype
+    expected = Reference(base, folders).delta("lin0", torch.tensor(MIX, dtype=torch.float64))
+    found = deltas(model)["lin0"].double()
+    assert relative_error(found, expected) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("extra", [torch.uint64, torch.int64, torch.int8, torch.uint16])
+def test_other_tensors_in_the_file_do_not_shift_the_factors(extra: torch.dtype, tmp_path: Path) -> None:
+    """safetensors puts wide types before the factors and narrow ones behind them."""
+    base = tiny.build("mlp").double()
+    folder = tiny.save_lora(tmp_path / "mine", base, ["lin0", "lin1"])
+    content = torch.arange(24, dtype=torch.uint8).view(extra)[:3].clone()
+    edit_tensors(folder, lambda tensors: tensors.update({"base_model.model.head.counts": content}))
+    with pytest.warns(UserWarning, match=r"head\.counts"):
+        model = compose(base, folder)
+    edit_tensors(folder, lambda tensors: tensors.pop("base_model.model.head.counts"))
+    assert_products(model, Reference(tiny.build("mlp").double(), [folder]))
+
+
+def test_a_file_by_another_writer(tmp_path: Path) -> None:
+    """The format asks neither for an order of the tensors nor for addresses that are multiples of their width."""
+    folder = tiny.save_lora(tmp_path / "mine", tiny.build("mlp"), ["lin0", "lin1"])
+    base = tiny.build("mlp").double()
+    reference = Reference(base, [folder])
+    file = folder / "adapter_model.safetensors"
+    tensors = dict(reversed(load_file(file).items()))
+    header: dict[str, Any] = {"base_model.model.flag": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    content = b"\x07"
+    for key, tensor in tensors.items():
+        values = tensor.numpy().tobytes()
+        offsets = [len(content), len(content) + len(values)]
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        content += values
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content)
+    with pytest.warns(UserWarning, match="flag"):
+        assert_products(compose(base, folder), reference)
 
 
 def test_a_subfolder_is_read(tmp_path: Path) -> None:
@@ -950,16 +1002,34 @@ def test_tensors_beside_the_two_factors(key: str, message: str, good: Path, bad:
     refuse(tiny.build("mlp"), good, bad, message=message)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_values_that_are_not_finite(factor: str, value: float, good: Path, bad: Path) -> None:
+def test_values_that_are_not_finite(factor: str, value: float, dtype: torch.dtype, good: Path, bad: Path) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[f"base_model.model.lin1.{factor}.weight"][1, 2] = value
 
     edit_tensors(bad, spoil)
     count = 4 * 20 if factor == "lora_A" else 16 * 4
     message = f"module 'lin1': {factor}: 1 of {count} values are NaN or infinite"
-    refuse(tiny.build("mlp"), good, bad, message=message)
+    refuse(tiny.build("mlp").to(dtype), good, bad, message=message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_finite_whose_sum_is_not(dtype: torch.dtype, good: Path, bad: Path) -> None:
+    huge = 1e38 if dtype != torch.float16 else 6e4
+
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors["base_model.model.lin0.lora_A.weight"].fill_(huge)
+        tensors["base_model.model.lin0.lora_B.weight"].fill_(huge / 4)  # the scale is 16 / 4
+
+    edit_tensors(bad, enlarge)
+    model = compose(tiny.build("mlp").to(dtype), good, bad)
+    factors = model.base_model.model.lin0.composition_factors["default"]
+    expected = torch.tensor(huge, dtype=torch.float64).to(dtype)
+    assert not factors.A.to(dtype).sum().isfinite()
+    assert torch.equal(factors.A[2:], expected.expand(4, 10))
+    assert torch.equal(factors.B[:, 2:], expected.expand(20, 4))
 
 
 def test_a_bias_that_is_not_finite(good: Path, tmp_path: Path) -> None:
@@ -1058,6 +1128,106 @@ def test_weights_that_changed_after_the_composition_was_saved(good: Path, bad: P
     message = f"adapter 'bad': its weights have changed: recorded sha256 {recorded}, but {bad}"
     with untouched(fresh), pytest.raises(AdapterError, match=re.escape(message)):
         PeftModel.from_pretrained(fresh, str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [lambda content: b"", lambda content: b"hello world", lambda content: content[:-1] + bytes([content[-1] ^ 1])],
+    ids=["empty", "text", "one bit"],
+)
+@pytest.mark.parametrize("save", [lambda folder: folder, as_pickle], ids=["safetensors", "pickle"])
+def test_bytes_that_changed_are_not_even_parsed(
+    save: Callable[[Path], Path], break_it: Callable[[bytes], bytes], good: Path, bad: Path, tmp_path: Path
+) -> None:
+    [file] = save(bad).glob("adapter_model.*")
+    compose(tiny.build("mlp"), good, bad, save_adapters=False).save_pretrained(str(tmp_path / "saved"))
+    file.write_bytes(break_it(file.read_bytes()))
+    fresh = tiny.build("mlp")
+    with untouched(fresh), pytest.raises(AdapterError, match="adapter 'bad': its weights have changed"):
+        PeftModel.from_pretrained(fresh, str(tmp_path / "saved"))
+
+
+def test_the_recorded_hash_is_that_of_the_whole_file(good: Path, bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file is hashed in several pieces."""
+    monkeypatch.setattr(upstream, "HASHED_AT_ONCE", 1 << 16)
+    edit_tensors(bad, lambda tensors: tensors.update({"base_model.model.head.weight": torch.rand(3, 20_000)}))
+    with pytest.warns(UserWarning, match=r"head\.weight"):
+        model = compose(tiny.build("mlp"), good, bad)
+    files = [folder / "adapter_model.safetensors" for folder in (good, bad)]
+    assert files[1].stat().st_size > 3 << 16
+    recorded = [entry["sha256"] for entry in model.peft_config["default"].provenance]
+    assert recorded == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+# Many adapters
+
+
+@pytest.mark.parametrize("limit", ["MAPPED_BYTES", "MAPPED_FILES"])
+@pytest.mark.parametrize("case", ["ranks and alphas", "disjoint targets", "convolutions", "embedding"])
+def test_adapters_that_are_not_mapped_together(
+    case: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, limit, 1)
+    name, loras = CASES[case]
+    base = tiny.build(name).double()
+    folders = [tiny.save_lora(tmp_path / str(seed), base, seed=seed, **lora) for seed, lora in enumerate(loras)]
+    model = compose(tiny.build(name).double(), *folders)
+    assert_products(model, Reference(base, folders))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_only_a_few_files_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped files count as memory of the process: all at once would double its peak."""
+    base = tiny.build("mlp")
+    folders = [tiny.save_lora(tmp_path / str(seed), base, ["lin0"], seed=seed) for seed in range(7)]
+    stack_batch, counts = upstream._stack_batch, []
+
+    def mapped() -> int:
+        return len(set(re.findall(rf"{tmp_path}/.*safetensors", Path("/proc/self/maps").read_text())))
+
+    def counting(*args: Any) -> int:
+        rows = stack_batch(*args)
+        counts.append(mapped())
+        return rows
+
+    monkeypatch.setattr(upstream, "MAPPED_FILES", 3)
+    monkeypatch.setattr(upstream, "_stack_batch", counting)
+    config = CompositionConfig(adapters=list(folders))
+    get_peft_model(base, config)
+    assert counts == [3, 3, 1]
+    assert mapped() == 0
+
+
+def test_an_adapter_more_costs_no_more_than_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the model and the names of its modules alone is done once, whatever the number of adapters."""
+    [old, _], _ = save_vit_loras(tmp_path)
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        wrapped = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return wrapped(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for name in ("layer_shape", "rename_source_key", "check_target_module_exists", "get_model_conversion_mapping"):
+        count(composition, name)
+    count(nn.Module, "named_modules")
+    count(upstream, "safe_open")
+
+    def cost(number: int) -> Counter[str]:
+        base = tiny.build("vit")
+        config = CompositionConfig(adapters=[{"path": old, "name": f"n{i}"} for i in range(number)])
+        calls.clear()
+        get_peft_model(base, config)
+        return calls.copy()
+
+    few, many = cost(2), cost(9)
+    assert (few.pop("safe_open"), many.pop("safe_open")) == (2, 9)
+    assert few == many
+    assert few["rename_source_key"] == few["layer_shape"] == 8  # four modules of each of the two layers
 
 
 # Around the refusal
