@@ -917,7 +917,7 @@ def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: what is not survives a sum; where finite values overflow it, the extremes tell."""
+    """Whether all values are finite: what is not survives a sum; where that overflows, the extremes tell."""
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return math.isfinite(total.item()) or all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
