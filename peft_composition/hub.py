@@ -29,6 +29,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .config import CompositionConfig, Provenance
+from .export import LoraExport
 from .layer import Mixing
 from .model import block_of
 from .upstream import WeightsFile, is_hub_id
@@ -120,6 +121,7 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload composition",
     metrics: Mapping[str, float] | None = None,
+    lora: LoraExport | None = None,
 ) -> CommitInfo:
     """Push the compositions of a model to the Hub, with their model card.
 
@@ -135,6 +137,8 @@ def push_to_hub(
         revision: branch to push to, made where it does not exist. Default: the main branch.
         commit_message: first line of the commit.
         metrics: evaluation results for the card, by name.
+        lora: an export of the composition named "default", what `to_lora(model)` returns; goes into the subfolder
+            `lora`, where stock PEFT finds it. Default: none.
 
     Returns:
         The commit.
@@ -154,10 +158,38 @@ def push_to_hub(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        if lora is not None:
+            lora.save_pretrained(Path(folder, LORA_SUBFOLDER))
         _fetch_card(api, repo_id, revision, Path(folder))  # in place of PEFT's, who would take people's tags away
         for name in configs:
             write_model_card(folder, subfolder=_subfolder_of(name), repo_id=repo_id, metrics=metrics)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+
+
+def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """The mixing weights of a saved composition, from its files alone: no base model, no network.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+
+    Returns:
+        `{module name: {upstream adapter name: weight}}`, in the model's order. Unlike in `model.mixing_weights()`, an
+        adapter that does not touch a module is not listed there.
+
+    Raises:
+        ValueError: there is no saved composition, or its weights are not in it.
+    """
+    saved = _Saved(Path(folder), None)
+    if not saved.is_complete:
+        raise ValueError(f"There is no saved composition in {saved.folder}.")
+    weights = saved.mixing_weights()
+    if not weights:
+        raise ValueError(f"The weights file in {saved.folder} does not hold the mixing weights of all its modules.")
+    names = saved.config.adapter_names
+    return {
+        module: {name: weight for name, weight, rank in zip(names, weights[module], ranks) if rank}
+        for module, ranks in saved.ranks.items()
+    }
 
 
 class CompositionCardMixin(_TrainerBase):

@@ -286,12 +286,7 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
     targets = _target_layers(model)
     quantization_kwargs = get_quantization_kwargs(model)
     shapes: dict[str, LayerShape] = {}
-
-    def shape_of(module: str) -> LayerShape | None:
-        if module not in shapes and module in targets:
-            shapes[module] = layer_shape(targets[module], **quantization_kwargs)
-        return shapes.get(module)
-
+    shape_of = _shape_reader(targets, quantization_kwargs, shapes)
     rename = _module_renamer(model, targets)
     stacked = None
     if config.is_restored:
@@ -319,6 +314,40 @@ def _prepare(config: CompositionConfig, model: nn.Module) -> _Injection:
         stacked=stacked,
         quantization_kwargs=quantization_kwargs,
     )
+
+
+def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[upstream.UpstreamAdapter]) -> None:
+    """Check of adapters that are read already what building a composition checks; the model stays as it is.
+
+    Args:
+        config: the composition that they would be part of; tells the modules that are left out.
+        model: the base model; may be on the meta device.
+        adapters: the adapters.
+
+    Raises:
+        AdapterError: one of them cannot be composed.
+        ValueError: nothing is left to compose.
+    """
+    targets = _target_layers(model)
+    shape_of = _shape_reader(targets, get_quantization_kwargs(model), {})
+    rename = _module_renamer(model, targets)
+    upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+    plan = upstream.match(adapters, shape_of, targets, rename, _module_filter(config, model, adapters, rename))
+    for module in plan.factors:  # one at a time: nothing of it is kept
+        upstream.stack(plan, module, compute_dtype(targets[module], _model_dtype(model)))
+
+
+def _shape_reader(
+    targets: Mapping[str, nn.Module], quantization_kwargs: dict[str, Any], shapes: dict[str, LayerShape]
+) -> Callable[[str], LayerShape | None]:
+    """What factors must look like, by module name; `shapes` keeps what was asked for."""
+
+    def shape_of(module: str) -> LayerShape | None:
+        if module not in shapes and module in targets:
+            shapes[module] = layer_shape(targets[module], **quantization_kwargs)
+        return shapes.get(module)
+
+    return shape_of
 
 
 def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> LoraLayout:
