@@ -271,7 +271,7 @@ def _require_empty(out: Path) -> None:
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Whatever goes wrong is one line on stderr and exit code 1; `--traceback` shows where. A warning is a line, too."""
+    """Errors and warnings are a line each on stderr; an error is exit code 1, and `--traceback` shows its place."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -86,7 +86,7 @@ def inspect_adapters(
     """
     reports: list[AdapterReport] = []
     read: list[tuple[AdapterReport, UpstreamAdapter]] = []
-    for reference, found in zip(references, _locate_each(references)):
+    for found, reference in zip(_locate_each(references), references):
         report = AdapterReport(reference["name"], reference["path"], reference.get("revision"))
         reports.append(report)
         with _Judging(report):

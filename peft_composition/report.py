@@ -14,14 +14,17 @@ from .model import block_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 Weights = Mapping[str, Mapping[str, float]]
 Part = Literal["model", "block", "module"]
 PARTS = ("model", "block", "module")
 WHOLE_MODEL = "all"
 # Inches. Text of 8 points needs about 0.16 from line to line.
-ROW_HEIGHT, COLUMN_WIDTH, CHARACTER_WIDTH = 0.17, 0.42, 0.075
+ROW_HEIGHT, COLUMN_WIDTH, CHARACTER_WIDTH = 0.17, 0.18, 0.075
+NUMBER_WIDTH = 0.42
 SMALLEST_PLOT = 2.0
+BAR_WIDTH, BAR_HEIGHT = 0.15, 4.0  # of the colour bar; the height at most
 NUMBERED_CELLS = 150  # up to here the values stand in the cells
 
 
@@ -72,7 +75,7 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
     """A heatmap of the mixing weights: parts of the model down, adapters across (arXiv 2402.15414, figures 7 and 8).
 
     The colours run from the least to the largest weight (map cividis, which colour-blind readers see alike); where
-    weights are negative, from blue over white at zero to brown. Cells of modules that an adapter does not touch are
+    weights are negative, from green over white at zero to brown. Cells of modules that an adapter does not touch are
     hatched.
 
     Args:
@@ -99,13 +102,27 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
         grid[parts.index(row.part)][adapters.index(row.adapter)] = row.mean
     labels, common = _short_labels(parts)
     names = [_clipped(name) for name in adapters]
-    width = max(SMALLEST_PLOT, COLUMN_WIDTH * len(adapters))
+    is_numbered = len(rows) <= NUMBERED_CELLS
+    width = max(SMALLEST_PLOT, (NUMBER_WIDTH if is_numbered else COLUMN_WIDTH) * len(adapters))
     height = max(SMALLEST_PLOT, ROW_HEIGHT * len(parts))
     margin = CHARACTER_WIDTH * max(map(len, labels)) + 1.6  # for the colour bar, too
     figure = Figure((width + margin, height + CHARACTER_WIDTH * max(map(len, names)) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _draw(axes, grid)
+    image = _draw(axes, grid)
+    if is_numbered:
+        _write_numbers(axes, grid, image)
+    length = min(height, BAR_HEIGHT)
+    bar = figure.colorbar(
+        image,
+        label="mixing weight",
+        fraction=BAR_WIDTH / (width + BAR_WIDTH),
+        pad=0.1 / width,
+        shrink=length / height,
+        aspect=length / BAR_WIDTH,
+        anchor=(0.0, 1.0),
+    )
+    bar.ax.tick_params(labelsize=8)
     axes.set_xticks(range(len(adapters)), names, rotation=90 if len(adapters) > 4 else 30, fontsize=8)
     if len(adapters) <= 4:
         for label in axes.get_xticklabels():
@@ -114,11 +131,11 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
     axes.set_xlabel("upstream adapter")
     axes.set_ylabel(f"{by} of {common}" if common else by)
     if title:
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, wrap=True)
     return figure
 
 
-def _draw(axes: Axes, grid: list[list[float]]) -> None:
+def _draw(axes: Axes, grid: list[list[float]]) -> AxesImage:
     values = [value for row in grid for value in row if not math.isnan(value)]
     low, high = min(values), max(values)
     colors = "cividis"
@@ -128,21 +145,19 @@ def _draw(axes: Axes, grid: list[list[float]]) -> None:
         low, high = 0.0, max(2 * high, 1e-9)
     axes.set_facecolor("0.92")
     axes.patch.set(hatch="////", edgecolor="0.7")
-    image = axes.imshow(grid, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    assert axes.figure is not None
-    bar = axes.figure.colorbar(image, ax=axes, label="mixing weight", fraction=0.05, pad=0.02)
-    bar.ax.tick_params(labelsize=8)
     axes.tick_params(length=0)
-    if len(values) > NUMBERED_CELLS:
-        return
+    return axes.imshow(grid, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+
+
+def _write_numbers(axes: Axes, grid: list[list[float]], image: AxesImage) -> None:
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
-            if not math.isnan(value):
-                red, green, blue, _ = image.to_rgba(value)
-                is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-                axes.text(
-                    x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if is_bright else "white"
-                )
+            if math.isnan(value):
+                continue
+            red, green, blue, _ = image.to_rgba(value)
+            is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            color = "black" if is_bright else "white"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
 
 
 def _adapters(weights: Weights) -> list[str]:

@@ -98,6 +98,20 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
+def online(hub: HubServer, folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a process for which the server is the Hub."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_CACHE": str(folder / "home" / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        **more,
+    }
+
+
 def edit(folder: Path, **fields: Any) -> Path:
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -151,17 +165,8 @@ def test_inspect_gives_a_row_and_a_reason_for_each_of_ten_adapters(tmp_path: Pat
     hub.push("org/tiny-bert", files_of(tmp_path / "tiny-bert"))
     expected = ten_adapters(tmp_path, base, hub)
     adapters = [adapter for adapter, _ in expected]
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
     result = run_process(
-        "-m", "peft_composition", "inspect", *adapters, "--base", "org/tiny-bert", "--json", **environment
+        "-m", "peft_composition", "inspect", *adapters, "--base", "org/tiny-bert", "--json", **online(hub, tmp_path)
     )
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
@@ -202,7 +207,7 @@ def test_inspect_finds_shapes_that_differ(tmp_path: Path, loras: list[Path], bas
     assert [row["composable"] for row in among] == [True, True, False]
     assert "a layer from 32 to 32, but a layer from 16 to 16 in 'a'" in among[2]["reason"]
     against = run_json("inspect", other, "--base", base_folder, code=1)["adapters"]
-    assert "has shape (8, 32)" in against[0]["reason"] or "32" in against[0]["reason"]
+    assert "lora_A.weight has shape (4, 32), but Linear in the model needs (4, 16)" in against[0]["reason"]
 
 
 # compose
@@ -253,6 +258,20 @@ def test_an_adapter_that_cannot_be_composed_is_one_line_and_leaves_nothing(tmp_p
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith("Error: adapter 'dora': it is a DoRA adapter")
     assert not (tmp_path / "out").exists()
+
+
+def test_compose_pushes_with_the_export(tmp_path: Path, hub: HubServer, loras: list[Path], base_folder: Path) -> None:
+    result = run_process(
+        "-m", "peft_composition", "compose", "--base", base_folder, "--adapters", *loras, "--out", tmp_path / "out",
+        "--push", "me/mix", "--json", **online(hub, tmp_path, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET="1"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    repository = hub.repositories["me/mix"]
+    files = repository.commits[repository.refs["main"]]
+    assert {CONFIG, WEIGHTS, "README.md", f"lora/{CONFIG}", f"lora/{WEIGHTS}"} <= set(files)
+    assert 'PeftModel.from_pretrained(base_model, "me/mix", subfolder="lora")' in files["README.md"].decode()
+    assert repository.refs["main"] in json.loads(result.stdout)["commit"]
+    assert files[f"lora/{WEIGHTS}"] == (tmp_path / "out" / "lora" / WEIGHTS).read_bytes()
 
 
 # export, weights, merge
