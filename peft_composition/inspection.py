@@ -185,8 +185,8 @@ class _Agreement:
     def require(self, adapter: UpstreamAdapter) -> None:
         """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
         trained_on = adapter.config.get("base_model_name_or_path")
-        is_known = self._base and trained_on and upstream.is_hub_id(trained_on)
-        if is_known and _last_part(trained_on) != _last_part(self._base):
+        is_hub_id = upstream.is_hub_id(trained_on)
+        if self._base and is_hub_id and _last_part(str(trained_on)) != _last_part(self._base):
             raise AdapterError(adapter.name, f"it was trained on {trained_on!r}, but most others on {self._base!r}")
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         for module, shape in shapes.items():

@@ -154,7 +154,7 @@ def _write_numbers(axes: Axes, grid: list[list[float]], image: AxesImage) -> Non
         for x, value in enumerate(row):
             if math.isnan(value):
                 continue
-            red, green, blue, _ = image.to_rgba(value)
+            red, green, blue, _ = image.cmap(float(image.norm([value])[0]))
             is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             color = "black" if is_bright else "white"
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)

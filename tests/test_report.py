@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from itertools import pairwise
@@ -34,10 +33,8 @@ def many(adapters: int, blocks: int, modules: int) -> dict[str, dict[str, float]
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="rgba", dpi=100)
-    width, height = (figure.get_size_inches() * 100).astype(int)
-    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)[..., :3]
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
 
 
 def test_the_table_of_the_model() -> None:
