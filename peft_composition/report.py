@@ -150,11 +150,12 @@ def _draw(axes: Axes, grid: list[list[float]]) -> AxesImage:
 
 
 def _write_numbers(axes: Axes, grid: list[list[float]], image: AxesImage) -> None:
+    colors = image.to_rgba(image.get_array())  # type: ignore[arg-type]  # never None: imshow has set it
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if math.isnan(value):
                 continue
-            red, green, blue, _ = image.cmap(float(image.norm([value])[0]))
+            red, green, blue, _ = colors[y, x]
             is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             color = "black" if is_bright else "white"
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
