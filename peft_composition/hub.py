@@ -173,6 +173,32 @@ def push_to_hub(
         )
 
 
+def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """The mixing weights of a saved composition, from its files alone: no base model, no network.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+
+    Returns:
+        `{module name: {upstream adapter name: weight}}`, in the model's order. Unlike in `model.mixing_weights()`, an
+        adapter that does not touch a module is not listed there.
+
+    Raises:
+        ValueError: there is no saved composition, or its weights are not in it.
+    """
+    saved = _Saved(Path(folder), None)
+    if not saved.is_complete:
+        raise ValueError(f"There is no saved composition in {saved.folder}.")
+    weights = saved.mixing_weights()
+    if not weights:
+        raise ValueError(f"The weights file in {saved.folder} does not hold the mixing weights of all its modules.")
+    names = saved.config.adapter_names
+    return {
+        module: {name: weight for name, weight, rank in zip(names, weights[module], ranks) if rank}
+        for module, ranks in saved.ranks.items()
+    }
+
+
 class CompositionCardMixin(_TrainerBase):
     """Completes the model card that a Trainer writes, and adds the plain LoRA, so that `push_to_hub` pushes both.
 

@@ -289,11 +289,7 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
     quantization_kwargs = get_quantization_kwargs(model)
     model_dtype = _model_dtype(model)
     current_name = _module_renamer(model, targets)
-
-    @cache
-    def shape_of(module: str) -> LayerShape | None:
-        return layer_shape(targets[module], **quantization_kwargs) if module in targets else None
-
+    shape_of = _shape_reader(targets, quantization_kwargs)
     stacked = None
     if config.is_restored:
         _rename_recorded_modules(config, current_name)
@@ -319,6 +315,40 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
         stacked=stacked,
         quantization_kwargs=quantization_kwargs,
     )
+
+
+def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[upstream.UpstreamAdapter]) -> None:
+    """Check of adapters that are read already what building a composition checks; the model stays as it is.
+
+    Args:
+        config: the composition that they would be part of; tells the modules that are left out.
+        model: the base model; may be on the meta device.
+        adapters: the adapters.
+
+    Raises:
+        AdapterError: one of them cannot be composed.
+        ValueError: nothing is left to compose.
+    """
+    targets = _target_layers(model)
+    shape_of = _shape_reader(targets, get_quantization_kwargs(model))
+    current_name = _module_renamer(model, targets)
+    upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+    is_wanted = _module_filter(config, model, adapters, current_name)
+    plan = upstream.match(adapters, shape_of, targets, current_name, is_wanted)
+    model_dtype = _model_dtype(model)
+    upstream.stack(plan, {name: compute_dtype(targets[name], model_dtype) for name in plan.factors})
+
+
+def _shape_reader(
+    targets: Mapping[str, nn.Module], quantization_kwargs: dict[str, Any]
+) -> Callable[[str], LayerShape | None]:
+    """What factors must look like, by module name; None where the model has no such module."""
+
+    @cache
+    def shape_of(module: str) -> LayerShape | None:
+        return layer_shape(targets[module], **quantization_kwargs) if module in targets else None
+
+    return shape_of
 
 
 def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> LoraLayout:

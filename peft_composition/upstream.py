@@ -288,9 +288,9 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
     """
     remote = [reference for reference in references if not _is_local(reference["path"])]
     if not remote:
-        return [_locate(reference, with_cards) for reference in references]
+        return [locate_one(reference, with_cards) for reference in references]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        found = pool.map(_locate, references, repeat(with_cards))
+        found = pool.map(locate_one, references, repeat(with_cards))
         return list(tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter"))
 
 
@@ -298,7 +298,8 @@ def _is_local(path: str) -> bool:
     return os.path.isdir(path)
 
 
-def _locate(reference: AdapterReference, with_card: bool) -> AdapterFiles:
+def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFiles:
+    """As `locate`, one adapter and without a progress bar."""
     if _is_local(reference["path"]):
         return _locate_in_folder(reference)
     if _looks_like_path(reference["path"]):
@@ -455,7 +456,7 @@ def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str |
 
 def _read_adapter(files: AdapterFiles, sha256: str, expected_sha256: str | None) -> UpstreamAdapter:
     name = files.name
-    config = _read_config(name, files.config)
+    config = read_config(files)
     _require_plain_lora(name, config)
     if expected_sha256 is not None and sha256 != expected_sha256:
         raise AdapterError(
@@ -470,12 +471,18 @@ def _read_adapter(files: AdapterFiles, sha256: str, expected_sha256: str | None)
         commit=files.commit,
         sha256=sha256,
         base_model_name_or_path=config.get("base_model_name_or_path"),
-        license=_license(files.card),
+        license=stated_license(files.card),
     )
     return UpstreamAdapter(name, config, weights, modules, extras, provenance)
 
 
-def _read_config(name: str, path: Path) -> dict[str, Any]:
+def read_config(files: AdapterFiles) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter of any kind.
+
+    Raises:
+        AdapterError: it is damaged, or describes no PEFT adapter.
+    """
+    name, path = files.name, files.config
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -485,7 +492,7 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _license(card: Path | None) -> str | None:
+def stated_license(card: Path | None) -> str | None:
     """The licence that a card states: its Hub identifier, or `other (name)`; None where it states none."""
     if card is None:
         return None

@@ -1,0 +1,221 @@
+"""What upstream adapters are and whether they can be composed: a report for each, whatever is wrong with others."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from types import TracebackType
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from . import upstream
+from .config import AdapterReference, CompositionConfig
+from .model import require_composable
+from .upstream import AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
+
+
+# The modules that PEFT trains in full for a task type, and that are not composed therefore.
+HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
+
+@dataclass
+class AdapterReport:
+    """What one adapter is, as far as it could be read.
+
+    Attributes:
+        name: its name in a composition.
+        path: Hub id or folder.
+        revision: as asked for.
+        commit: what that was, for one from the Hub.
+        license: as its card states it.
+        base: base model, as its config states it.
+        task_type: as its config states it.
+        ranks: least and largest rank.
+        targets: last parts of the names of its modules.
+        modules: number of modules.
+        parameters: number of values in its factors.
+        bytes: size of its weights file.
+        reason: why it cannot be composed; None if it can.
+        notes: what else there is to know.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+    commit: str | None = None
+    license: str | None = None
+    base: str | None = None
+    task_type: str | None = None
+    ranks: tuple[int, int] | None = None
+    targets: list[str] = field(default_factory=list)
+    modules: int | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    reason: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_composable(self) -> bool:
+        return self.reason is None
+
+
+def inspect_adapters(
+    references: Sequence[AdapterReference], model: nn.Module | None = None, task_type: str | None = None
+) -> list[AdapterReport]:
+    """Check every adapter as composing would, values included, and go on after one that fails.
+
+    Args:
+        references: the adapters, as in `CompositionConfig.references`.
+        model: the base model, may be on the meta device. Default: none; then the adapters are compared with each
+            other, and those that do not fit most others are refused.
+        task_type: of the composition; heads that it trains in full are not looked at.
+
+    Returns:
+        One report each, in the order of `references`.
+    """
+    reports: list[AdapterReport] = []
+    read: list[tuple[AdapterReport, UpstreamAdapter]] = []
+    for found, reference in zip(_locate_each(references), references):
+        report = AdapterReport(reference["name"], reference["path"], reference.get("revision"))
+        reports.append(report)
+        with _Judging(report):
+            if isinstance(found, AdapterError):
+                raise found
+            _describe_config(report, found)
+            (adapter,) = upstream.read_adapters([found], [None])
+            _describe_factors(report, adapter)
+            read.append((report, adapter))
+    same = _Agreement([adapter for _, adapter in read])
+    for report, adapter in read:
+        with _Judging(report):
+            if model is None:
+                same.require(adapter)
+            else:
+                config = CompositionConfig(adapters=[report.path], modules_to_save=HEADS.get(task_type or ""))
+                require_composable(config, model, [adapter])
+        if adapter.extras:
+            report.notes.append(f"not LoRA factors, not mixed: {', '.join(adapter.extras)}")
+    return reports
+
+
+class _Judging:
+    """Turns an error into the reason of a report, and warnings into its notes."""
+
+    def __init__(self, report: AdapterReport) -> None:
+        self._report = report
+        self._catching = warnings.catch_warnings(record=True)
+
+    def __enter__(self) -> None:
+        self._warnings = self._catching.__enter__()
+        warnings.simplefilter("always")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._catching.__exit__(kind, error, trace)
+        prefix = f"adapter {self._report.name!r} "
+        self._report.notes += [str(caught.message).removeprefix(prefix) for caught in self._warnings or ()]
+        if not isinstance(error, ValueError):
+            return False
+        self._report.reason = error.reason if isinstance(error, AdapterError) else str(error)
+        return True
+
+
+def _locate_each(references: Sequence[AdapterReference]) -> Iterator[AdapterFiles | AdapterError]:
+    """The files of every adapter, or why there are none; several downloads at once."""
+
+    def locate(reference: AdapterReference) -> AdapterFiles | AdapterError:
+        try:
+            return upstream.locate_one(reference)
+        except AdapterError as error:
+            return error
+
+    with ThreadPoolExecutor(upstream.PARALLEL_DOWNLOADS) as pool:
+        yield from tqdm(pool.map(locate, references), total=len(references), desc="Reading adapters", unit="adapter")
+
+
+def _describe_config(report: AdapterReport, files: AdapterFiles) -> None:
+    """What the config alone says; also of an adapter that is refused afterwards."""
+    report.commit = files.commit
+    report.bytes = files.weights.stat().st_size
+    report.license = upstream.stated_license(files.card)
+    config = upstream.read_config(files)
+    report.base = config.get("base_model_name_or_path")
+    report.task_type = config.get("task_type")
+    rank, targets = config.get("r"), config.get("target_modules")
+    report.ranks = (rank, rank) if isinstance(rank, int) else None
+    report.targets = [targets] if isinstance(targets, str) else sorted(targets or [])
+
+
+def _describe_factors(report: AdapterReport, adapter: UpstreamAdapter) -> None:
+    factors = adapter.modules.values()
+    ranks = [entry.rank for entry in factors]
+    report.ranks = min(ranks), max(ranks)
+    report.targets = sorted({module.rpartition(".")[2] for module in adapter.modules})
+    report.modules = len(adapter.modules)
+    keys = [key for entry in factors for key in (entry.A, entry.B, entry.bias) if key]
+    report.parameters = sum(prod(adapter.weights.shape(key)) for key in keys)
+
+
+class _Agreement:
+    """What most adapters have in common, in place of a base model."""
+
+    def __init__(self, adapters: list[UpstreamAdapter]) -> None:
+        stated = [adapter.config.get("base_model_name_or_path") for adapter in adapters]
+        self._base = _most_common([base for base in stated if upstream.is_hub_id(base)], key=_last_part)
+        self._shapes: dict[str, tuple[LayerShape, UpstreamAdapter]] = {}
+        shapes: dict[str, list[tuple[LayerShape, UpstreamAdapter]]] = {}
+        for adapter in adapters:
+            for module, factors in adapter.modules.items():
+                shapes.setdefault(module, []).append((_shape_of(adapter, factors), adapter))
+        for module, candidates in shapes.items():
+            self._shapes[module] = _most_common(candidates, key=lambda entry: entry[0])
+
+    def require(self, adapter: UpstreamAdapter) -> None:
+        """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
+        trained_on = adapter.config.get("base_model_name_or_path")
+        is_hub_id = upstream.is_hub_id(trained_on)
+        if self._base and is_hub_id and _last_part(str(trained_on)) != _last_part(self._base):
+            raise AdapterError(adapter.name, f"it was trained on {trained_on!r}, but most others on {self._base!r}")
+        shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
+        for module, shape in shapes.items():
+            wanted, other = self._shapes[module]
+            if shape != wanted:
+                raise AdapterError(
+                    adapter.name,
+                    f"module {module!r} has the factors of {_words(shape)}, but {_words(wanted)} in {other.name!r}. "
+                    "Was it trained on another base model?",
+                )
+        plan = upstream.match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
+        upstream.stack(plan, dict.fromkeys(plan.factors, torch.float32))
+
+
+def _most_common(entries: list[Any], key: Any) -> Any:
+    """The first of the entries whose key is most frequent; None of none."""
+    counts = Counter(map(key, entries))
+    return max(entries, key=lambda entry: counts[key(entry)], default=None)
+
+
+def _last_part(base: str) -> str:
+    return base.rpartition("/")[2].lower()
+
+
+def _shape_of(adapter: UpstreamAdapter, factors: Factors) -> LayerShape:
+    A, B = adapter.weights.shape(factors.A), adapter.weights.shape(factors.B)
+    return LayerShape("the layer", tuple(A[1:]), next(iter(B), 0), factors.is_embedding)
+
+
+def _words(shape: LayerShape) -> str:
+    kind = "an embedding" if shape.is_embedding else "a layer"
+    return f"{kind} from {' x '.join(map(str, shape.in_shape))} to {shape.out_features}"

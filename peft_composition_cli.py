@@ -1,0 +1,293 @@
+"""The command line: arguments and help texts. What the commands do is in `peft_composition/cli.py`.
+
+Outside the package, because importing that loads torch and PEFT: help, completion and mistyped arguments are quick.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+
+try:
+    import typer
+    from typer.core import TyperCommand
+except ImportError as missing:
+    raise SystemExit(
+        f"Error: {missing}. The command line needs an extra: pip install 'peft-composition[cli]'"
+    ) from None
+
+
+class Mixing(str, Enum):
+    """How compositions are mixed that nothing is trained for."""
+
+    uniform = "uniform"
+    fixed = "fixed"
+
+
+class Normalization(str, Enum):
+    """As in `CompositionConfig`."""
+
+    softmax = "softmax"
+    none = "none"
+
+
+class Head(str, Enum):
+    """What an export does with the trained head."""
+
+    included = "with"
+    excluded = "without"
+    separate = "separate"
+
+
+class Part(str, Enum):
+    """Rows of the weights' table and heatmap."""
+
+    module = "module"
+    block = "block"
+    model = "model"
+
+
+class _ManyValues(TyperCommand):
+    """A command whose options `--adapters` and `--weights` take all values up to the next option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        expanded: list[str] = []
+        option = ""
+        for arg in args:
+            if arg in ("--adapters", "--weights"):
+                option, is_given = arg, False
+            elif option and (not arg.startswith("-") or _is_number(arg)):
+                expanded.append(f"{option}={arg}")
+                is_given = True
+            else:
+                expanded += [option, arg] if option and not is_given else [arg]
+                option = ""
+        if option and not is_given:
+            expanded.append(option)  # without a value: click says so
+        return super().parse_args(ctx, expanded)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Mix trained LoRA adapters into one adapter. Exit codes: 0 fine, 1 something failed or cannot be composed, "
+    "2 wrong arguments.",
+)
+
+_has_tracebacks = False
+
+
+@app.callback()
+def _set(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    global _has_tracebacks
+    _has_tracebacks = traceback
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+Out = Annotated[Path, typer.Option(help="Folder to write to; must be new or empty.", file_okay=False)]
+Saved = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A saved composition.", exists=True, file_okay=False, show_default=False)
+]
+Task = Annotated[
+    Optional[str],  # noqa: UP045  (typer reads it at run time)
+    typer.Option(
+        help="Task type, such as SEQ_CLS or CAUSAL_LM. Default: what the adapters state.", show_default=False
+    ),
+]
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="float32, bfloat16 or float16. Default: as it is.", show_default=False),
+]
+
+
+@app.command()
+def inspect(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
+    ],
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Base model, Hub id or folder: checks modules and shapes against its config. Without it the adapters "
+            "are compared with each other.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Task = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what adapters are and whether they can be composed and, if not, why."""
+    with _reported():
+        from peft_composition import cli
+
+        is_good = cli.inspect(adapters, base, task, as_json)
+    if not is_good:
+        raise typer.Exit(1)
+
+
+@app.command(cls=_ManyValues)
+def compose(
+    base: Annotated[str, typer.Option(help="Base model, Hub id or folder.")],
+    adapters: Annotated[
+        list[str], typer.Option(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
+    ],
+    out: Out,
+    mixing: Annotated[Mixing, typer.Option(help="1/N each, or --weights.")] = Mixing.uniform,
+    weights: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(metavar="NUMBER...", help="One per adapter, for --mixing fixed.", show_default=False),
+    ] = None,
+    normalization: Annotated[
+        Normalization, typer.Option(help="Weights that are positive with sum 1, or free weights (none).")
+    ] = Normalization.softmax,
+    task: Task = None,
+    save_adapters: Annotated[
+        bool, typer.Option(help="Whether the upstream factors are saved, or only their names and hashes.")
+    ] = True,
+    lora: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--lora/--no-lora",
+            help="Whether a plain LoRA for stock PEFT is written to OUT/lora. Default: with --save-adapters.",
+            show_default=False,
+        ),
+    ] = None,
+    push: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="REPO", help="Push it to this repository of the Hub.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compose adapters, uniformly or with given weights, and save the result."""
+    if mixing is Mixing.fixed and len(weights or ()) != len(adapters):
+        raise typer.BadParameter(f"--mixing fixed needs one of --weights per adapter: {len(adapters)}.")
+    if mixing is Mixing.uniform and weights:
+        raise typer.BadParameter("--weights mean nothing with --mixing uniform; give --mixing fixed.")
+    _require_empty(out)
+    with _reported():
+        from peft_composition import cli
+
+        cli.compose(
+            base,
+            adapters,
+            mixing.value,
+            weights or None,
+            normalization.value,
+            out,
+            task=task,
+            save_adapters=save_adapters,
+            with_lora=save_adapters if lora is None else lora,
+            push=push,
+            as_json=as_json,
+        )
+
+
+@app.command()
+def export(
+    folder: Saved,
+    out: Out,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Highest rank per module. Default: exact.", show_default=False),
+    ] = None,
+    energy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Instead of --rank: share of the squared norm that is kept, up to 1.", show_default=False),
+    ] = None,
+    round_rank: Annotated[bool, typer.Option("--round-rank", help="One rank for all that vLLM accepts.")] = False,
+    head: Annotated[Head, typer.Option(help="Whether the trained head goes with it, or into a file of its own.")] = (
+        Head.included
+    ),
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a saved composition as a plain LoRA that needs no plugin."""
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("Give --rank or --energy, not both.")
+    _require_empty(out)
+    with _reported():
+        from peft_composition import cli
+
+        cli.export(
+            folder, out, head.value, dtype=dtype, as_json=as_json, rank=rank, energy=energy, round_rank=round_rank
+        )
+
+
+@app.command()
+def weights(
+    folder: Saved,
+    png: Annotated[Path, typer.Option(metavar="FILE", help="Where the heatmap goes.", dir_okay=False)] = Path(
+        "weights.png"
+    ),
+    by: Annotated[Part, typer.Option(help="Rows of the second table and of the heatmap.")] = Part.block,
+    as_json: AsJson = False,
+) -> None:
+    """Show the mixing weights of a saved composition as tables and as a heatmap."""
+    with _reported():
+        from peft_composition import cli
+
+        cli.weights(folder, png, by.value, as_json)
+
+
+@app.command()
+def merge(
+    folder: Saved,
+    out: Out,
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Base model, Hub id or folder. Default: the recorded one.", show_default=False),
+    ] = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the base model with a saved composition merged into it, and its tokenizer."""
+    _require_empty(out)
+    with _reported():
+        from peft_composition import cli
+
+        cli.merge(folder, out, base, dtype, as_json)
+
+
+def _require_empty(out: Path) -> None:
+    """A composition, an adapter or a model that is there already must not be overwritten."""
+    if out.is_dir() and any(out.iterdir()):
+        raise typer.BadParameter(f"{out} is not empty; give a new folder.", param_hint="--out")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors and warnings are a line each on stderr; an error is exit code 1, and `--traceback` shows its place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except Exception as error:  # the Hub's HTTP client has errors of its own, in a package that changes
+        if _has_tracebacks:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
+        typer.echo(f"Error: {kind}{' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="peft-composition")
