@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-limit",
         type=float,
         metavar="GB",
-        help="leave out peers whose training step would take more than this; default: 60%% of what is free",
+        help="leave out peers whose training step would take more than this; default: 70%% of what is free",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file whose block is replaced")

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
-# Memory that a training step takes, over the bytes it saves for backward: measured, and rounded up.
-OVERHEAD = {"cpu": 2.0, "cuda": 1.2}
+FEW_SAMPLES = 4
 
 
 class SavedBytes:
@@ -49,23 +48,28 @@ class SavedBytes:
         return tensor
 
 
-def saved_bytes_at(model: nn.Module, loss: Callable[[int], Tensor], batch_size: int) -> int:
-    """What a step would save for backward at a batch size, from the same at two samples and at four.
+def expected_growth(forward: Callable[[int], object], batch_size: int, device: torch.device) -> int:
+    """How much memory a forward pass with its graph will take, from what a few samples take.
+
+    On the CPU this is memory of the process and not of tensors: glibc's heap can grow to several times what is in use,
+    where small tensors that stay lie between large ones that go.
 
     Args:
-        model: in training mode.
-        loss: batch size -> loss, with its graph.
+        forward: batch size -> anything that keeps the graph.
         batch_size: the size asked for.
+        device: where it runs.
     """
-    few, more = (_saved_bytes(model, loss, size) for size in (2, 4))
-    return few + (more - few) * (batch_size - 2) // 2
+    give_back()
+    before = _held_bytes(device)
+    graph = forward(FEW_SAMPLES)
+    grown = _held_bytes(device) - before
+    del graph
+    give_back()
+    return grown * batch_size // FEW_SAMPLES
 
 
-def _saved_bytes(model: nn.Module, loss: Callable[[int], Tensor], size: int) -> int:
-    saved = SavedBytes(model)
-    with saved.counting():
-        loss(size)
-    return saved.total
+def _held_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
@@ -107,8 +111,8 @@ def peak_during(call: Callable[[], object], device: torch.device) -> int:
 def give_back() -> None:
     """Collect garbage, and return what is free to the system.
 
-    glibc keeps freed memory in a heap full of holes, in training about as much again as what was in use at the peak:
-    peer after peer, each with tensors of other sizes, would fill the machine.
+    glibc keeps freed memory in a heap full of holes: peer after peer, each with tensors of other sizes, would fill the
+    machine.
     """
     gc.collect()
     if sys.platform == "linux":
@@ -121,7 +125,7 @@ def give_back() -> None:
 
 def heap_is_swollen() -> bool:
     """Whether this process holds more than a third of the machine's memory."""
-    return psutil.Process().memory_info().rss > psutil.virtual_memory().total / 3
+    return _held_bytes(torch.device("cpu")) > psutil.virtual_memory().total / 3
 
 
 def free_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ class Settings:
         adapters: the values of N.
         peers: the peers, the reference first.
         rounds: rounds by model.
-        memory_limit: bytes that a training step may take; None: 60% of what is free.
+        memory_limit: bytes that a training step may take; None: 70% of what is free.
         workbench: model key -> its base model and adapters, built on first use.
         new_workbench: (architecture, name) -> one for a model of the table's own.
         device: where everything runs.

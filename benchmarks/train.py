@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +10,32 @@ from torch import Tensor, nn
 from . import arithmetic
 from .cells import build_peers, in_order, target_calls
 from .measure import elapsed, race
-from .memory import OVERHEAD, SavedBytes, free_bytes, give_back, peak_during, resident_bytes, saved_bytes_at
+from .memory import SavedBytes, expected_growth, free_bytes, give_back, peak_during, resident_bytes
 from .models import RANK, Workbench
 from .peers import COMPOSITION, FROZEN, LOOP, LORA, PEFT, PEFT_TRAINED, UNIFORM, XLORA
 from .results import Cell, Measurement
 from .settings import LIMIT, Settings, Table
 
 
-SHARE_OF_FREE_MEMORY = 0.6
+SHARE_OF_FREE_MEMORY = 0.7
 
 
-@dataclass
 class Step:
-    """A training step of one peer, to be called again and again."""
+    """A training step of one peer, to be called again and again.
 
-    model: nn.Module
-    batch: dict[str, Tensor]
+    Args:
+        model: of the peer.
+        bench: gives the batch.
+        batch_size: of the step. Default: the architecture's.
+    """
 
-    def __post_init__(self) -> None:
-        self.model.train()
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def __init__(self, model: nn.Module, bench: Workbench, batch_size: int | None = None) -> None:
+        self.model = model.train()
+        self.bench = bench
+        self.batch = bench.batch(batch_size, labels=True)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5) if parameters else None
-        self.saved = SavedBytes(self.model)
+        self.saved = SavedBytes(model)
 
     def __call__(self) -> None:
         self._finish(self.model(**self.batch).loss)
@@ -42,6 +45,10 @@ class Step:
         with self.saved.counting():
             loss = self.model(**self.batch).loss
         self._finish(loss)
+
+    def loss(self, batch_size: int) -> Tensor:
+        """The loss with its graph, of a batch of another size."""
+        return self.model(**self.bench.batch(batch_size, labels=True)).loss
 
     def _finish(self, loss: Tensor) -> None:
         loss.backward()
@@ -68,12 +75,12 @@ def _cell(settings: Settings, key: str, count: int) -> Cell:
     peaks: dict[str, int] = {}
     warm_up: dict[str, float] = {}
     for peer, model in models.items():
-        needed = expected_memory(bench, model)
-        give_back()
+        step = Step(model, bench)
+        needed = expected_growth(step.loss, bench.architecture.batch_size, settings.device)
         if peer is not settings.peers[0] and needed > limit:
             measured[peer.title] = Measurement(skipped=f"needs about {needed / 1e9:.0f} GB for a step")
             continue
-        steps[peer.title] = step = Step(model, bench.batch(labels=True))
+        steps[peer.title] = step
         peaks[peer.title], warm_up[peer.title] = _first_step(step, settings.device)
         give_back()
     reference = settings.peers[0].title
@@ -96,19 +103,8 @@ def _first_step(step: Step, device: torch.device) -> tuple[int, float]:
     return peak, seconds[0]
 
 
-def expected_memory(bench: Workbench, model: nn.Module) -> float:
-    """Bytes that a training step will take, from what small batches save for backward."""
-    model.train()
-
-    def loss(size: int) -> Tensor:
-        return model(**bench.batch(size, labels=True)).loss
-
-    saved = saved_bytes_at(model, loss, bench.architecture.batch_size)
-    return OVERHEAD[bench.device.type] * saved
-
-
 def _limit(bench: Workbench, frozen: nn.Module, floor: Measurement, count: int) -> Measurement:
-    step: Callable[[], None] = Step(frozen, bench.batch(1, labels=True))
+    step: Callable[[], None] = Step(frozen, bench, 1)
     total = arithmetic.count(step) * bench.architecture.batch_size
     longer = arithmetic.factor(target_calls(bench), RANK * count, arithmetic.least_extra_training, total)
     return floor.lengthened(longer)

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command_line
-from benchmarks import arithmetic, measure, report, run
+from benchmarks import arithmetic, measure, report, run, train
 from benchmarks.cells import require_same
-from benchmarks.memory import SavedBytes, peak_during
+from benchmarks.memory import SavedBytes, expected_growth, peak_during
 from benchmarks.models import ARCHITECTURES, Workbench
 from benchmarks.peers import FROZEN, PlainLoop, target_names
 from benchmarks.results import Cell, Measurement, Results, Summary, UsageError
@@ -212,7 +212,8 @@ def test_a_report_of_the_same_results_changes_nothing(everything: Path) -> None:
 def test_a_peer_that_would_fill_the_memory_is_left_out_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "train --models tiny-vit --adapters 2 --peers loop --repeats 1 --memory-limit 0.0000001"
+    monkeypatch.setattr(train, "expected_growth", lambda *arguments: 24_400_000_000)
+    words = "train --models tiny-vit --adapters 2 --peers loop --repeats 1 --memory-limit 24"
     monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split(), "--out", str(tmp_path)])
     assert command_line.main() == 0
     (path,) = tmp_path.glob("train-*.json")
@@ -220,7 +221,7 @@ def test_a_peer_that_would_fill_the_memory_is_left_out_with_the_reason(
     assert set(peers) == {"LoRA", "plain loop"}
     assert peers["LoRA"].seconds is not None
     assert peers["plain loop"].seconds is None
-    assert str(peers["plain loop"].skipped).startswith("needs about ")
+    assert peers["plain loop"].skipped == "needs about 24 GB for a step"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +333,11 @@ def test_peak_is_the_most_that_was_held_at_one_time() -> None:
         del second, third
 
     assert 4_000_000 <= peak_during(call, CPU) < 4_000_000 + 10_000
+
+
+def test_memory_is_foreseen_from_a_few_samples() -> None:
+    expected = expected_growth(lambda size: torch.ones(size, 5_000_000), 32, CPU)
+    assert expected == pytest.approx(32 * 4 * 5_000_000, rel=0.2)
 
 
 def _multiplications(*products: tuple[torch.Tensor, torch.Tensor]) -> int:
