@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GB",
         help="leave out peers whose training step would take more than this; default: 70%% of what is free",
     )
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the table has from earlier runs on this machine, case by case"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file whose block is replaced")
     return parser

@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 
 
+# Of the machine's description: what may differ between runs whose results stand in one table.
+MAY_DIFFER = ("date", "commit", "load_before")
+
+
 class UsageError(Exception):
     """Something the user can put right; the command line shows the message alone."""
 
@@ -113,10 +117,43 @@ class Results:
     peers: dict[str, str] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
 
+    def continued_by(self, other: Results) -> Results:
+        """These cells under a further run of the same table, which says what was run for which of them.
+
+        Raises:
+            UsageError: the other run is on another machine, or with other versions, so that the two do not compare.
+        """
+        differing = [
+            key for key, value in other.machine.items() if key not in MAY_DIFFER and self.machine[key] != value
+        ]
+        if differing or self.dtype != other.dtype:
+            raise UsageError(f"nothing can be added to the results of {self.table}: other {', '.join(differing)}")
+        return Results(
+            table=self.table,
+            device=self.device,
+            dtype=self.dtype,
+            command=f"{self.command}; {other.command}",
+            machine=other.machine,
+            models={**self.models, **other.models},
+            peers={**self.peers, **other.peers},
+            cells=list(self.cells),
+        )
+
+    def put(self, cell: Cell) -> None:
+        """Add a cell, in the place of one for the same case."""
+        cases = [(known.model, known.adapters, known.case) for known in self.cells]
+        if (cell.model, cell.adapters, cell.case) in cases:
+            self.cells[cases.index((cell.model, cell.adapters, cell.case))] = cell
+        else:
+            self.cells.append(cell)
+
+    def path_in(self, folder: Path) -> Path:
+        return folder / f"{self.table}-{self.device}.json"
+
     def write(self, folder: Path) -> Path:
         """Write `<table>-<device>.json`; an interrupted write leaves the earlier file whole."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.table}-{self.device}.json"
+        path = self.path_in(folder)
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(_without_none(asdict(self)), indent=1) + "\n")
         os.replace(draft, path)

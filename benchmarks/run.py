@@ -67,8 +67,10 @@ def run_tables(names: Sequence[str], options: argparse.Namespace, folder: Path) 
             models={key: TABLES[name].describe(ARCHITECTURES[key]) for key in settings.models},
             peers={peer.title: peer.note for peer in settings.peers},
         )
+        if options.add:
+            results = Results.read(results.path_in(options.out)).continued_by(results)
         for cell in TABLES[name].run(settings):
-            results.cells.append(cell)
+            results.put(cell)
             results.write(options.out)
             Console().print(_grid(name, cell))
     gc.unfreeze()
@@ -116,7 +118,7 @@ def _settings(
 
 def _command(name: str, options: argparse.Namespace) -> str:
     """The command line without its paths."""
-    words = ["python -m benchmarks", name]
+    words = ["python -m benchmarks", name, *(["--add"] if options.add else [])]
     for option in ("models", "adapters", "peers", "repeats", "memory_limit"):
         value = getattr(options, option)
         if value is not None:

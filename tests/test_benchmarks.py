@@ -414,3 +414,22 @@ def test_peers_that_do_not_agree_are_not_compared() -> None:
     require_same({"composition": one, "plain loop": one + 1e-6})
     with pytest.raises(RuntimeError, match="composition and plain loop do not compute the same"):
         require_same({"composition": one, "merged": one, "plain loop": 1.1 * one})
+
+
+def test_a_table_can_be_measured_in_parts(everything: Path, tmp_path: Path) -> None:
+    before = _results(everything, "train")
+    before.write(tmp_path)
+    again = Results.read(before.path_in(tmp_path))
+    again.command, again.cells = "another", []
+    again.machine = {**again.machine, "load_before": 99.0}
+
+    together = before.continued_by(again)
+    cell = replace(before.cells[0], peers={})
+    together.put(cell)
+    together.put(replace(cell, adapters=7))
+
+    assert together.command == f"{before.command}; another"
+    assert together.cells == [cell, *before.cells[1:], replace(cell, adapters=7)]
+    again.machine["cpu"] = "another"
+    with pytest.raises(UsageError, match="cpu"):
+        before.continued_by(again)
