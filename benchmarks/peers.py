@@ -220,6 +220,7 @@ FROZEN = Peer(
     "the base model, its gradients computed as far back as any adapter on the targets needs them: what no adapter "
     "method can undercut",
     _frozen,
+    is_leading=True,  # the arithmetic limit is reckoned from it
 )
 LORA = Peer("lora", "LoRA", f"PEFT's LoRA, r = {RANK}, on the same modules", _lora, is_leading=True)
 COMPOSITION = Peer("composition", "composition", "this library, learned weights", _composition, is_leading=True)
