@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from itertools import repeat
@@ -155,7 +155,8 @@ class UpstreamAdapter:
         weights: its tensors, read when asked for.
         modules: factors by module name, as spelled in the checkpoint.
         extras: entries that are not LoRA factors (heads, embeddings); they are not mixed.
-        provenance: what is recorded of it.
+        files: where it was found.
+        sha256: the hash of its weights, perhaps not computed yet.
     """
 
     name: str
@@ -163,7 +164,21 @@ class UpstreamAdapter:
     weights: WeightsFile
     modules: dict[str, Factors]
     extras: list[str]
-    provenance: Provenance
+    files: AdapterFiles
+    sha256: Future[str]
+
+    @property
+    def provenance(self) -> Provenance:
+        """What is recorded of it; waits for the hash."""
+        return Provenance(
+            name=self.name,
+            path=self.files.reference["path"],
+            subfolder=self.files.reference.get("subfolder"),
+            commit=self.files.commit,
+            sha256=self.sha256.result(),
+            base_model_name_or_path=self.config.get("base_model_name_or_path"),
+            license=stated_license(self.files.card),
+        )
 
 
 @dataclass
@@ -435,10 +450,12 @@ def _commit_of(cached: Path) -> str | None:
 def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str | None]) -> list[UpstreamAdapter]:
     """Read the configs and the tensor indices of adapters and check that they are plain LoRAs.
 
+    Their weights are hashed in threads beside this and what comes after it, until the provenance is asked for.
+
     Args:
         files: where they are.
-        expected_sha256: for each the hash that its weights must have, where one is recorded. They are hashed before
-            anything else is done with them.
+        expected_sha256: for each the hash that its weights must have, where one is recorded. That is found out before
+            they are opened.
 
     Returns:
         The adapters, in the order of `files`; the values of their tensors are read later, in `stack`.
@@ -447,33 +464,28 @@ def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str |
         AdapterError: one is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
     """
     pool = ThreadPoolExecutor(PARALLEL_HASHES)
+    hashes = [pool.submit(_sha256, file.weights) for file in files]
     try:
-        hashes = pool.map(_sha256, [file.weights for file in files])
         return [_read_adapter(*entry) for entry in zip(files, hashes, expected_sha256)]
+    except BaseException:
+        pool.shutdown(cancel_futures=True)  # the rest need not be hashed
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error the rest need not be hashed
+        pool.shutdown(wait=False)
 
 
-def _read_adapter(files: AdapterFiles, sha256: str, expected_sha256: str | None) -> UpstreamAdapter:
+def _read_adapter(files: AdapterFiles, sha256: Future[str], expected_sha256: str | None) -> UpstreamAdapter:
     name = files.name
     config = read_config(files)
     _require_plain_lora(name, config)
-    if expected_sha256 is not None and sha256 != expected_sha256:
+    if expected_sha256 is not None and sha256.result() != expected_sha256:
         raise AdapterError(
-            name, f"its weights have changed: recorded sha256 {expected_sha256}, but {files.weights} has {sha256}"
+            name,
+            f"its weights have changed: recorded sha256 {expected_sha256}, but {files.weights} has {sha256.result()}",
         )
     weights = WeightsFile(name, files.weights)
     modules, extras = _index(name, config, weights)
-    provenance = Provenance(
-        name=name,
-        path=files.reference["path"],
-        subfolder=files.reference.get("subfolder"),
-        commit=files.commit,
-        sha256=sha256,
-        base_model_name_or_path=config.get("base_model_name_or_path"),
-        license=stated_license(files.card),
-    )
-    return UpstreamAdapter(name, config, weights, modules, extras, provenance)
+    return UpstreamAdapter(name, config, weights, modules, extras, files, sha256)
 
 
 def read_config(files: AdapterFiles) -> dict[str, Any]:
