@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class Folded:
     """A composition with its mixing weights multiplied in.
 
-    Holds the least of what serves a forward pass: factors with the weights folded into B; or, where that is no larger,
-    the dense update; or the merged weight, for base layers that can do without their own product.
+    Holds one of what serves a forward pass: factors with the weights folded into B; where that is no larger, the dense
+    update; or the merged weight, for base layers that can do without their own product.
 
     Attributes:
         A: stacked factors, shape (R, in, ...); None for the dense forms.

@@ -130,9 +130,10 @@ class Factors(nn.Module):
         self.ranks = list(ranks)
         self.rank = total = sum(ranks)
         # The factors of one token are few, however large the vocabulary of an embedding is.
-        self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(
-            total, math.prod(shape.in_shape), shape.out_features
-        )
+        sizes = math.prod(shape.in_shape), shape.out_features
+        self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(total, *sizes)
+        # A merged weight saves the base layer's own product as well, so that it may take twice the memory.
+        self.merged_is_kept = not shape.is_embedding and functional.dense_is_smaller(2 * total, *sizes)
         bias_shape = (len(ranks), shape.out_features) if has_bias else None
         for name, size in (("A", shape.shape_of_A(total)), ("B", shape.shape_of_B(total)), ("bias", bias_shape)):
             parameter = None
@@ -406,13 +407,13 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: name of the composition.
-            into_base: where the dense form is the smaller one, add the base weight to it.
+            into_base: ask for the merged weight, where that is worth its memory.
 
         Returns:
             The folded composition; do not write to it.
         """
         factors = self._ready_factors(adapter_name)
-        into_base = into_base and factors.dense_is_smaller
+        into_base = into_base and factors.merged_is_kept
         folded = self._folds.get(adapter_name, into_base)
         if folded is None:
             with torch.inference_mode(False), torch.no_grad():  # kept for training, too
@@ -436,12 +437,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         u = functional.spread(weights, factors.rank_owner)
         A, B = factors.A.detach(), factors.B.detach()
         bias = None if factors.bias is None else functional.delta_bias(factors.bias.detach(), weights)
-        if not factors.dense_is_smaller:
-            return Folded(A=A, B=functional.fold(B, u), bias=bias)
-        delta = functional.delta_weight(A, B, u)
         if into_base:
-            return Folded(merged=functional.add_delta(self._base_matrix(), delta), bias=bias)
-        return Folded(delta=delta.to(A.dtype), bias=bias)
+            merged = functional.add_delta(self._base_matrix(), functional.delta_weight(A, B, u))
+            return Folded(merged=merged, bias=bias)
+        if factors.dense_is_smaller:
+            return Folded(delta=functional.delta_weight(A, B, u).to(A.dtype), bias=bias)
+        return Folded(A=A, B=functional.fold(B, u), bias=bias)
 
     def _base_matrix(self) -> Tensor:
         """The base weight as (out, in); asked for only where a form of this class merges into it."""
@@ -502,7 +503,7 @@ class Linear(CompositionLayer):
             trains_weights=learns,
         )
         keeps = not learns and not torch.compiler.is_compiling()
-        if form == "stacked" and not (keeps and factors.dense_is_smaller):
+        if form == "stacked" and not (keeps and factors.merged_is_kept):
             return None
         if not self._can_merge(x, factors):
             return None

@@ -48,7 +48,7 @@ BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
 OTHER_VARIANTS = ("use_qalora", "layer_replication", "target_parameters", "megatron_config", "enable_lora")
 PARALLEL_DOWNLOADS = 8
-PARALLEL_HASHES = 4
+PARALLEL_HASHES = 2
 # How much of the adapters is mapped at once while they are stacked, in bytes and in files.
 MAPPED_BYTES = 32 << 20
 MAPPED_FILES = 64

@@ -23,7 +23,8 @@ from .reference import TOLERANCE, Reference, mixing_weights, relative_error
 
 
 IN, OUT, GAIN = 24, 16, 10.0
-FEW, MANY = (2, 3, 4), (7, 1, 12)  # of rank 9, below the 9.6 at which factors are as large as the weight, and of 20
+# Of rank 4 and 20: factors of rank 9.6 are as large as the weight, which is kept merged from half of that on.
+FEW, MANY = (1, 2, 1), (7, 1, 12)
 SHORT, LONG = 6, 64  # tokens, below and above the 19.2 from which on merging costs less in training
 
 
