@@ -6,19 +6,21 @@ distribution of the PyPI package vaderSentiment, which ships them, and keeps it 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from packages import Archive, fetch
 
-SDIST = "vaderSentiment-3.3.2.tar.gz"
-SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+
+SDIST = Archive(
+    package="vaderSentiment",
+    version="3.3.2",
+    filename="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 DOMAIN_FILES = {
     "amazon": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
@@ -46,7 +48,7 @@ def load_domain(domain: str, cache_dir: str | os.PathLike[str] | None = None) ->
 
     Args:
         domain: one of `DOMAINS`.
-        cache_dir: where the archive is kept; default: `default_cache_dir()`.
+        cache_dir: where the archive is kept; default: `packages.default_cache_dir()`.
 
     Raises:
         ValueError: for an unknown domain.
@@ -54,7 +56,7 @@ def load_domain(domain: str, cache_dir: str | os.PathLike[str] | None = None) ->
     """
     if domain not in DOMAIN_FILES:
         raise ValueError(f"unknown domain {domain!r}: choose one of {', '.join(DOMAINS)}")
-    archive = fetch_archive(default_cache_dir() if cache_dir is None else Path(cache_dir))
+    archive = fetch(SDIST, cache_dir)
     examples, seen = [], set()
     for line in _read_domain_file(archive, domain).splitlines():
         _, rating, text = line.split("\t", 2)
@@ -63,46 +65,6 @@ def load_domain(domain: str, cache_dir: str | os.PathLike[str] | None = None) ->
             seen.add(fingerprint)
             examples.append(Example(text.strip(), int(float(rating) > 0)))
     return examples
-
-
-def default_cache_dir() -> Path:
-    """The folder peft-composition in the user's cache directory (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-composition"
-
-
-def fetch_archive(cache_dir: Path) -> Path:
-    """Returns the verified source distribution, downloading it with pip if the cache does not hold it.
-
-    Raises:
-        RuntimeError: if pip cannot fetch it; the message says how to put it there by hand.
-    """
-    archive = cache_dir / SDIST
-    if archive.is_file() and _sha256(archive) == SDIST_SHA256:
-        return archive
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-        _pip_download(Path(scratch))
-        os.replace(Path(scratch) / SDIST, archive)  # atomic: no other process ever sees half an archive
-    return archive
-
-
-def _pip_download(folder: Path) -> None:
-    requirements = folder / "requirements.txt"
-    # pip checks the hash before it runs the package's setup.py, which `pip download` does to read its metadata.
-    requirements.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-binary", "vaderSentiment", "--dest", str(folder), "-r", str(requirements)]
-    # Without isolation pip needs no second download, but needs setuptools here; with isolation it is the reverse.
-    for isolation in (["--no-build-isolation"], []):
-        result = subprocess.run(command + isolation, capture_output=True, text=True, check=False)
-        if result.returncode == 0:
-            return
-    last_words = "\n".join(result.stderr.strip().splitlines()[-5:])
-    raise RuntimeError(
-        f"cannot fetch the VADER sentences: pip download vaderSentiment==3.3.2 failed with\n{last_words}\n"
-        f"Without a package index, put the file {SDIST} of https://pypi.org/project/vaderSentiment/3.3.2/#files "
-        f"into {folder.parent}"
-    )
 
 
 def _read_domain_file(archive: Path, domain: str) -> str:
@@ -114,9 +76,5 @@ def _read_domain_file(archive: Path, domain: str) -> str:
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     file = archive.extractfile(name)
     if file is None:
-        raise RuntimeError(f"{name} is not a file in {SDIST}")
+        raise RuntimeError(f"{name} is not a file in {SDIST.filename}")
     return file.read()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
