@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel, convert_to_lora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from peft_composition import to_lora
@@ -73,7 +74,8 @@ def _add_weighted(bench: Workbench, model: PeftModel, count: int) -> Factors:
     factors = {}
     for module in target_names(bench):
         layer = model.get_base_model().get_submodule(module)
-        A, B = (getattr(layer, part)[NAME].weight for part in ("lora_A", "lora_B"))
+        assert isinstance(layer, LoraLayer)
+        A, B = (part[NAME].get_parameter("weight") for part in (layer.lora_A, layer.lora_B))
         factors[module] = (A.detach(), B.detach() * layer.scaling[NAME])
     model.delete_adapter(NAME)
     return factors
