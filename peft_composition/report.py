@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
@@ -49,12 +49,13 @@ class WeightRow:
     max: float
 
 
-def weights_table(weights: Weights, by: Part = "model") -> list[WeightRow]:
+def weights_table(weights: Weights, by: Part = "model", adapters: Sequence[str] | None = None) -> list[WeightRow]:
     """Mean, least and largest mixing weight of every adapter.
 
     Args:
         weights: `{module: {adapter: weight}}`; an adapter may be missing in a module.
         by: over the whole "model" (default), or for each "block" or "module".
+        adapters: their order. Default: as they appear in `weights`.
 
     Returns:
         Rows in the order of the parts, then of the adapters; none for an adapter that a part does not have.
@@ -64,14 +65,16 @@ def weights_table(weights: Weights, by: Part = "model") -> list[WeightRow]:
     """
     rows = []
     for part, members in _parts(weights, by).items():
-        for adapter in _adapters(weights):
+        for adapter in adapters or _adapters(weights):
             values = [weights[module][adapter] for module in members if adapter in weights[module]]
             if values:
                 rows.append(WeightRow(part, adapter, len(values), fmean(values), min(values), max(values)))
     return rows
 
 
-def plot_weights(weights: Weights, by: Part = "module", title: str | None = None) -> Figure:
+def plot_weights(
+    weights: Weights, by: Part = "module", title: str | None = None, adapters: Sequence[str] | None = None
+) -> Figure:
     """A heatmap of the mixing weights: parts of the model down, adapters across (arXiv 2402.15414, figures 7 and 8).
 
     The colours run from the least to the largest weight (map cividis, which colour-blind readers see alike); where
@@ -82,6 +85,7 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
         weights: `{module: {adapter: weight}}`; an adapter may be missing in a module.
         by: one row per "module" (default), per "block" (mean of its modules), or for the whole "model".
         title: above the plot. Default: none.
+        adapters: their order. Default: as they appear in `weights`.
 
     Returns:
         The figure; `figure.savefig(path)` writes it. It belongs to no pyplot window.
@@ -95,7 +99,8 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The heatmap needs matplotlib: pip install 'peft-composition[cli]'") from error
-    rows, adapters = weights_table(weights, by), _adapters(weights)
+    adapters = [*(adapters or _adapters(weights))]
+    rows = weights_table(weights, by, adapters)
     parts = [*dict.fromkeys(row.part for row in rows)]
     grid = [[math.nan] * len(adapters) for _ in parts]
     for row in rows:

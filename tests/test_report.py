@@ -54,6 +54,17 @@ def test_the_table_of_the_blocks() -> None:
     ]
 
 
+def test_adapters_stand_in_the_given_order() -> None:
+    weights = {"layer.0": {"b": 1.0}, "layer.1": {"a": 0.25, "b": 0.75}}
+    assert [row.adapter for row in weights_table(weights)] == ["b", "a"]
+    assert [row.adapter for row in weights_table(weights, adapters=["a", "b"])] == ["a", "b"]
+    axes = plot_weights(weights, adapters=["a", "b", "nowhere"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "nowhere"]
+    np.testing.assert_array_equal(
+        np.asarray(axes.images[0].get_array()), [[np.nan, 1.0, np.nan], [0.25, 0.75, np.nan]]
+    )
+
+
 def test_what_has_no_table_is_refused() -> None:
     with pytest.raises(ValueError, match="by must be one of 'model', 'block', 'module', got 'layer'"):
         weights_table(WEIGHTS, by="layer")  # type: ignore[arg-type]
