@@ -275,8 +275,8 @@ def _reported() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            for kind in (FutureWarning, DeprecationWarning):  # of libraries, to those who write programs with them
-                warnings.simplefilter("ignore", kind)
+            for category in (FutureWarning, DeprecationWarning):  # of libraries, to those who program with them
+                warnings.simplefilter("ignore", category)
             yield
     except Exception as error:  # the Hub's HTTP client has errors of its own, in a package that changes
         if _has_tracebacks:

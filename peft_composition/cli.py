@@ -146,19 +146,16 @@ def merge(folder: Path, out: Path, base: str | None, dtype: str | None, as_json:
     model = PeftModel.from_pretrained(_base_model_of(config, base, dtype), str(folder))
     merged = model.merge_and_unload()
     merged.save_pretrained(str(out))
-    processor = None
-    if any(has_file(base, name, revision=config.revision) for name in PROCESSOR_FILES):
-        processor = AutoProcessor.from_pretrained(base, revision=config.revision)
-        processor.save_pretrained(str(out))
+    has_processor = any(has_file(base, name, revision=config.revision) for name in PROCESSOR_FILES)
+    if has_processor:
+        AutoProcessor.from_pretrained(base, revision=config.revision).save_pretrained(str(out))
     kind = type(merged).__name__
     stored = str(merged.dtype).removeprefix("torch.")
     if as_json:
-        _print_json(
-            {"out": str(out), "model": kind, "dtype": stored, "processor": processor and type(processor).__name__}
-        )
+        _print_json({"out": str(out), "model": kind, "dtype": stored, "processor": has_processor})
         return
-    beside = "the base has no tokenizer or processor" if processor is None else f"with its {type(processor).__name__}"
-    _say(f"Merged into a {kind} ({stored}, {beside}): {out}")
+    beside = "with" if has_processor else "the base has no"
+    _say(f"Merged into a {kind} ({stored}, {beside} tokenizer or processor): {out}")
 
 
 # What goes in

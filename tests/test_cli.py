@@ -317,11 +317,7 @@ def test_weights_are_those_of_the_model(tmp_path: Path, composed: Path, base_fol
 def test_merge_writes_a_plain_model_with_its_tokenizer(tmp_path: Path, composed: Path, base_folder: Path) -> None:
     wanted = tiny.output(PeftModel.from_pretrained(load_base(base_folder), str(composed)).eval(), "bert")
     told = run_json("merge", composed, "--out", tmp_path / "merged")
-    assert (told["model"], told["dtype"], told["processor"]) == (
-        "BertForSequenceClassification",
-        "float32",
-        "PreTrainedTokenizerFast",
-    )
+    assert (told["model"], told["dtype"], told["processor"]) == ("BertForSequenceClassification", "float32", True)
     plain = load_base(tmp_path / "merged")
     torch.testing.assert_close(tiny.output(plain, "bert"), wanted, **TOLERANCE)
     assert not (tmp_path / "merged" / CONFIG).exists()
@@ -342,7 +338,7 @@ def test_merge_of_an_image_model_can_be_used_as_it_is(tmp_path: Path) -> None:
     adapters = tiny.save_pair(tmp_path, "vit")
     run_json("compose", "--base", tmp_path / "base", "--adapters", *adapters, "--out", tmp_path / "mix")
     told = run_json("merge", tmp_path / "mix", "--out", tmp_path / "merged")
-    assert told["processor"] == "ViTImageProcessor"
+    assert told["processor"]
     classify = transformers.pipeline("image-classification", model=str(tmp_path / "merged"))
     image = Image.new("RGB", (size, size), (200, 30, 90))
     composed = PeftModel.from_pretrained(
