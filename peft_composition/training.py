@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # the Trainer is slow to import, and not everybody trains
 def parameter_groups(
     model: nn.Module, *, mixing_lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for an optimizer: mixing weights first, then the head and all else that trains.
+    """The trainable parameters as groups for an optimizer: first the mixing weights, then head and all else that trains.
 
     Mixing weights never decay; of the rest decays what the Trainer would let decay, which are no biases and no norms.
     The schedulers of torch and transformers scale the learning rate of every group alike; the `learning_rate` that the
@@ -196,7 +196,7 @@ class HeadWarmupCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step <= self._end:
+        if state.global_step <= self._end and state.is_world_process_zero:
             warnings.warn(
                 f"Training ended at step {state.global_step}, within the warm-up of the head ({self._end} steps): the "
                 "mixing weights have not moved.",
@@ -210,8 +210,8 @@ class MixingWeightsCallback(TrainerCallback):
     Beside every training loss, for the active compositions:
 
     - `mixing_weight/<adapter>`: its weight, mean over the composed modules;
-    - `mixing_entropy`: entropy of the weights divided by ln N, mean over the modules: 1 is uniform, 0 one adapter alone.
-      Not where N is 1, nor for free weights (`normalization="none"`);
+    - `mixing_entropy`: entropy of the weights divided by ln N, mean over the modules: 1 is uniform, 0 is one adapter
+      alone. Not where N is 1, nor for free weights (`normalization="none"`);
     - `mixing_max_change`: largest change of any weight since the last log, or since training began or was resumed.
 
     With several active compositions their names are put in: `mixing_weight/<composition>/<adapter>`. In the names all
