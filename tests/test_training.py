@@ -519,6 +519,7 @@ def train_in_parallel(rank: int, port: int, adapters: list[str], folder: Path) -
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.xdist_group("forked")
 def test_two_processes_warm_up_alike_and_one_logs(adapters: list[str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -570,6 +571,7 @@ def require_same(folder: Path, expected: dict[str, Tensor]) -> None:
         assert torch.equal(actual[name], weight), name
 
 
+@pytest.mark.xdist_group("forked")
 def test_killed_training_ends_where_an_uninterrupted_one_does(
     adapters: list[str], uninterrupted: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -591,6 +593,7 @@ def waiting_bytes(pipe: int) -> int:
     return count[0]
 
 
+@pytest.mark.xdist_group("forked")
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="makes a pipe of one page, which only Linux can")
 @pytest.mark.parametrize(
     ("file", "error"),
