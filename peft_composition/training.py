@@ -291,7 +291,8 @@ def _summary(
         if config.normalization == "softmax" and count > 1:
             entropy = torch.special.entr(table).sum(1).mean().item()
             values[f"mixing_entropy{infix}"] = entropy / math.log(count)
-        values[f"mixing_max_change{infix}"] = (table - before[composition]).abs().max().item()
+        if composition in before:  # it may have become active just now
+            values[f"mixing_max_change{infix}"] = (table - before[composition]).abs().max().item()
     return values
 
 

@@ -220,6 +220,18 @@ def test_groups_of_a_model_without_head_and_of_a_frozen_one(pair: Callable[[str]
         parameter_groups(model.requires_grad_(False))
 
 
+@pytest.mark.usefixtures("process_group")
+def test_optimizer_is_built_from_what_fsdp_has_wrapped(adapters: list[str], tmp_path: Path) -> None:
+    """As the Trainer does under FSDP, where the parameters that train are not those that it was given."""
+    model, args = compose(adapters), arguments(tmp_path)
+    run = trainer(model, args, **grouped(args))
+    wrapped = fsdp1(model)
+    optimizer = run.create_optimizer(wrapped)
+    assert [group["lr"] for group in optimizer.param_groups] == [MIXING_LR, HEAD_LR, HEAD_LR]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in wrapped.parameters() if p.requires_grad)
+
+
 def factor(schedule: str, step: int) -> float:
     """By how much the schedules over 8 steps with a warm-up of 3 scale every learning rate, from their definition."""
     if step < 3:
