@@ -380,21 +380,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
                 return output
         result = self.base_layer(x, *args, **kwargs)
         if active and self.quantization_backend is not None:
-            self._require_gradient(x, result)
             result = self.quantization_backend.maybe_clone_base_result(result)
         dtype = result.dtype
         for adapter_name in active:
             result = result + self._delta_output(adapter_name, x)
         return result.to(dtype)
-
-    def _require_gradient(self, x: Tensor, result: Tensor) -> None:
-        """Refuse to train through quantized layers without a derivative: earlier layers would get part of theirs."""
-        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
-            backend = cast(QuantizationBackend, self.quantization_backend)
-            raise RuntimeError(
-                f"A base layer of type {_type_name(self.get_base_layer())} (quantization: {backend.backend_name}) "
-                "passes no gradient on to its input, so that compositions in front of it cannot be trained."
-            )
 
     def _merged_output(self, adapter_name: str, x: Tensor) -> Tensor | None:
         """The whole output through a merged weight; None where that is not possible, or costs more."""
