@@ -10,7 +10,12 @@ from warnings import warn
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +26,7 @@ from .upstream import LayerShape, StackedFactors
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 
 
 class Mixing(nn.Module):
@@ -220,7 +226,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self._merged_weights: dict[str, Tensor] = {}
         self._folds = Folds()
         self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self.quantization_backend = quantization_backend_of(self.get_base_layer(), **quantization_kwargs)
 
     def update_layer(self, adapter_name: str, mixing: Mixing, factors: Factors, inference_mode: bool = False) -> None:
         """Add a composition to this layer.
@@ -255,6 +261,32 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
         return self._delta_weight(adapter_name, self.mixing_weights(adapter_name).detach())
 
+    def require_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Check, and change nothing, that compositions can be merged into the base weights.
+
+        Args:
+            adapter_names: the compositions; default: the active ones. Those that do not touch this layer do not count.
+
+        Raises:
+            ValueError: an adapter has a bias, the base layer none.
+            TypeError: the base layer is quantized in a way that cannot be merged into.
+        """
+        base_layer = self.get_base_layer()
+        backend = self.quantization_backend
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.composition_factors:
+                continue
+            if backend is not None and not backend.supports_merge:
+                raise TypeError(
+                    f"The composition {name!r} cannot be merged into a base layer of type {_type_name(base_layer)} "
+                    f"(quantization: {backend.backend_name}); use it unmerged."
+                )
+            if self._ready_factors(name).bias is not None and not isinstance(base_layer.bias, Tensor):
+                raise ValueError(
+                    f"The composition {name!r} has a LoRA bias but its base layer ({type(base_layer).__name__}) has "
+                    "none to merge it into."
+                )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add active compositions to the base weights.
 
@@ -269,6 +301,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.composition_factors]
         if not names:
             return
+        self.require_mergeable(names)
         if self.quantization_backend is not None:
             # One text for all layers, so that Python shows it once.
             warn(
@@ -294,11 +327,6 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
         """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
         base_layer = self.get_base_layer()
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise TypeError(
-                f"A composition cannot be merged into a base layer quantized with "
-                f"{self.quantization_backend.backend_name}; use it unmerged."
-            )
         deltas: list[Tensor] = []
         biases: list[Tensor] = []
         for adapter_name, own in weights.items():
@@ -306,11 +334,6 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             own = own.to(factors.A.device)  # the model may have moved while it was merged
             deltas.append(self._delta_weight(adapter_name, own))
             if factors.bias is not None:
-                if not isinstance(base_layer.bias, Tensor):
-                    raise ValueError(
-                        f"The composition {adapter_name!r} has a LoRA bias but its base layer "
-                        f"({type(base_layer).__name__}) has none to merge it into."
-                    )
                 biases.append(functional.delta_bias(factors.bias, own))
         weight = functional.add_delta(self.get_base_weight(), torch.stack(deltas).sum(0), sign)
         bias = None
@@ -663,17 +686,49 @@ def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape
         return LayerShape(kind, (in_features,), out_features)
     features = _linear_features(base_layer, **quantization_kwargs)
     if features is None:
-        return LayerShape(kind, (), 0, refusal="this kind of layer is not supported")
+        return LayerShape(kind, (), 0, refusal=f"this kind of layer is not supported: {_type_name(base_layer)}")
     return LayerShape(kind, (features[0],), features[1])
 
 
 def _linear_features(base_layer: nn.Module, **quantization_kwargs: Any) -> tuple[int, int] | None:
     if isinstance(base_layer, nn.Linear):
         return base_layer.in_features, base_layer.out_features
-    if resolve_quantization_backend(base_layer, **quantization_kwargs) is None:
+    if quantization_backend_of(base_layer, **quantization_kwargs) is None:
         return None
     in_features, out_features = _get_in_out_features(base_layer)
     return None if in_features is None or out_features is None else (in_features, out_features)
+
+
+def quantization_backend_of(base_layer: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
+    """PEFT's backend for a quantized base layer; None for one with plain weights, and for other kinds of layers.
+
+    What PEFT takes for a plain layer although its weights are codes (optimum-quanto's, or those of transformers' own
+    quantized linear layers) gets a backend that cannot merge: adding an update to codes gives garbage, without an
+    error. So do torchao weights that nothing tells how to quantize again.
+    """
+    try:
+        backend = resolve_quantization_backend(base_layer, **quantization_kwargs)
+    except ValueError:  # torchao weights in a model that transformers did not quantize
+        return ForwardOnlyQuantizationBackend("torchao, outside of transformers")
+    if isinstance(base_layer, (nn.Embedding, *_CONVOLUTIONS)) and backend is not None:
+        return ForwardOnlyQuantizationBackend(backend.backend_name)  # it would put back plain weights
+    if backend is None and isinstance(base_layer, _PLAIN_LAYERS) and not _has_plain_weight(base_layer):
+        return ForwardOnlyQuantizationBackend("unknown to PEFT")
+    return backend
+
+
+def _type_name(base_layer: nn.Module) -> str:
+    return f"{type(base_layer).__module__}.{type(base_layer).__qualname__}"
+
+
+def _has_plain_weight(base_layer: nn.Module) -> bool:
+    """Whether the weight is the numbers that the layer computes with, and not codes of them."""
+    weight = getattr(base_layer, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return False
+    if hasattr(type(weight), "__tensor_flatten__"):  # made of other tensors: of shards, or of codes and scales
+        return hasattr(weight, "device_mesh")
+    return weight.dtype.itemsize >= 2 or type(base_layer) in _PLAIN_LAYERS  # subclasses have scales beside float8
 
 
 def device_of(base_layer: nn.Module) -> torch.device:
@@ -695,7 +750,9 @@ def compute_dtype(base_layer: nn.Module, default: torch.dtype) -> torch.dtype:
     Returns:
         A dtype of at least 16 bits.
     """
-    for candidate in (getattr(base_layer, "compute_dtype", None), getattr(base_layer.weight, "dtype", None)):
+    weight = getattr(base_layer, "weight", None)  # GPTQ's is no tensor, HQQ and AQLM have none
+    of_weight = weight.dtype if isinstance(weight, Tensor) else None
+    for candidate in (getattr(base_layer, "compute_dtype", None), of_weight):
         if isinstance(candidate, torch.dtype) and candidate.is_floating_point and candidate.itemsize >= 2:
             return candidate
     return default

@@ -131,6 +131,38 @@ class CompositionModel(BaseTuner):
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as in every PEFT method; what cannot be merged is found before the first layer is changed.
+
+        Args:
+            adapter_names: the compositions; default: the active ones.
+            safe_merge: check that each merged layer is finite before it is changed.
+
+        Raises:
+            TypeError: a base layer is quantized in a way that cannot be merged into.
+            ValueError: an adapter has a bias, the base layer none; or `safe_merge` found values that are not finite.
+        """
+        self._require_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._require_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _require_mergeable(self, adapter_names: list[str] | None) -> None:
+        for name, layer in composition_layers(self.model):
+            try:
+                layer.require_mergeable(adapter_names)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"Module {name!r}: {error}") from error
+
     def _fill(self, injection: _Injection, adapter_name: str) -> None:
         """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
         assert injection.stacked is not None
