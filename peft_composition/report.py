@@ -331,15 +331,15 @@ def _write_numbers(axes: Axes, panel: _Panel, image: AxesImage) -> None:
 
 
 def _rows_and_columns(weights: Weights, by: Part) -> tuple[list[str], list[str]]:
-    return [*dict.fromkeys(row.part for row in weights_table(weights, by))], _adapters(weights)
+    return [part for part, modules in _parts(weights, by).items() if any(map(weights.get, modules))], _adapters(
+        weights
+    )
 
 
 def _grid(values: Weights, by: Part, parts: list[str], adapters: list[str]) -> list[list[float]]:
     """The mean value of every adapter in every part; NaN where a part has none."""
-    grid = [[math.nan] * len(adapters) for _ in parts]
-    for row in weights_table(values, by):
-        grid[parts.index(row.part)][adapters.index(row.adapter)] = row.mean
-    return grid
+    found = {(row.part, row.adapter): row.mean for row in weights_table(values, by)}
+    return [[found.get((part, adapter), math.nan) for adapter in adapters] for part in parts]
 
 
 def _of_weights(similarities: Similarities, weights: Weights) -> dict[str, dict[str, float]]:
