@@ -331,9 +331,8 @@ def _write_numbers(axes: Axes, panel: _Panel, image: AxesImage) -> None:
 
 
 def _rows_and_columns(weights: Weights, by: Part) -> tuple[list[str], list[str]]:
-    return [part for part, modules in _parts(weights, by).items() if any(map(weights.get, modules))], _adapters(
-        weights
-    )
+    rows = weights_table(weights, by)
+    return [*dict.fromkeys(row.part for row in rows)], _adapters(weights)
 
 
 def _grid(values: Weights, by: Part, parts: list[str], adapters: list[str]) -> list[list[float]]:

@@ -222,8 +222,9 @@ def test_constant_features_are_refused_also_where_their_mean_is_rounded(estimato
 
 def test_examples_that_are_all_equally_far_apart_say_nothing_to_the_unbiased_estimator() -> None:
     assert 0 < linear_cka(torch.eye(6), torch.randn(6, 4)) < 1
-    with pytest.raises(ValueError, match=r"X has no variation.*equally far"):
-        linear_cka(torch.eye(6), torch.randn(6, 4), "unbiased")
+    for scale in torch.rand(20, dtype=torch.float64):  # rounding leaves a little above zero for some
+        with pytest.raises(ValueError, match=r"X has no variation.*equally far"):
+            linear_cka(scale * torch.eye(7), torch.randn(7, 4), "unbiased")
 
 
 # On models
@@ -349,6 +350,7 @@ def test_models_are_as_before_also_after_an_error(upstream: dict[str, str], kind
     model.get_base_model().bert.encoder.layer[0].eval()  # frozen by the user
     if kind == "lora":
         model.set_adapter("partly")  # trains it
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).requires_grad = False
     else:
         for name, parameter in model.named_parameters():
             if ".composition_mixing." in name:
