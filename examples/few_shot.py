@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +21,9 @@ from datasets import ClassLabel, Dataset, Image, load_dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import HfArgumentParser, Trainer
+from torch import Tensor, nn
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.modeling_outputs import ModelOutput
 
 from peft_composition import CompositionCardMixin, CompositionConfig
 from peft_composition.hub import saved_mixing_weights
@@ -31,6 +33,15 @@ from peft_composition.report import weights_table
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SAME_TEST_EXAMPLES = 0  # the seed of --max_test_samples: another --seed is tested on the same examples
 LORA_RANK = 8  # of --method lora
+DEFAULTS = {
+    "learning_rate": 1e-3,
+    "max_steps": 150,
+    "lr_scheduler_type": "constant",
+    "per_device_eval_batch_size": 32,
+    "logging_steps": 25,
+    "save_strategy": "no",
+    "ddp_find_unused_parameters": False,
+}
 METRICS = ("accuracy", "exact_match")
 
 
@@ -103,17 +114,25 @@ def parse_arguments(kinds: Sequence[type], description: str | None, **defaults: 
     Args:
         kinds: dataclasses of arguments.
         description: what `--help` says first.
-        **defaults: of arguments whose own defaults do not suit few-shot learning.
+        **defaults: of arguments, in place of those below and of their own.
 
     Returns:
         One instance of each dataclass.
     """
     parser = HfArgumentParser(kinds, description=description)  # type: ignore[arg-type]  # wants NewTypes
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{**DEFAULTS, **defaults})
     try:
         return parser.parse_args_into_dataclasses(look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
+
+
+def prepare_process(settings: TrainingArguments) -> None:
+    """Seeds this process, and leaves warnings and progress bars to the main one."""
+    require_one_group(settings.world_size)
+    if settings.process_index:
+        be_quiet()
+    set_seed(settings.seed)
 
 
 def require_one_group(processes: int) -> None:
@@ -129,13 +148,13 @@ def require_one_group(processes: int) -> None:
         )
 
 
-def quiet_unless(is_main: bool) -> None:
-    """Leaves warnings and progress bars to the main process."""
-    if not is_main:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        datasets.utils.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
+def be_quiet() -> None:
+    """No warnings and no progress bars: for all processes but the main one."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")
 
 
 # Data
@@ -292,8 +311,31 @@ def trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+# Training
+
+
 class FewShotTrainer(CompositionCardMixin, Trainer):
     """The Trainer, with the model card of a composition."""
+
+
+def cross_entropy(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Mean cross entropy of the classes over the whole batch, however many processes share it; for the Trainer.
+
+    The loss that some models compute themselves, BERT's for one, grows with the number of processes under the
+    Trainer: it expects a sum divided by `num_items_in_batch` of them.
+
+    Args:
+        outputs: with `logits`, (batch, classes).
+        labels: (batch,).
+        num_items_in_batch: examples in the batch, of all processes.
+    """
+    total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of right predictions."""
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
 
 
 def run(trainer: Trainer, arguments: FewShotArguments) -> None:

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 from datasets import Dataset
 from few_shot import (
     FewShotArguments,
     FewShotTrainer,
     HeadArguments,
+    accuracy,
     build_model,
+    cross_entropy,
     draw,
     encode_classes,
     parse_arguments,
-    quiet_unless,
-    require_one_group,
+    prepare_process,
     run,
 )
 from torch import nn
@@ -30,10 +30,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    set_seed,
 )
 
 
@@ -78,25 +76,14 @@ def load_model(arguments: TextArguments, classes: list[str], tokenizer: PreTrain
     return build_model(base, arguments, "SEQ_CLS", head)
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of right predictions."""
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
-
-
 def main() -> None:
     """Runs it all."""
-    arguments, head, settings = parse_arguments(
+    arguments, _, settings = parse_arguments(
         [TextArguments, HeadArguments, TrainingArguments],
         __doc__,
         output_dir="few-shot-text-classification",
-        learning_rate=1e-3,
-        max_steps=150,
-        save_strategy="no",
-        logging_steps=25,
     )
-    require_one_group(settings.world_size)
-    quiet_unless(settings.process_index == 0)
-    set_seed(settings.seed)
+    prepare_process(settings)
     with settings.main_process_first(desc="data set, model and adapters"):  # the others find them in the cache
         support, test = draw(arguments, settings.seed, arguments.text_columns, arguments.label_column)
         support, test, classes = encode_classes(support, test, arguments.label_column)
@@ -113,6 +100,7 @@ def main() -> None:
         eval_dataset=test,
         processing_class=tokenizer,
         compute_metrics=accuracy,
+        compute_loss_func=cross_entropy,
     )
     run(trainer, arguments)
 
