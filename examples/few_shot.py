@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import transformers
 from datasets import ClassLabel, Dataset, Image, load_dataset, load_from_disk
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import ModelOutput
 from peft_composition import CompositionCardMixin, CompositionConfig
 from peft_composition.hub import saved_mixing_weights
 from peft_composition.report import weights_table
+from peft_composition.training import HeadWarmupCallback, MixingWeightsCallback, composition_optimizer
 
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -298,9 +299,10 @@ def build_model(
         return base
     mixing: Literal["uniform", "learned"] = "uniform" if arguments.method == "uniform" else "learned"
     shared: dict[str, Any] = {"task_type": task_type, "modules_to_save": list(head) or None}
-    model = get_peft_model(base, CompositionConfig(adapters=list(arguments.adapters), mixing=mixing, **shared))
+    config = CompositionConfig(adapters=list(arguments.adapters), mixing=mixing, **shared)
+    model = get_peft_model(base, config)
     if arguments.method == "lora":
-        targets = sorted(model.peft_config["default"].composed_modules)
+        targets = sorted(config.composed_modules)
         lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, **shared)
         return get_peft_model(model.unload(), lora)
     return model
@@ -315,7 +317,48 @@ def trainable(model: nn.Module) -> int:
 
 
 class FewShotTrainer(CompositionCardMixin, Trainer):
-    """The Trainer, with the model card of a composition."""
+    """The Trainer, with what the method needs: learning rates, warm-up of the head, logs and card of a composition."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        few_shot: FewShotArguments,
+        head: HeadArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if few_shot.method != "lora" and head is not None:
+            kwargs["optimizer_cls_and_kwargs"] = composition_optimizer(args, head_lr=head.head_learning_rate)
+        super().__init__(model, args, **kwargs)
+        self.few_shot = few_shot
+        if few_shot.method == "learned":
+            self.add_callback(MixingWeightsCallback(self))
+            if head is not None and head.head_warmup_steps:
+                self.add_callback(HeadWarmupCallback(steps=head.head_warmup_steps))
+
+    def run(self) -> None:
+        """Trains, tests, saves and reports; pushes with `--push_to_hub`."""
+        count = trainable(self.model)
+        if count:
+            self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        metrics = self.evaluate()
+        self.save_model()
+        if isinstance(self.model, PeftModel):
+            self.create_model_card()
+        if self.is_world_process_zero():
+            record = Record(
+                method=self.few_shot.method,
+                k=self.few_shot.k,
+                seed=self.args.seed,
+                processes=self.args.world_size,
+                support=len(self.train_dataset),
+                test=len(self.eval_dataset),
+                trainable=count,
+                metrics={name.removeprefix("eval_"): value for name, value in metrics.items()},
+            )
+            report(record, Path(self.args.output_dir))
+        if self.args.push_to_hub:
+            self.push_to_hub()
 
 
 def cross_entropy(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -329,38 +372,13 @@ def cross_entropy(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tens
         labels: (batch,).
         num_items_in_batch: examples in the batch, of all processes.
     """
-    total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    total = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of right predictions."""
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
-
-
-def run(trainer: Trainer, arguments: FewShotArguments) -> None:
-    """Trains, tests, saves and reports; pushes with `--push_to_hub`."""
-    settings = trainer.args
-    count = trainable(trainer.model)
-    if count:
-        trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        record = Record(
-            method=arguments.method,
-            k=arguments.k,
-            seed=settings.seed,
-            processes=settings.world_size,
-            support=len(trainer.train_dataset),
-            test=len(trainer.eval_dataset),
-            trainable=count,
-            metrics={name.removeprefix("eval_"): value for name, value in metrics.items()},
-        )
-        report(record, Path(settings.output_dir))
-    if settings.push_to_hub:
-        trainer.push_to_hub()
+    return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
 
 
 # Report

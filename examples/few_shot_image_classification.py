@@ -24,7 +24,6 @@ from few_shot import (
     encode_classes,
     parse_arguments,
     prepare_process,
-    run,
 )
 from torch import nn
 from transformers import (
@@ -77,7 +76,7 @@ def load_model(arguments: ImageArguments, classes: list[str]) -> nn.Module:
 
 def main() -> None:
     """Runs it all."""
-    arguments, _, settings = parse_arguments(
+    arguments, head, settings = parse_arguments(
         [ImageArguments, HeadArguments, TrainingArguments],
         __doc__,
         output_dir="few-shot-image-classification",
@@ -92,6 +91,8 @@ def main() -> None:
     trainer = FewShotTrainer(
         model,
         settings,
+        arguments,
+        head,
         data_collator=default_data_collator,
         train_dataset=with_pixels(support, processor, arguments.image_column),
         eval_dataset=with_pixels(test, processor, arguments.image_column),
@@ -99,7 +100,7 @@ def main() -> None:
         compute_metrics=accuracy,
         compute_loss_func=cross_entropy,
     )
-    run(trainer, arguments)
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from few_shot import (
     encode_classes,
     parse_arguments,
     prepare_process,
-    run,
 )
 from torch import nn
 from transformers import (
@@ -78,7 +77,7 @@ def load_model(arguments: TextArguments, classes: list[str], tokenizer: PreTrain
 
 def main() -> None:
     """Runs it all."""
-    arguments, _, settings = parse_arguments(
+    arguments, head, settings = parse_arguments(
         [TextArguments, HeadArguments, TrainingArguments],
         __doc__,
         output_dir="few-shot-text-classification",
@@ -95,6 +94,8 @@ def main() -> None:
     trainer = FewShotTrainer(
         model,
         settings,
+        arguments,
+        head,
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=support,
         eval_dataset=test,
@@ -102,7 +103,7 @@ def main() -> None:
         compute_metrics=accuracy,
         compute_loss_func=cross_entropy,
     )
-    run(trainer, arguments)
+    trainer.run()
 
 
 if __name__ == "__main__":
