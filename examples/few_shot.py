@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -34,7 +34,7 @@ from peft_composition.training import HeadWarmupCallback, MixingWeightsCallback,
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SAME_TEST_EXAMPLES = 0  # the seed of --max_test_samples: another --seed is tested on the same examples
 LORA_RANK = 8  # of --method lora
-DEFAULTS = {
+DEFAULTS = {  # of TrainingArguments
     "learning_rate": 1e-3,
     "max_steps": 150,
     "lr_scheduler_type": "constant",
@@ -115,13 +115,15 @@ def parse_arguments(kinds: Sequence[type], description: str | None, **defaults: 
     Args:
         kinds: dataclasses of arguments.
         description: what `--help` says first.
-        **defaults: of arguments, in place of those below and of their own.
+        **defaults: of arguments, in place of their own.
 
     Returns:
         One instance of each dataclass.
     """
     parser = HfArgumentParser(kinds, description=description)  # type: ignore[arg-type]  # wants NewTypes
-    parser.set_defaults(**{**DEFAULTS, **defaults})
+    if TrainingArguments in kinds:
+        parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**defaults)
     try:
         return parser.parse_args_into_dataclasses(look_for_args_file=False)
     except ValueError as error:
@@ -302,7 +304,7 @@ def build_model(
     config = CompositionConfig(adapters=list(arguments.adapters), mixing=mixing, **shared)
     model = get_peft_model(base, config)
     if arguments.method == "lora":
-        targets = sorted(config.composed_modules)
+        targets = sorted(config.composed_modules or ())
         lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, **shared)
         return get_peft_model(model.unload(), lora)
     return model
@@ -338,12 +340,13 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
 
     def run(self) -> None:
         """Trains, tests, saves and reports; pushes with `--push_to_hub`."""
-        count = trainable(self.model)
+        model = cast(nn.Module, self.model)
+        count = trainable(model)
         if count:
             self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         metrics = self.evaluate()
         self.save_model()
-        if isinstance(self.model, PeftModel):
+        if isinstance(model, PeftModel):
             self.create_model_card()
         if self.is_world_process_zero():
             record = Record(
@@ -351,12 +354,12 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
                 k=self.few_shot.k,
                 seed=self.args.seed,
                 processes=self.args.world_size,
-                support=len(self.train_dataset),
-                test=len(self.eval_dataset),
+                support=len(cast(Dataset, self.train_dataset)),
+                test=len(cast(Dataset, self.eval_dataset)),
                 trainable=count,
                 metrics={name.removeprefix("eval_"): value for name, value in metrics.items()},
             )
-            report(record, Path(self.args.output_dir))
+            report(record, Path(cast(str, self.args.output_dir)))
         if self.args.push_to_hub:
             self.push_to_hub()
 

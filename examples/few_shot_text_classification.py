@@ -50,6 +50,14 @@ class TextArguments(FewShotArguments):
             raise ValueError(f"--text_columns takes one or two columns, got {' '.join(self.text_columns)}")
 
 
+def load_tokenizer(arguments: TextArguments) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; causal models often have no token for padding."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: TextArguments) -> Dataset:
     """Token ids and `labels`; everything else is dropped."""
 
@@ -86,9 +94,7 @@ def main() -> None:
     with settings.main_process_first(desc="data set, model and adapters"):  # the others find them in the cache
         support, test = draw(arguments, settings.seed, arguments.text_columns, arguments.label_column)
         support, test, classes = encode_classes(support, test, arguments.label_column)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(arguments)
         support, test = (tokenize(data, tokenizer, arguments) for data in (support, test))
         model = load_model(arguments, classes, tokenizer)
     trainer = FewShotTrainer(
