@@ -52,7 +52,7 @@ class QuestionArguments(FewShotArguments):
         default="answer",
         metadata={
             "help": "Column of the answers: a text, a list of texts that are all right (the first is trained on), "
-            "SQuAD's dict of such a list, or the number of a choice."
+            "SQuAD's dict of such a list, or a number, with --choices_column that of a choice."
         },
     )
     choices_column: str | None = field(
@@ -110,7 +110,7 @@ def answers_of(row: Mapping[str, Any], arguments: QuestionArguments) -> list[str
         answer = row[arguments.choices_column][answer]
     if isinstance(answer, Mapping):
         answer = answer["text"]
-    return [answer] if isinstance(answer, str) else [str(text) for text in answer]
+    return [str(text) for text in answer] if isinstance(answer, list) else [str(answer)]
 
 
 def prompt_of(row: Mapping[str, Any], arguments: QuestionArguments) -> str:
