@@ -29,7 +29,17 @@ from transformers.pytorch_utils import Conv1D
 
 from . import upstream
 from .config import AdapterReference, CompositionConfig, LoraLayout
-from .layer import CompositionLayer, Factors, Mixing, compute_dtype, device_of, form_of, hooks_of, layer_shape, real_device
+from .layer import (
+    CompositionLayer,
+    Factors,
+    Mixing,
+    compute_dtype,
+    device_of,
+    form_of,
+    hooks_of,
+    layer_shape,
+    real_device,
+)
 from .upstream import CompositionPlan, LayerShape, StackedFactors
 
 

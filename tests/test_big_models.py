@@ -160,9 +160,7 @@ class TestOffloaded:
 
         close(tiny.output(loaded, "llama"), tiny.output(by_hand(model, "llama", pair("llama")), "llama"))
 
-    def test_a_classifier_beside_blocks_on_disk_trains(
-        self, pair: Callable[[str], list[str]], tmp_path: Path
-    ) -> None:
+    def test_a_classifier_beside_blocks_on_disk_trains(self, pair: Callable[[str], list[str]], tmp_path: Path) -> None:
         base = tiny.build("bert")
         disk_offload(base.bert.encoder, str(tmp_path / "offloaded"), execution_device=torch.device("cpu"))
         model, plain = tiny.compose("bert", pair("bert"), base=base), tiny.compose("bert", pair("bert"))
@@ -228,7 +226,8 @@ class TestOffloaded:
     def test_a_saved_composition_trains_on_as_that_error_says(
         self, split: Callable[[], nn.Module], saved: tuple[PeftModel, str]
     ) -> None:
-        config = PeftConfig.from_pretrained(saved[1], inference_mode=False)
+        config = PeftConfig.from_pretrained(saved[1])
+        config.inference_mode = False  # saved configs say that nothing trains
         model = get_peft_model(split(), config)
         set_peft_model_state_dict(model, load_peft_weights(saved[1], device="cpu"))
         plain = PeftModel.from_pretrained(tiny.build("llama"), saved[1], is_trainable=True)
@@ -284,7 +283,9 @@ class TestOffloaded:
         model.save_pretrained(str(tmp_path / "whole"))
         to_lora(model).save_pretrained(str(tmp_path / "lora"))
         for folder in ("whole", "lora"):
-            close(tiny.output(PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path / folder)), "llama"), expected)
+            close(
+                tiny.output(PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path / folder)), "llama"), expected
+            )
 
     def _merges_and_unmerges(self, model: PeftModel, expected: Tensor, name: str = "llama") -> None:
         untouched = tiny.output(tiny.build(name), name)
@@ -478,9 +479,7 @@ class TestPrecision:
         self._moved_alike(trained[False], trained[True])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_accelerate(
-        self, dtype: torch.dtype, pair: Callable[[str], list[str]], fresh_accelerator: None
-    ) -> None:
+    def test_accelerate(self, dtype: torch.dtype, pair: Callable[[str], list[str]], fresh_accelerator: None) -> None:
         plain = tiny.compose("llama", pair("llama"))
         model = tiny.compose("llama", pair("llama"), base=tiny.build("llama").to(dtype))
         train(plain, "llama", steps=3)
@@ -586,12 +585,17 @@ class TestRecomputation:
 class TestCompiled:
     """Whole models, each as one graph; single layers are in test_forms.py."""
 
-    @pytest.mark.parametrize("name", ["llama", "t5", "vit"])
-    def test_a_model_compiles_to_one_graph(self, name: str, pair: Callable[[str], list[str]]) -> None:
+    def test_a_model_is_one_graph_that_stays_when_the_mixing_weights_move(
+        self, pair: Callable[[str], list[str]]
+    ) -> None:
         torch.compiler.reset()
-        model = composed(name, pair(name))
+        model = composed("llama", pair("llama"))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        close(tiny.output(compiled, name), tiny.output(by_hand(model, name, pair(name)), name))
+        for stance in ("default", "fail_on_recompile"):
+            with torch.compiler.set_stance(stance):
+                found = tiny.output(compiled, "llama")
+            close(found, tiny.output(by_hand(model, "llama", pair("llama")), "llama"))
+            scramble(model)
 
     def test_a_compiled_model_learns_the_same(self, pair: Callable[[str], list[str]]) -> None:
         torch.compiler.reset()
@@ -610,23 +614,13 @@ class TestCompiled:
         torch.compiler.reset()
         model = composed("llama", pair("llama"))
         plain = by_hand(model, "llama", pair("llama"))
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-        tokens = tiny.TINY["llama"].inputs()["input_ids"]
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
         with torch.no_grad():
             for length in (5, 9, 7):
+                tokens = tiny.TINY["llama"].inputs()["input_ids"][:, :length].clone()
                 with torch.compiler.set_stance("default" if length == 5 else "fail_on_recompile"):
-                    logits = compiled(input_ids=tokens[:, :length]).logits
-                close(logits, plain(input_ids=tokens[:, :length]).logits)
-
-    def test_new_mixing_weights_need_no_new_graph(self, pair: Callable[[str], list[str]]) -> None:
-        torch.compiler.reset()
-        model = composed("llama", pair("llama"))
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        tiny.output(compiled, "llama")
-        scramble(model)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            found = tiny.output(compiled, "llama")
-        close(found, tiny.output(by_hand(model, "llama", pair("llama")), "llama"))
+                    logits = compiled(input_ids=tokens).logits
+                close(logits, plain(input_ids=tokens).logits)
 
 
 SAMPLED = {"do_sample": True, "top_k": 0}
@@ -728,9 +722,7 @@ class TestPipelines:
             assert run(model) == expected
         assert heard == []
 
-    def test_text_classification(
-        self, tokenizer: PreTrainedTokenizerFast, pair: Callable[[str], list[str]]
-    ) -> None:
+    def test_text_classification(self, tokenizer: PreTrainedTokenizerFast, pair: Callable[[str], list[str]]) -> None:
         model = composed("bert", pair("bert"), task_type="SEQ_CLS")
         plain = by_hand(model, "bert", pair("bert"))
         expected = pipeline("text-classification", model=plain, tokenizer=tokenizer)("w5 w6 w7", top_k=None)
