@@ -284,10 +284,17 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, the base layer none.
             TypeError: the base layer is quantized in a way that cannot be merged into.
+            RuntimeError: the base layer has no values yet: it is on the meta device.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.composition_factors]
         if not names:
             return
+        base_layer = self.get_base_layer()
+        if _is_on_meta(base_layer) and not _is_offloaded(base_layer):
+            raise RuntimeError(
+                f"There is nothing to merge into: the base weights ({type(base_layer).__name__}) are on the meta "
+                "device. Load them first."
+            )
         if self.quantization_backend is not None:
             # One text for all layers, so that Python shows it once.
             warn(
@@ -313,12 +320,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
         """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
         base_layer = self.get_base_layer()
-        if _is_on_meta(base_layer):
-            if not _is_offloaded(base_layer):
-                raise RuntimeError(
-                    f"There is nothing to merge into: the base weights ({type(base_layer).__name__}) are on the meta "
-                    "device. Load them first."
-                )
+        if _is_on_meta(base_layer) and _is_offloaded(base_layer):
             with onload_layer(self):
                 self._add_to_base(weights, sign, must_be_finite)
             return
@@ -508,11 +510,13 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         parts = [part for part in parts if _is_on_meta(part) and _is_offloaded(part)]
         try:
             for part in parts:
-                part._hf_hook.pre_forward(part)
+                for hook in hooks_of(part):
+                    hook.pre_forward(part)
             yield
         finally:
             for part in parts:
-                part._hf_hook.post_forward(part, None)
+                for hook in hooks_of(part):
+                    hook.post_forward(part, None)
             if parts:
                 self._folds.clear()
 

@@ -1,4 +1,4 @@
-"""What large models need: offloaded and meta weights, memory while loading, 16 bits, recomputation, compiling, writing.
+"""What large models need: offloaded and meta weights, memory while loading, 16 bits, recomputation, compiling, text.
 
 Offloading needs no GPU: accelerate brings weights from disk or from another place in memory to the CPU for every call.
 """
@@ -148,6 +148,17 @@ class TestOffloaded:
             torch.testing.assert_close(thetas(model)[key], theta, rtol=1e-3, atol=0)
         close(tiny.output(model, "llama"), tiny.output(by_hand(model, "llama", pair("llama")), "llama"))
         assert model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight.is_meta
+
+    def test_trainer_ends_with_the_same_weights(
+        self, split: Callable[[], nn.Module], pair: Callable[[str], list[str]], tmp_path: Path
+    ) -> None:
+        plain = tiny.compose("llama", pair("llama"))
+        model = get_peft_model(split(), CompositionConfig(adapters=pair("llama"), task_type="CAUSAL_LM"))
+        for each in (plain, model):
+            run_trainer(each, "llama", tmp_path)
+        for key, theta in thetas(plain).items():
+            assert theta.abs().max() > 1e-4
+            torch.testing.assert_close(thetas(model)[key], theta, rtol=1e-4, atol=0)
 
     def test_a_new_composition_is_saved_with_all_its_values(
         self, split: Callable[[], nn.Module], pair: Callable[[str], list[str]], tmp_path: Path
