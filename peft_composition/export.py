@@ -339,7 +339,8 @@ def _chosen_composition(base: Any, adapter_name: str | None) -> str:
 def _read_layer(layer: CompositionLayer, adapter_name: str) -> _Module:
     factors = cast(Factors, layer.composition_factors[adapter_name])
     weights = layer.mixing_weights(adapter_name)  # refuses factors that never came
-    return _mixed(factors.A, factors.B, factors.bias, factors.ranks, weights)
+    with layer.onloaded([adapter_name]):
+        return _mixed(factors.A, factors.B, factors.bias, factors.ranks, weights)
 
 
 # From a folder
@@ -393,7 +394,7 @@ def _read_saved(weights: WeightsFile, config: CompositionConfig, module: str) ->
     mixing = Mixing(config, torch.float32 if theta is None else theta.dtype, torch.device("cpu"))
     if theta is not None and mixing.weight is not None:
         mixing.weight.data = theta
-    return _mixed(A, B, bias, ranks, mixing(A))
+    return _mixed(A, B, bias, ranks, mixing(A.device, A.dtype))
 
 
 # The export itself

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 from warnings import warn
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -60,18 +61,19 @@ class Mixing(nn.Module):
         # Constants are no buffers: DDP would broadcast them on every step.
         self._start: Tensor | None = None
         if self.start is not None:
-            self._start_on(_real(device), torch.promote_types(dtype, torch.float32))
+            self._start_on(real_device(device), torch.promote_types(dtype, torch.float32))
 
-    def forward(self, like: Tensor | None = None) -> Tensor:
+    def forward(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The mixing weights w, shape (N,), in float32 or wider.
 
         Args:
-            like: a tensor on the device, and of at least the dtype, that the constants of a uniform or fixed mixing
-                shall have. Not needed for learned ones.
+            device: where the constants of a uniform or fixed mixing shall be; learned weights are where theta is.
+                Default: the CPU.
+            dtype: what these constants shall at least have.
         """
         if self.weight is None:
-            dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
-            return self._start_on(torch.device("cpu") if like is None else like.device, dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            return self._start_on(torch.device("cpu") if device is None else device, wide)
         logits = self.gain * self.weight
         if self._start is not None:
             logits = logits + self._start_on(logits.device, logits.dtype)
@@ -102,7 +104,7 @@ class Mixing(nn.Module):
             self.weight.data = source.float()
             self.weight.grad = None if gradient is None else gradient.float()
         if self._start is not None:  # now, and not in the first forward pass: that may be the one that is compiled
-            self._start_on(_real(fn(self._start[:0]).device), self._start.dtype)
+            self._start_on(real_device(fn(self._start[:0]).device), self._start.dtype)
         return self
 
     def extra_repr(self) -> str:
@@ -149,7 +151,7 @@ class Factors(nn.Module):
         # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
         self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         self._owner: Tensor | None = None
-        self._index_ranks(_real(device))
+        self._index_ranks(real_device(device))
 
     @property
     def is_pending(self) -> bool:
@@ -185,17 +187,29 @@ class Factors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         super()._apply(fn, recurse)
-        self._index_ranks(_real(self.A.device))  # now, and not in a forward pass that may be compiled
+        self._index_ranks(real_device(self.A.device))  # now, and not in a forward pass that may be compiled
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
         return self  # upstream factors stay as they were trained
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in list(self._placeholders):
-            if prefix + name in state_dict:
-                del self._placeholders[name]
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        found = [name for name in self._placeholders if prefix + name in state_dict]
+        if self.is_pending and found:
+            # The first values are taken over and not copied: N adapters shall not be in memory twice.
+            taken = {prefix + name: self._as_placeholder(name, state_dict[prefix + name]) for name in found}
+            state_dict = {**state_dict, **taken}
+            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        for name in found:
+            del self._placeholders[name]
+
+    def _as_placeholder(self, name: str, tensor: Tensor) -> Tensor:
+        """A loaded tensor in the dtype and on the device of the parameter that waits for it."""
+        waiting = self._placeholders[name]
+        return tensor.detach().to(tensor.device if waiting.is_meta else waiting.device, waiting.dtype)
 
     def extra_repr(self) -> str:
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"
@@ -263,18 +277,23 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             return
         target = device if device is not None else device_of(self.get_base_layer())
         for part in (self.composition_mixing[adapter_name], self.composition_factors[adapter_name]):
-            if target.type != "meta" and not any(parameter.is_meta for parameter in part.parameters()):
+            if target.type != "meta" and not _is_on_meta(part):
                 part.to(target)
 
     def mixing_weights(self, adapter_name: str) -> Tensor:
         """The mixing weights w of a composition, shape (N,), float32 or wider."""
+        with self.onloaded([adapter_name]):
+            return self._weights(adapter_name)
+
+    def _weights(self, adapter_name: str) -> Tensor:
         mixing, factors = self._parts(adapter_name)
         A = factors.A
-        return mixing(A).to(A.device)
+        return mixing(A.device, A.dtype).to(A.device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
-        return self._delta_weight(adapter_name, self.mixing_weights(adapter_name).detach())
+        with self.onloaded([adapter_name]):
+            return self._delta_weight(adapter_name, self._weights(adapter_name).detach())
 
     def require_mergeable(self, adapter_names: list[str] | None = None) -> None:
         """Check, and change nothing, that compositions can be merged into the base weights.
@@ -285,12 +304,18 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: an adapter has a bias, the base layer none.
             TypeError: the base layer is quantized in a way that cannot be merged into.
+            RuntimeError: the weights of the base layer were never loaded.
         """
         base_layer = self.get_base_layer()
         backend = self.quantization_backend
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.composition_factors:
                 continue
+            if _is_on_meta(base_layer) and not _is_offloaded(base_layer):
+                raise RuntimeError(
+                    f"There is nothing to merge into: the base weights ({type(base_layer).__name__}) are on the meta "
+                    "device. Load them first."
+                )
             if backend is not None and not backend.supports_merge:
                 raise TypeError(
                     f"The composition {name!r} cannot be merged into a base layer of type {_type_name(base_layer)} "
@@ -312,6 +337,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, the base layer none.
             TypeError: the base layer is quantized in a way that cannot be merged into.
+            RuntimeError: the base layer has no values yet: it is on the meta device.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.composition_factors]
         if not names:
@@ -342,14 +368,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
         """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
         base_layer = self.get_base_layer()
-        deltas: list[Tensor] = []
-        biases: list[Tensor] = []
-        for adapter_name, own in weights.items():
-            factors = self._ready_factors(adapter_name)
-            own = own.to(factors.A.device)  # the model may have moved while it was merged
-            deltas.append(self._delta_weight(adapter_name, own))
-            if factors.bias is not None:
-                biases.append(functional.delta_bias(factors.bias, own))
+        if _is_on_meta(base_layer) and _is_offloaded(base_layer):
+            with onload_layer(self):
+                self._add_to_base(weights, sign, must_be_finite)
+            return
+        with self.onloaded(weights):
+            deltas, biases = self._deltas(weights)
         weight = functional.add_delta(self.get_base_weight(), torch.stack(deltas).sum(0), sign)
         bias = None
         if biases:
@@ -361,6 +385,18 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self.set_base_weight(weight)
         if bias is not None:
             cast(Tensor, base_layer.bias).data = bias
+
+    def _deltas(self, weights: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The updates of the base layer's weight, and those of its bias where there are any."""
+        deltas: list[Tensor] = []
+        biases: list[Tensor] = []
+        for adapter_name, own in weights.items():
+            factors = self._ready_factors(adapter_name)
+            own = own.to(factors.A.device)  # the model may have moved while it was merged
+            deltas.append(self._delta_weight(adapter_name, own))
+            if factors.bias is not None:
+                biases.append(functional.delta_bias(factors.bias, own))
+        return deltas, biases
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
         factors = self._ready_factors(adapter_name)
@@ -389,6 +425,13 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.composition_factors]
+        for name in active:
+            if _is_offloaded(self.composition_factors._modules[name]):
+                with self.onloaded(active):
+                    return self._composed_output(active, x, *args, **kwargs)
+        return self._composed_output(active, x, *args, **kwargs)
+
+    def _composed_output(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(active) == 1 and not args and not kwargs:
             output = self._merged_output(active[0], x)
             if output is not None:
@@ -409,7 +452,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """The output of a composition alone, to be added to that of the base layer."""
         factors = self._ready_factors(adapter_name)
         if self._learns(adapter_name) or torch.compiler.is_compiling():
-            weights = self.mixing_weights(adapter_name)
+            weights = self._weights(adapter_name)
             u = functional.spread(weights, factors.rank_owner)
             delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), u)
             bias = None if factors.bias is None else functional.delta_bias(factors.bias, weights)
@@ -427,11 +470,19 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
         Such a pass is followed by new weights: what was folded with the old ones is given up.
         """
-        theta = self._parts(adapter_name)[0]._parameters["weight"]
+        mixing, _ = self._parts(adapter_name)
+        theta = mixing._parameters["weight"]
         if theta is None:
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
         learns = type(theta) is not nn.Parameter or (theta.requires_grad and torch.is_grad_enabled())
+        if learns and _is_offloaded(mixing):
+            raise RuntimeError(
+                f"The mixing weights of the composition {adapter_name!r} are offloaded (device_map): every call would "
+                "train a copy that is thrown away. Compose after the model was dispatched: get_peft_model puts the "
+                "composition on the device that computes (a saved one: get_peft_model with its config, then "
+                "set_peft_model_state_dict)."
+            )
         if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
             self._folds.drop(adapter_name)
         return learns
@@ -471,7 +522,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
-        weights = self.mixing_weights(adapter_name).detach()
+        weights = self._weights(adapter_name).detach()
         u = functional.spread(weights, factors.rank_owner)
         A, B = factors.A.detach(), factors.B.detach()
         bias = None if factors.bias is None else functional.delta_bias(factors.bias.detach(), weights)
@@ -485,6 +536,26 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _base_matrix(self) -> Tensor:
         """The base weight as (out, in); asked for only where a form of this class merges into it."""
         return cast(Tensor, self.get_base_layer().weight).detach()
+
+    @contextmanager
+    def onloaded(self, adapter_names: Iterable[str]) -> Iterator[None]:
+        """Bring factors that accelerate keeps on disk or in another memory here, as its hooks would if it called them.
+
+        Nothing that was folded meanwhile is kept: it would hold the memory that offloading is to save.
+        """
+        parts = [self.composition_factors[name] for name in adapter_names]
+        parts = [part for part in parts if _is_on_meta(part) and _is_offloaded(part)]
+        try:
+            for part in parts:
+                for hook in hooks_of(part):
+                    hook.pre_forward(part)
+            yield
+        finally:
+            for part in parts:
+                for hook in hooks_of(part):
+                    hook.post_forward(part, None)
+            if parts:
+                self._folds.clear()
 
     def train(self, mode: bool = True) -> CompositionLayer:
         self._folds.clear()
@@ -553,7 +624,7 @@ class Linear(CompositionLayer):
             return functional.merged_linear(
                 x, self._base_matrix(), bias, cast(Tensor, folded.A), cast(Tensor, folded.B)
             )
-        weights = self.mixing_weights(adapter_name)
+        weights = self._weights(adapter_name)
         bias = self._composed_bias(None if factors.bias is None else functional.delta_bias(factors.bias, weights))
         u = functional.spread(weights, factors.rank_owner)
         return functional.merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
@@ -647,9 +718,24 @@ class Embedding(CompositionLayer):
         return False
 
 
-def _real(device: torch.device | None) -> torch.device:
+def real_device(device: torch.device | None) -> torch.device:
     """Where constants are made for parameters on `device`: also for those that are on the meta device for a while."""
     return torch.device("cpu") if device is None or device.type == "meta" else device
+
+
+def _is_on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def hooks_of(module: nn.Module) -> Sequence[Any]:
+    """The hooks that accelerate has put on a module."""
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the parameters of a module in for every call, and takes them away after."""
+    return "_hf_hook" in module.__dict__ and any(getattr(hook, "offload", False) for hook in hooks_of(module))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -747,7 +833,14 @@ def _has_plain_weight(base_layer: nn.Module) -> bool:
 
 
 def device_of(base_layer: nn.Module) -> torch.device:
-    """The device a base layer lives on; quantized layers name their weight in several ways."""
+    """The device a base layer computes on: where its weight is, or where accelerate brings it when it is offloaded.
+
+    Quantized layers name their weight in several ways.
+    """
+    if _is_offloaded(base_layer):
+        for hook in hooks_of(base_layer):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
     for name in ("weight", "qweight", "W_q"):
         weight = getattr(base_layer, name, None)
         if isinstance(weight, Tensor):

@@ -29,7 +29,17 @@ from transformers.pytorch_utils import Conv1D
 
 from . import upstream
 from .config import AdapterReference, CompositionConfig, LoraLayout
-from .layer import CompositionLayer, Factors, Mixing, compute_dtype, device_of, form_of, layer_shape
+from .layer import (
+    CompositionLayer,
+    Factors,
+    Mixing,
+    compute_dtype,
+    device_of,
+    form_of,
+    hooks_of,
+    layer_shape,
+    real_device,
+)
 from .upstream import CompositionPlan, LayerShape, StackedFactors
 
 
@@ -160,15 +170,14 @@ class CompositionModel(BaseTuner):
         for name, layer in composition_layers(self.model):
             try:
                 layer.require_mergeable(adapter_names)
-            except (TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise type(error)(f"Module {name!r}: {error}") from error
 
     def _fill(self, injection: _Injection, adapter_name: str) -> None:
         """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
         assert injection.stacked is not None
         for name, layer in injection.layers.items():
-            device = device_of(layer.get_base_layer())
-            device = torch.device("cpu") if device.type == "meta" else device
+            device = real_device(device_of(layer.get_base_layer()))
             cast(Factors, layer.composition_factors[adapter_name]).fill(injection.stacked.pop(name), device)
             mixing = cast(Mixing, layer.composition_mixing[adapter_name])
             if mixing.weight is not None and mixing.weight.is_meta:
@@ -203,7 +212,7 @@ class CompositionModel(BaseTuner):
             raise ValueError(f"The composition {adapter_name!r} has no factors for module {current_key!r}.")
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         dtype = injection.dtypes[current_key]
-        device = device_of(base_layer)
+        device = real_device(device_of(base_layer))
         block = _sharing_key(config, current_key)
         if block not in injection.mixings:
             injection.mixings[block] = Mixing(config, torch.promote_types(dtype, torch.float32), device)
@@ -250,6 +259,7 @@ class CompositionModel(BaseTuner):
         for _, layer in composition_layers(model):
             if adapter_name in layer.composition_factors:
                 layer._ready_factors(adapter_name)
+        selected = {key: _onloaded(model, key) if t.is_meta else t for key, t in selected.items()}
         if cast(CompositionConfig, config).save_adapters:
             return selected
         return {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
@@ -265,6 +275,15 @@ class CompositionModel(BaseTuner):
             infix = f".composition_factors.{adapter_name}."
             remapped.update({key: tensor for key, tensor in model.state_dict().items() if infix in key})
         return remapped
+
+
+def _onloaded(model: nn.Module, key: str) -> Tensor:
+    """The values of a parameter that accelerate keeps on disk or in another memory."""
+    owner, _, name = key.rpartition(".")
+    for hook in hooks_of(model.get_submodule(owner)):
+        if getattr(hook, "weights_map", None) is not None:
+            return hook.weights_map[name]
+    raise ValueError(f"{key!r} is on the meta device: it has no values that could be saved.")
 
 
 def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer]]:

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -209,27 +210,30 @@ class WeightsFile:
     def __init__(self, name: str, path: Path) -> None:
         self._name = name
         self._path = path
+        self._is_pickled = path.suffix != ".safetensors"
         self._pickled: dict[str, Tensor] | None = None
         self._entries: dict[str, _Entry] = {}
         self._mapping: mmap.mmap | None = None
         try:
             self.nbytes = path.stat().st_size
-            if path.suffix == ".safetensors":
-                self._entries = _entries(path)
+            if self._is_pickled:
+                self._entries = {key: _Entry(tuple(t.shape), None, None) for key, t in _unpickle(name, path).items()}
             else:
-                self._pickled = _unpickle(name, path)
+                self._entries = _entries(path)
         except (SafetensorError, OSError) as error:
             raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries if self._pickled is None else self._pickled)
+        return iter(self._entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._entries[key].shape if self._pickled is None else tuple(self._pickled[key].shape)
+        return self._entries[key].shape
 
     def read(self, key: str) -> Tensor:
         """The values of one tensor: a view of the mapped file, a private one."""
-        if self._pickled is not None:
+        if self._is_pickled:
+            if self._pickled is None:
+                self._pickled = _unpickle(self._name, self._path)
             return self._pickled[key]
         shape, dtype, start = self._entries[key]
         try:
@@ -243,6 +247,7 @@ class WeightsFile:
     def unmap(self) -> None:
         """Let go of the mapped file; the memory is free once the tensors that were read are gone, too."""
         self._mapping = None
+        self._pickled = None
 
     def _mapped(self) -> mmap.mmap:
         if self._mapping is None:
@@ -271,7 +276,8 @@ def _entries(path: Path) -> dict[str, _Entry]:
 
 def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped like a safetensors file, except the kind of before PyTorch 1.6, which is no zip file.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it trips over
         raise AdapterError(
             name,
