@@ -21,6 +21,8 @@ from .upstream import LayerShape, StackedFactors
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
+_SHARDING_MARKS = frozenset({"_is_fsdp_managed_module", "ds_id"})
 
 
 class Mixing(nn.Module):
@@ -66,7 +68,7 @@ class Mixing(nn.Module):
         if self.weight is None:
             dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
             return self._start_on(torch.device("cpu") if like is None else like.device, dtype)
-        logits = self.gain * self.weight
+        logits = self.gain * _gathered(self.weight, self.count)
         if self._start is not None:
             logits = logits + self._start_on(logits.device, logits.dtype)
         return functional.normalize(logits, self.normalization)
@@ -249,7 +251,9 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         """The mixing weights w of a composition, shape (N,), float32 or wider."""
         mixing, factors = self._parts(adapter_name)
         A = factors.A
-        return mixing(A).to(A.device)
+        # FSDP casts what its modules are called with: no factors where they are not needed.
+        weights = mixing(A) if mixing.weight is None else mixing()
+        return weights.to(A.device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
@@ -370,7 +374,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """The output of a composition alone, to be added to that of the base layer."""
         factors = self._ready_factors(adapter_name)
-        if self._learns(adapter_name) or torch.compiler.is_compiling():
+        if self._learns(adapter_name) or torch.compiler.is_compiling() or self._is_sharded:
             weights = self.mixing_weights(adapter_name)
             u = functional.spread(weights, factors.rank_owner)
             delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), u)
@@ -389,7 +393,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
         Such a pass is followed by new weights: what was folded with the old ones is given up.
         """
-        theta = self._parts(adapter_name)[0]._parameters["weight"]
+        theta = self._parts(adapter_name)[0].weight  # an attribute: FSDP1 puts modules of its own around a Mixing
         if theta is None:
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
@@ -397,6 +401,15 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
             self._folds.drop(adapter_name)
         return learns
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 gathers the parameters for every pass.
+
+        What is made of them must not be kept: it would be whole on every device. The version counters do not see new
+        values there, either, and a process that kept something would not take part in gathering.
+        """
+        return not _SHARDING_MARKS.isdisjoint(self.__dict__)
 
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
         """A composition as constants, kept until its mixing weights or factors change.
@@ -502,7 +515,7 @@ class Linear(CompositionLayer):
             trains_input=x.requires_grad and torch.is_grad_enabled(),
             trains_weights=learns,
         )
-        keeps = not learns and not torch.compiler.is_compiling()
+        keeps = not (learns or torch.compiler.is_compiling() or self._is_sharded)
         if form == "stacked" and not (keeps and factors.merged_is_kept):
             return None
         if not self._can_merge(x, factors):
@@ -528,6 +541,8 @@ class Linear(CompositionLayer):
         base = self.base_layer
         weight, A = base._parameters.get("weight"), factors._parameters["A"]
         if type(weight) is not nn.Parameter or type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+            return False
+        if self._is_sharded:
             return False
         dtype, device = weight.dtype, weight.device
         return (
@@ -609,6 +624,20 @@ class Embedding(CompositionLayer):
         return False
 
 
+def _gathered(theta: Tensor, count: int) -> Tensor:
+    """theta in float32 or wider and with all its entries, also where FSDP rounds or shards it."""
+    if type(theta) is not nn.Parameter and hasattr(theta, "full_tensor"):  # FSDP2, outside of a forward pass
+        theta = theta.full_tensor()
+    if theta.shape[0] != count:
+        raise RuntimeError(
+            f"Of {count} mixing weights only {theta.shape[0]} are here: FSDP1 has sharded them and gathers them "
+            "elsewhere. It cannot shard weights that several modules share: use FSDP2 "
+            '(peft_composition.sharding.shard) or weight_sharing="module". Outside of a forward pass, ask within '
+            "FSDP.summon_full_params(model)."
+        )
+    return theta.to(torch.promote_types(theta.dtype, torch.float32))
+
+
 def _real(device: torch.device | None) -> torch.device:
     """Where constants are made for parameters on `device`: also for those that are on the meta device for a while."""
     return torch.device("cpu") if device is None or device.type == "meta" else device
@@ -659,8 +688,7 @@ def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape
             kind, (base_layer.in_channels, *base_layer.kernel_size), base_layer.out_channels, refusal=refusal
         )
     if isinstance(base_layer, Conv1D):
-        in_features, out_features = base_layer.weight.shape
-        return LayerShape(kind, (in_features,), out_features)
+        return LayerShape(kind, (base_layer.nx,), base_layer.nf)
     features = _linear_features(base_layer, **quantization_kwargs)
     if features is None:
         return LayerShape(kind, (), 0, refusal="this kind of layer is not supported")

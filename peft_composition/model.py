@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from . import upstream
+from . import processes, upstream
 from .config import AdapterReference, CompositionConfig, LoraLayout
 from .layer import CompositionLayer, Factors, Mixing, compute_dtype, device_of, form_of, layer_shape
 from .upstream import CompositionPlan, LayerShape, StackedFactors
@@ -409,7 +409,7 @@ def _read(
             cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
             for reference, entry in zip(references, config.provenance)
         ]
-    located = upstream.locate(references, with_cards=not config.is_restored)
+    located = processes.locate(references, with_cards=not config.is_restored)
     adapters = upstream.read_adapters(located, hashes)
     upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
     is_wanted = _module_filter(config, model, adapters, current_name)
