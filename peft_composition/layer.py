@@ -298,6 +298,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
         """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
         base_layer = self.get_base_layer()
+        if self._is_sharded:
+            raise RuntimeError(
+                "A composition cannot be merged into a sharded model. Save the model, load it into one that is not "
+                "sharded, and merge there."
+            )
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise TypeError(
                 f"A composition cannot be merged into a base layer quantized with "
@@ -329,11 +334,25 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             cast(Tensor, base_layer.bias).data = bias
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
-        factors = self._ready_factors(adapter_name)
+        factors = self.whole_factors(adapter_name)
         return functional.delta_weight(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
 
     def _parts(self, adapter_name: str) -> tuple[Mixing, Factors]:
         return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
+
+    def whole_factors(self, adapter_name: str) -> Factors:
+        """The factors of a composition, for reading them outside of a forward pass.
+
+        Raises:
+            RuntimeError: they never came, or this process has only its part of them.
+        """
+        factors = self._ready_factors(adapter_name)
+        if hasattr(factors.A, "full_tensor") or factors.A.shape[0] != factors.rank:
+            raise RuntimeError(
+                f"The factors of the composition {adapter_name!r} are sharded over several processes. Save the model, "
+                "load it into one that is not sharded, and do this there."
+            )
+        return factors
 
     def _ready_factors(self, adapter_name: str) -> Factors:
         # As entries of the tables of modules: this is done in every forward pass, at the pace of a single token.
