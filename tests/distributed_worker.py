@@ -7,17 +7,21 @@ Each check leaves its result, or the error it ended with, in `<folder>/rank<rank
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
+from huggingface_hub import constants
 from peft import PeftModel
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
@@ -41,6 +45,7 @@ from .test_trainer import Sentences
 
 
 WORLD_SIZE = 2
+SECONDS = 400
 
 
 # DDP with the Trainer
@@ -344,6 +349,7 @@ FSDP2_RUNS: dict[str, dict[str, Any]] = {**VARIANTS, "checkpointing": {"checkpoi
 
 def fsdp(inputs: Path, folder: Path) -> dict[str, Any]:
     runs: dict[str, Callable[[], Any]] = {}
+    runs["fsdp1 module"] = lambda: fsdp1(inputs, folder)
     for name, fields in FSDP2_RUNS.items():
         runs[f"fsdp2 {name}"] = lambda fields=fields: fsdp2(inputs, folder, **fields)
     for sharing in ("module", "model"):
@@ -353,6 +359,50 @@ def fsdp(inputs: Path, folder: Path) -> dict[str, Any]:
     runs["fsdp1 module"] = lambda: fsdp1(inputs, folder)
     runs["fsdp1 uniform"] = lambda: fsdp1(inputs, folder, mixing="uniform")
     return {name: attempt(run) for name, run in runs.items()}
+
+
+# Adapters from a Hub
+
+
+def hub(inputs: Path, folder: Path) -> dict[str, Any]:
+    """Each check uses a repository of its own; requests of rank 1 carry a token, so that the server can tell them."""
+    rank = dist.get_rank()
+    os.environ["HF_TOKEN"] = TOKENS[rank]
+    runs: dict[str, Callable[[], Any]] = {
+        "shared": lambda: record(["me/shared", "me/bare"]),
+        "missing": lambda: error_of(lambda: record(["me/shared", "me/missing"])),
+        "not a LoRA": lambda: error_of(lambda: record(["me/dora"])),
+        "rank 0 alone": lambda: record(["me/alone"]) if rank == 0 else None,
+        "again": lambda: record(["me/shared", "me/bare"]),
+        "two nodes": lambda: on_own_node(folder, lambda: record(["me/nodes"])),
+    }
+    results = {}
+    for name, run in runs.items():
+        results[name] = attempt(run)
+        dist.barrier()
+    dist.destroy_process_group()
+    results["no group"] = attempt(lambda: record(["me/locked"]))
+    return results
+
+
+TOKENS = ("", "hf_test_token")
+
+
+def record(adapters: list[str]) -> list[tuple[str | None, str]]:
+    """Compose; the commit and the hash of every adapter."""
+    model = tiny.compose("mlp", adapters, modules_to_save=None, mixing="uniform")
+    return [(entry["commit"], entry["sha256"]) for entry in model.peft_config["default"].provenance]
+
+
+def on_own_node(folder: Path, check: Callable[[], Any]) -> Any:
+    """As if every process were the first of its node, with a cache and a name of its own."""
+    node = f"node{dist.get_rank()}"
+    with (
+        patch.dict(os.environ, LOCAL_RANK="0"),
+        patch.object(constants, "HF_HUB_CACHE", str(folder / "cache")),
+        patch("socket.gethostname", lambda: node),
+    ):
+        return check()
 
 
 def attempt(check: Callable[[], Any]) -> Any:
@@ -365,19 +415,20 @@ def attempt(check: Callable[[], Any]) -> Any:
 
 
 def main(group: str, folder: Path) -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # where it hangs, before it is killed
     torch.set_num_threads(1)
     PartialState(cpu=True)
     rank = dist.get_rank()
     assert dist.get_world_size() == WORLD_SIZE
     try:
         results = GROUPS[group](folder, folder / f"rank{rank}")
-        torch.save({**results, "world_size": dist.get_world_size()}, folder / f"rank{rank}.pt")
-        dist.barrier()
+        torch.save({**results, "world_size": WORLD_SIZE}, folder / f"rank{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-GROUPS = {"ddp": ddp, "fsdp": fsdp}
+GROUPS = {"ddp": ddp, "fsdp": fsdp, "hub": hub}
 
 
 if __name__ == "__main__":
