@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_composition import CompositionConfig, to_lora
+from peft_composition import CompositionConfig
 from peft_composition.layer import Mixing
 
 from . import distributed_worker as worker
