@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .config import CompositionConfig
-from .layer import CompositionLayer, Factors, Mixing
+from .layer import CompositionLayer, Mixing
 from .model import composition_layers
 from .upstream import WeightsFile
 
@@ -337,9 +337,9 @@ def _chosen_composition(base: Any, adapter_name: str | None) -> str:
 
 
 def _read_layer(layer: CompositionLayer, adapter_name: str) -> _Module:
-    factors = cast(Factors, layer.composition_factors[adapter_name])
     weights = layer.mixing_weights(adapter_name)  # refuses factors that never came
     with layer.onloaded([adapter_name]):
+        factors = layer.whole_factors(adapter_name)
         return _mixed(factors.A, factors.B, factors.bias, factors.ranks, weights)
 
 

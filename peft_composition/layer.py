@@ -28,6 +28,8 @@ from .upstream import LayerShape, StackedFactors
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
+# What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
+_SHARDING_MARKS = frozenset({"_is_fsdp_managed_module", "ds_id"})
 
 
 class Mixing(nn.Module):
@@ -74,7 +76,7 @@ class Mixing(nn.Module):
         if self.weight is None:
             wide = torch.promote_types(dtype, torch.float32)
             return self._start_on(torch.device("cpu") if device is None else device, wide)
-        logits = self.gain * self.weight
+        logits = self.gain * _gathered(self.weight, self.count)
         if self._start is not None:
             logits = logits + self._start_on(logits.device, logits.dtype)
         return functional.normalize(logits, self.normalization)
@@ -304,7 +306,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: an adapter has a bias, the base layer none.
             TypeError: the base layer is quantized in a way that cannot be merged into.
-            RuntimeError: the weights of the base layer were never loaded.
+            RuntimeError: the weights of the base layer were never loaded, or are sharded.
         """
         base_layer = self.get_base_layer()
         backend = self.quantization_backend
@@ -315,6 +317,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
                 raise RuntimeError(
                     f"There is nothing to merge into: the base weights ({type(base_layer).__name__}) are on the meta "
                     "device. Load them first."
+                )
+            if self._is_sharded:
+                raise RuntimeError(
+                    "A composition cannot be merged into a sharded model. Save the model, load it into one that is "
+                    "not sharded, and merge there."
                 )
             if backend is not None and not backend.supports_merge:
                 raise TypeError(
@@ -399,11 +406,25 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         return deltas, biases
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
-        factors = self._ready_factors(adapter_name)
+        factors = self.whole_factors(adapter_name)
         return functional.delta_weight(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
 
     def _parts(self, adapter_name: str) -> tuple[Mixing, Factors]:
         return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
+
+    def whole_factors(self, adapter_name: str) -> Factors:
+        """The factors of a composition, for reading them outside of a forward pass.
+
+        Raises:
+            RuntimeError: they never came, or this process has only its part of them.
+        """
+        factors = self._ready_factors(adapter_name)
+        if hasattr(factors.A, "full_tensor") or factors.A.shape[0] != factors.rank:
+            raise RuntimeError(
+                f"The factors of the composition {adapter_name!r} are sharded over several processes. Save the model, "
+                "load it into one that is not sharded, and do this there."
+            )
+        return factors
 
     def _ready_factors(self, adapter_name: str) -> Factors:
         # As entries of the tables of modules: this is done in every forward pass, at the pace of a single token.
@@ -451,7 +472,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """The output of a composition alone, to be added to that of the base layer."""
         factors = self._ready_factors(adapter_name)
-        if self._learns(adapter_name) or torch.compiler.is_compiling():
+        if self._learns(adapter_name) or torch.compiler.is_compiling() or self._is_sharded:
             weights = self._weights(adapter_name)
             u = functional.spread(weights, factors.rank_owner)
             delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), u)
@@ -471,7 +492,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Such a pass is followed by new weights: what was folded with the old ones is given up.
         """
         mixing, _ = self._parts(adapter_name)
-        theta = mixing._parameters["weight"]
+        theta = mixing.weight  # an attribute: FSDP1 puts modules of its own around a Mixing
         if theta is None:
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
@@ -486,6 +507,15 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
             self._folds.drop(adapter_name)
         return learns
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 gathers the parameters for every pass.
+
+        What is made of them must not be kept: it would be whole on every device. The version counters do not see new
+        values there, either, and a process that kept something would not take part in gathering.
+        """
+        return not _SHARDING_MARKS.isdisjoint(self.__dict__)
 
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
         """A composition as constants, kept until its mixing weights or factors change.
@@ -611,7 +641,7 @@ class Linear(CompositionLayer):
             trains_input=x.requires_grad and torch.is_grad_enabled(),
             trains_weights=learns,
         )
-        keeps = not learns and not torch.compiler.is_compiling()
+        keeps = not (learns or torch.compiler.is_compiling() or self._is_sharded)
         if form == "stacked" and not (keeps and factors.merged_is_kept):
             return None
         if not self._can_merge(x, factors):
@@ -637,6 +667,8 @@ class Linear(CompositionLayer):
         base = self.base_layer
         weight, A = base._parameters.get("weight"), factors._parameters["A"]
         if type(weight) is not nn.Parameter or type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+            return False
+        if self._is_sharded:
             return False
         dtype, device = weight.dtype, weight.device
         return (
@@ -718,6 +750,20 @@ class Embedding(CompositionLayer):
         return False
 
 
+def _gathered(theta: Tensor, count: int) -> Tensor:
+    """theta in float32 or wider and with all its entries, also where FSDP rounds or shards it."""
+    if type(theta) is not nn.Parameter and hasattr(theta, "full_tensor"):  # FSDP2, outside of a forward pass
+        theta = theta.full_tensor()
+    if theta.shape[0] != count:
+        raise RuntimeError(
+            f"Of {count} mixing weights only {theta.shape[0]} are here: FSDP1 has sharded them and gathers them "
+            "elsewhere. It cannot shard weights that several modules share: use FSDP2 "
+            '(peft_composition.sharding.shard) or weight_sharing="module". Outside of a forward pass, ask within '
+            "FSDP.summon_full_params(model)."
+        )
+    return theta.to(torch.promote_types(theta.dtype, torch.float32))
+
+
 def real_device(device: torch.device | None) -> torch.device:
     """Where constants are made for parameters on `device`: also for those that are on the meta device for a while."""
     return torch.device("cpu") if device is None or device.type == "meta" else device
@@ -783,8 +829,7 @@ def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape
             kind, (base_layer.in_channels, *base_layer.kernel_size), base_layer.out_channels, refusal=refusal
         )
     if isinstance(base_layer, Conv1D):
-        in_features, out_features = base_layer.weight.shape
-        return LayerShape(kind, (in_features,), out_features)
+        return LayerShape(kind, (base_layer.nx,), base_layer.nf)
     features = _linear_features(base_layer, **quantization_kwargs)
     if features is None:
         return LayerShape(kind, (), 0, refusal=f"this kind of layer is not supported: {_type_name(base_layer)}")

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from . import upstream
+from . import processes, upstream
 from .config import AdapterReference, CompositionConfig, LoraLayout
 from .layer import (
     CompositionLayer,
@@ -45,6 +45,8 @@ from .upstream import CompositionPlan, LayerShape, StackedFactors
 
 # As PEFT counts layers: the first numbered segment of a module's name ends its transformer block.
 _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
+# What FSDP1 and PyTorch's activation checkpointing insert into names.
+_WRAPPERS = re.compile(r"\b_(fsdp|checkpoint)_wrapped_module\.")
 
 
 @dataclass
@@ -256,6 +258,9 @@ class CompositionModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT goes by the names of modules, which FSDP1 lengthens within the model: it would find none of them.
+        infixes = f".composition_mixing.{adapter_name}.", f".composition_factors.{adapter_name}."
+        selected.update((key, state_dict[key]) for key in state_dict if any(infix in key for infix in infixes))
         for _, layer in composition_layers(model):
             if adapter_name in layer.composition_factors:
                 layer._ready_factors(adapter_name)
@@ -287,10 +292,10 @@ def _onloaded(model: nn.Module, key: str) -> Tensor:
 
 
 def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer]]:
-    """All composed modules of a model with their names in the base model."""
+    """All composed modules of a model with their names in the base model, also inside wrappers of FSDP1."""
     for name, module in model.named_modules():
         if isinstance(module, CompositionLayer):
-            yield name, module
+            yield _WRAPPERS.sub("", name), module
 
 
 def _require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
@@ -460,7 +465,7 @@ def _read(
             cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
             for reference, entry in zip(references, config.provenance)
         ]
-    located = upstream.locate(references, with_cards=not config.is_restored)
+    located = processes.locate(references, with_cards=not config.is_restored)
     adapters = upstream.read_adapters(located, hashes)
     upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
     is_wanted = _module_filter(config, model, adapters, current_name)

@@ -292,7 +292,9 @@ def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
 # Finding the files
 
 
-def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> list[AdapterFiles]:
+def locate(
+    references: Sequence[AdapterReference], with_cards: bool = True, progress: bool = True
+) -> list[AdapterFiles]:
     """Find the files of adapters, downloading those that are on the Hub, several at once.
 
     Args:
@@ -300,6 +302,7 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
             token comes from the usual places (`HF_TOKEN`, `hf auth login`); `HF_HUB_OFFLINE=1` or
             `local_files_only` use the cache alone.
         with_cards: whether the cards are wanted, too. One that cannot be had is left out.
+        progress: whether to show a progress bar, if anything is on the Hub.
 
     Returns:
         The files, in the order of `references`.
@@ -312,7 +315,8 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
         return [locate_one(reference, with_cards) for reference in references]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         found = pool.map(locate_one, references, repeat(with_cards))
-        return list(tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter"))
+        bar = tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter", disable=not progress)
+        return list(bar)
 
 
 def _is_local(path: str) -> bool:
