@@ -24,7 +24,7 @@ from .example_inputs import QUESTION_TOKENS, TEST_EXAMPLES, TEXT_TOKENS, Inputs
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLASSES = {"text": ["negative", "positive"]}
+CLASSES = ["negative", "positive"]
 
 
 def run(script: str, inputs: Inputs, output: Path, processes: int, *arguments: object) -> dict[str, Any]:
@@ -53,10 +53,16 @@ def run(script: str, inputs: Inputs, output: Path, processes: int, *arguments: o
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any], metric: str) -> None:
-    """Two processes sum the same gradients in another order: float32 rounding, which Adam may magnify a little."""
+    """Two processes sum the same gradients in another order, which changes the weights by about 1e-8."""
     assert abs(one["metrics"][metric] - two["metrics"][metric]) <= 2 / TEST_EXAMPLES
-    assert two["mixing_weights"] == pytest.approx(one["mixing_weights"], abs=2e-3)
+    assert two["mixing_weights"] == pytest.approx(one["mixing_weights"], abs=1e-4)
     assert len(set(one["mixing_weights"].values())) > 1, "the weights have not moved"
+
+
+def above_chance(classes: int) -> float:
+    """What guessing among balanced classes exceeds once in 700 times: by three standard errors."""
+    chance = 1 / classes
+    return chance + 3 * (chance * (1 - chance) / TEST_EXAMPLES) ** 0.5
 
 
 # Texts
@@ -77,7 +83,7 @@ def accuracy_of_saved(folder: Path, inputs: Inputs) -> float:
     for row in rows:
         encoded = tokenizer(row["text"], truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
         with torch.no_grad():
-            hits += CLASSES["text"][int(model(**encoded).logits.argmax())] == row["label"]
+            hits += CLASSES[int(model(**encoded).logits.argmax())] == row["label"]
     return hits / len(rows)
 
 
@@ -103,7 +109,7 @@ def test_text_classification(texts: Inputs, tmp_path: Path, script: str) -> None
     assert results[0]["support"] == 20
     assert_same(results[0], results[1], "accuracy")
     for processes, result in enumerate(results, start=1):
-        assert result["metrics"]["accuracy"] > 0.55
+        assert result["metrics"]["accuracy"] > above_chance(2)
         # Every test example counted once, also where two processes share an odd number of them.
         again = accuracy_of_saved(tmp_path / str(processes), texts)
         assert result["metrics"]["accuracy"] == pytest.approx(again, abs=1.01 / TEST_EXAMPLES)
@@ -141,7 +147,7 @@ def test_image_classification(digits: Inputs, tmp_path: Path) -> None:
     ]
     assert results[0]["support"] == 40
     assert_same(results[0], results[1], "accuracy")
-    assert min(result["metrics"]["accuracy"] for result in results) > 0.35  # chance: 0.25
+    assert min(result["metrics"]["accuracy"] for result in results) > above_chance(4)
 
 
 @pytest.mark.xdist_group("examples-images")
@@ -150,7 +156,7 @@ def test_image_classification_with_a_timm_model(timm_digits: Inputs, tmp_path: P
         "few_shot_image_classification", timm_digits, tmp_path / "out", 1, *IMAGES, "--per_device_train_batch_size", 40
     )
     assert len(result["mixing_weights"]) == 2
-    assert result["metrics"]["accuracy"] > 0.35
+    assert result["metrics"]["accuracy"] > above_chance(4)
 
 
 # Questions
@@ -182,7 +188,7 @@ def test_question_answering(questions: Inputs, tmp_path: Path, counts: tuple[int
     ]
     if len(results) > 1:
         assert_same(results[0], results[1], "exact_match")
-    assert min(result["metrics"]["exact_match"] for result in results) > 0.4  # one answer for all: about 0.25
+    assert min(result["metrics"]["exact_match"] for result in results) > above_chance(4)
 
 
 @pytest.mark.parametrize(
