@@ -627,9 +627,9 @@ class TestCompiled:
         plain = by_hand(model, "llama", pair("llama"))
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
         with torch.no_grad():
-            for length in (5, 9, 7):
+            for length in (7, 9, 8):  # not the rank, 5: equal sizes are guarded
                 tokens = tiny.TINY["llama"].inputs()["input_ids"][:, :length].clone()
-                with torch.compiler.set_stance("default" if length == 5 else "fail_on_recompile"):
+                with torch.compiler.set_stance("default" if length == 7 else "fail_on_recompile"):
                     logits = compiled(input_ids=tokens).logits
                 close(logits, plain(input_ids=tokens).logits)
 
