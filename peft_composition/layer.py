@@ -129,6 +129,7 @@ class Factors(nn.Module):
         super().__init__()
         self.ranks = list(ranks)
         self.rank = total = sum(ranks)
+        self.has_experts = shape.experts is not None
         # The factors of one token are few, however large the vocabulary of an embedding is.
         sizes = math.prod(shape.in_shape), shape.out_features
         self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(total, *sizes)
