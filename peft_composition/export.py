@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -436,9 +436,9 @@ def _export(
     norms: dict[str, float] = {}
     for name, read in modules.items():
         module = read()
-        if is_attention_output(name, layout):
-            module = replace(module, u=module.u / attention_output_times())
         A, B, lost[name], norms[name] = _factorize(module, ranks[name], is_measured=options.is_truncating)
+        if is_attention_output(name, layout):
+            B = B / attention_output_times()
         dtype = options.dtype or module.A.dtype
         bias = module.bias
         if config.biased_modules and bias is None:  # PEFT gives all modules a bias, or none

@@ -125,7 +125,7 @@ class CompositionModel(BaseTuner):
         config.target_modules = list(injection.ranks)
         self._injection = injection
         if state_dict is not None:
-            state_dict = {_at_the_module(key): tensor for key, tensor in state_dict.items()}
+            state_dict = {_at_the_module(key, injection): tensor for key, tensor in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
@@ -295,10 +295,14 @@ def _located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLay
             yield name_in_base(path, wrappers), path, module
 
 
-def _at_the_module(key: str) -> str:
-    """A key of a checkpoint with the module of a composed parameter for the parameter: PEFT looks for modules."""
-    module, found, rest = key.partition(f".{CONTAINER}.")
-    return f"{module}.{rest.partition('.')[2]}" if found else key
+def _at_the_module(key: str, injection: _Injection) -> str:
+    """A key of a checkpoint as PEFT looks for it: at the module, also where a parameter of it is composed."""
+    path, found, rest = key.partition(".composition_")
+    if not found:
+        return key
+    name = name_in_checkpoint(path, injection.ranks)
+    owner = next((owner for owner, parameters in injection.parameters.items() if name in parameters), name)
+    return f"{owner}{found}{rest}"
 
 
 def _require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
@@ -667,11 +671,21 @@ def _module_filter(
     """
     if config.is_restored:
         return (config.composed_modules or {}).__contains__
+
+    def names_of(name: str) -> list[str]:
+        parameter = find_parameter(targets, name)
+        if parameter is None:
+            return [name]
+        # As in PEFT, an attention is composed as a whole or not at all.
+        is_attention = isinstance(parameter.module, nn.MultiheadAttention)
+        return [parameter.owner] if is_attention else [name, parameter.owner]
+
     target_modules = config.requested_target_modules
     if target_modules is None:
         # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
         spelled = {module for adapter in adapters for module in adapter.modules}
-        target_modules = {name.rpartition(".")[2] for module in spelled for name in (module, current_name(module))}
+        names = {name for module in spelled for name in (module, *names_of(current_name(module)))}
+        target_modules = {name.rpartition(".")[2] for name in names}
     rules = SimpleNamespace(
         target_modules=target_modules,
         target_parameters=None,
@@ -684,8 +698,7 @@ def _module_filter(
     _maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
 
     def is_wanted(name: str) -> bool:
-        names = [name] if find_parameter(targets, name) is None else [name, name.rpartition(".")[0]]
-        found = [check_target_module_exists(rules, candidate) for candidate in names]
+        found = [check_target_module_exists(rules, candidate) for candidate in names_of(name)]
         return any(found) and not any(isinstance(result, _ExcludedModule) for result in found)
 
     return is_wanted

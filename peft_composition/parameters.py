@@ -119,8 +119,8 @@ class ParameterWrapper(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        self.composed_parameters = nn.ModuleDict()  # first, as a module's own parameters come before its children's
         self.base_layer = base_layer
-        self.composed_parameters = nn.ModuleDict()
 
     def composition_of(self, target: TargetParameter, is_transposed: bool) -> ParameterComposition:
         """The place for compositions of one parameter, made where there is none yet."""

@@ -5,6 +5,7 @@ Both ways: from the keys of a saved adapter to the names of the parameters, and 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from .upstream import AdapterError, Factors, LayerShape, UpstreamAdapter, ranked
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
 _WRAPPED = ".base_layer"
+_WRAPPERS = re.compile(r"(\.base_layer)+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def unwrap(
         elif isinstance(layers.get(module), nn.MultiheadAttention):
             name, factors = f"{module}.{IN_PROJ}", _of_attention(adapter, factors, plain)
         else:
+            _require_targeted(adapter, module, plain, targets)
             name = plain if depth == 0 else spelled
             factors = ranked(adapter.name, adapter.config, adapter.weights, factors, plain)
         _enter(adapter, modules, name, factors)
@@ -160,13 +163,23 @@ def _without_wrappers(spelled: str) -> tuple[str, int]:
     while plain.endswith(_WRAPPED):
         plain = plain.removesuffix(_WRAPPED)
     depth = (len(spelled) - len(plain)) // len(_WRAPPED)
-    return plain.replace(f"{_WRAPPED}.", "."), depth
+    return _WRAPPERS.sub("", plain), depth
 
 
 def _targeted(layer: nn.Module, plain: str, targets: Collection[str]) -> list[str]:
     """The parameters of a module that `target_parameters` select, in the order in which PEFT wraps them."""
     names = [name for name, _ in layer.named_parameters(recurse=False)]
     return [n for n in names if any(f".{plain}.{n}".endswith(f".{target}") for target in targets)]
+
+
+def _require_targeted(adapter: UpstreamAdapter, module: str, plain: str, targets: Collection[str]) -> None:
+    """Refuse the factors of a parameter that the module does not have."""
+    for target in targets:
+        owner, _, parameter = target.rpartition(".")
+        if owner and f".{plain}".endswith(f".{owner}"):
+            raise AdapterError(
+                adapter.name, f"its config targets the parameter {parameter!r}, which module {module!r} does not have"
+            )
 
 
 def _of_attention(adapter: UpstreamAdapter, factors: Factors, attention: str) -> Factors:
@@ -246,11 +259,12 @@ def wrapped_path(name: str, layout: LoraLayout) -> str:
     """The path under which PEFT keeps the factors of a composed module or parameter."""
     owners: Mapping[str, Sequence[str]] = layout.get("parameters", {})
     path, (owner, _, key) = target_of(name, layout), name.rpartition(".")
+    inside = [outer for outer in owners if name.startswith(f"{outer}.")]
     if is_attention_output(name, layout):
         path = f"{path}{_WRAPPED}.{OUT_PROJ}"
     elif key in owners.get(owner, ()):
         path = owner + _WRAPPED * (len(owners[owner]) - 1 - list(owners[owner]).index(key))
-    for outer in sorted(owners, key=len, reverse=True):
-        if outer != owner and name.startswith(f"{outer}."):
-            path = outer + _WRAPPED * len(owners[outer]) + path.removeprefix(outer)
+        inside.remove(owner)
+    for outer in sorted(inside, key=len, reverse=True):
+        path = outer + _WRAPPED * len(owners[outer]) + path.removeprefix(outer)
     return path

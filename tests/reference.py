@@ -31,7 +31,9 @@ PARAMETERS = {
     "experts": ("gate_up_proj", "down_proj"),
     "gate": ("weight",),
     "router": ("weight",),
-    "holder": ("table", "stack", "flipped"),
+    "holder": ("table", "stack"),
+    "flipped": ("stack",),
+    "lin": ("weight",),
 }
 
 
@@ -93,14 +95,18 @@ def _name_in_base(path: str, config: Mapping[str, Any], tensors: Mapping[str, Te
         return f"{attention}.out_proj", attention, attention_output_times()
     if f"{path}.base_layer.out_proj.lora_A.weight" in tensors:
         return f"{path}.in_proj_weight", path, 1
-    plain = re.sub(r"(\.base_layer)+$", "", path)
+    inner = re.sub(r"(\.base_layer)+$", "", path)
+    plain = inner.replace(".base_layer", "")
+    if plain.endswith("attn") and any(
+        target.endswith("in_proj_weight") for target in config["target_parameters"] or ()
+    ):
+        return f"{plain}.in_proj_weight", f"{plain}.in_proj_weight", 1
     inside = [  # the innermost wrapper is that of the first parameter
         name
         for name in PARAMETERS.get(plain.rpartition(".")[2], ())
         if any(f".{plain}.{name}".endswith(f".{target}") for target in config["target_parameters"] or ())
     ]
-    depth = path.removeprefix(plain).count(".base_layer")
-    plain = plain.replace(".base_layer.", ".")
+    depth = path.removeprefix(inner).count(".base_layer")
     if not inside:
         return plain, plain, 1
     name = f"{plain}.{inside[len(inside) - 1 - depth]}"
@@ -125,7 +131,7 @@ def attention_output_times() -> int:
 def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """The entry for a module; the tests write patterns as plain names, ends of them, or regexes that begin with ^."""
     for end, value in pattern.items():
-        if end.startswith("^") and re.match(end, module) or f".{module}".endswith(f".{end}"):
+        if (end.startswith("^") and re.match(end, module)) or f".{module}".endswith(f".{end}"):
             return value
     return default
 

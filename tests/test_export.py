@@ -182,8 +182,7 @@ class TestExact:
             assert relative_error(actual[module], delta) < 1e-6, module
 
         ranks = {
-            module: sum(read_lora(f)[module].rank for f in pair(name) if module in read_lora(f))
-            for module in deltas
+            module: sum(read_lora(f)[module].rank for f in pair(name) if module in read_lora(f)) for module in deltas
         }
         assert len(set(ranks.values())) == 2
         plain = loaded(name, folder)

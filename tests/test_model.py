@@ -127,7 +127,9 @@ def expected_weights(model: PeftModel, adapter_name: str = "default") -> dict[st
         if isinstance(layer, CompositionLayer) and adapter_name in layer.composition_mixing:
             theta = layer.composition_mixing[adapter_name].weight
             mixing = model.peft_config[adapter_name].mixing
-            weights[tiny.name_in_base(name)] = fixed[mixing] if theta is None else (GAIN * theta.double()).softmax(0).tolist()
+            weights[tiny.name_in_base(name)] = (
+                fixed[mixing] if theta is None else (GAIN * theta.double()).softmax(0).tolist()
+            )
     return weights
 
 
