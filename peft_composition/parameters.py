@@ -56,6 +56,11 @@ class ParameterComposition(CompositionLayer):
 
     def _composed(self, weight: Tensor, adapter_name: str, is_only: bool) -> Tensor:
         factors = self._ready_factors(adapter_name)
+        if weight.is_meta and not factors.A.is_meta:
+            raise RuntimeError(
+                f"{type(self.get_base_layer()).__name__}.{self.path} is offloaded (device_map): a composition of a "
+                "parameter needs it in memory. Load the model without offloading this module, or merge_and_unload."
+            )
         if self._learns(adapter_name) or torch.compiler.is_compiling():
             u = functional.spread(self.mixing_weights(adapter_name), factors.rank_owner)
             return self._add(weight, factors.A.detach(), factors.B.detach(), u)

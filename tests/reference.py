@@ -97,14 +97,13 @@ def _name_in_base(path: str, config: Mapping[str, Any], tensors: Mapping[str, Te
         return f"{path}.in_proj_weight", path, 1
     inner = re.sub(r"(\.base_layer)+$", "", path)
     plain = inner.replace(".base_layer", "")
-    if plain.endswith("attn") and any(
-        target.endswith("in_proj_weight") for target in config["target_parameters"] or ()
-    ):
+    targets = config.get("target_parameters") or ()
+    if plain.endswith("attn") and any(target.endswith("in_proj_weight") for target in targets):
         return f"{plain}.in_proj_weight", f"{plain}.in_proj_weight", 1
     inside = [  # the innermost wrapper is that of the first parameter
         name
         for name in PARAMETERS.get(plain.rpartition(".")[2], ())
-        if any(f".{plain}.{name}".endswith(f".{target}") for target in config["target_parameters"] or ())
+        if any(f".{plain}.{name}".endswith(f".{target}") for target in targets)
     ]
     depth = path.removeprefix(inner).count(".base_layer")
     if not inside:
@@ -172,13 +171,12 @@ class Reference:
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # it would hide the padding row from the gradient of the formula
         self.adapters = [read_lora(folder) for folder in folders]
-        names = dict.fromkeys(
+        names = [
             name
-            for parameter, _ in base.named_parameters()
-            for name in (parameter, parameter.rpartition(".")[0])
-            if any(name in adapter for adapter in self.adapters)
-        )
-        self.modules = list(names)
+            for module, layer in base.named_modules()
+            for name in (module, *(f"{module}.{parameter}" for parameter in layer._parameters))
+        ]
+        self.modules = [name for name in names if any(name in adapter for adapter in self.adapters)]
 
     def delta(self, module: str, weights: Tensor) -> Tensor:
         """sum_n w_n s_n B_n A_n in the layout of the module's weight."""
