@@ -45,14 +45,11 @@ class Lora:
     A: Tensor  # (r, in), (r, in, *kernel) or (r, vocabulary); of experts (experts, r, in)
     B: Tensor  # (out, r), (out, r, 1, ...) or (dim, r); of experts (experts, out, r)
     bias: Tensor | None = None  # (out,)
+    has_experts: bool = False
 
     @property
     def rank(self) -> int:
         return self.B.shape[2 if self.has_experts else 1]
-
-    @property
-    def has_experts(self) -> bool:
-        return self.A.dim() == self.B.dim() == 3 and self.A.shape[0] == self.B.shape[0]
 
     def delta(self) -> Tensor:
         """s B A, shape (out, in), (out, in, *kernel) or (dim, vocabulary); of experts (experts, out, in)."""
@@ -84,7 +81,7 @@ def read_lora(folder: str | Path) -> dict[str, Lora]:
                 if experts > 1:
                     A = torch.stack([A[expert * rank : (expert + 1) * rank] for expert in range(experts)])
                     B = torch.stack([B[:, expert::experts] for expert in range(experts)])
-                found[name] = Lora(scale, A, B, tensors.get(f"{to_B}.bias"))
+                found[name] = Lora(scale, A, B, tensors.get(f"{to_B}.bias"), has_experts=experts > 1)
     return found
 
 
