@@ -139,6 +139,7 @@ class Factors(nn.Module):
         super().__init__()
         self.ranks = list(ranks)
         self.rank = total = sum(ranks)
+        self.has_experts = shape.experts is not None
         # The factors of one token are few, however large the vocabulary of an embedding is.
         sizes = math.prod(shape.in_shape), shape.out_features
         self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(total, *sizes)
@@ -419,7 +420,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             RuntimeError: they never came, or this process has only its part of them.
         """
         factors = self._ready_factors(adapter_name)
-        if hasattr(factors.A, "full_tensor") or factors.A.shape[0] != factors.rank:
+        if hasattr(factors.A, "full_tensor") or factors.A.shape[int(factors.has_experts)] != factors.rank:
             raise RuntimeError(
                 f"The factors of the composition {adapter_name!r} are sharded over several processes. Save the model, "
                 "load it into one that is not sharded, and do this there."
