@@ -154,7 +154,7 @@ def test_a_step_carries_only_gradients_of_what_trains(ddp: list[dict[str, Any]],
 
 def test_only_the_first_process_writes(ddp: list[dict[str, Any]]) -> None:
     first, second = result(ddp, "saving")
-    assert second["files"] == []
+    assert {Path(file).name for file in second["files"]} == {"rng_state_1.pth"}  # the Trainer's, one per process
     for file in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert {f"saved/checkpoint-3/{file}", f"saved/checkpoint-6/{file}", f"pretrained/{file}"} <= {*first["files"]}
     assert "saved/README.md" in first["files"]
