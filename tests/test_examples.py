@@ -21,14 +21,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from . import example_inputs
 from .example_inputs import QUESTION_TOKENS, TEST_EXAMPLES, TEXT_TOKENS, Inputs
+from .hub_server import HubServer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES = ["negative", "positive"]
 
 
-def run(script: str, inputs: Inputs, output: Path, processes: int, *arguments: object) -> dict[str, Any]:
-    """Runs a script as a user does, on the CPU; returns its results."""
+def run(
+    script: str, inputs: Inputs, output: Path, processes: int, *arguments: object, **variables: str
+) -> dict[str, Any]:
+    """Runs a script as a user does, on the CPU and, unless variables say otherwise, offline; returns its results."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -41,14 +44,15 @@ def run(script: str, inputs: Inputs, output: Path, processes: int, *arguments: o
         "HF_DATASETS_CACHE": str(output.parent / "datasets"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("learned mixing weights") == 1, done.stdout  # one process alone reports
+    assert done.stdout.count("test examples") == 1, done.stdout  # one process alone reports
     results = json.loads((output / "results.json").read_text())
     assert results["processes"] == processes
     assert results["test"] == TEST_EXAMPLES
-    assert (output / "adapter_model.safetensors").is_file()
+    assert done.stdout.count("mixing weights") == bool(results["mixing_weights"])
     return results
 
 
@@ -113,6 +117,31 @@ def test_text_classification(texts: Inputs, tmp_path: Path, script: str) -> None
         # Every test example counted once, also where two processes share an odd number of them.
         again = accuracy_of_saved(tmp_path / str(processes), texts)
         assert result["metrics"]["accuracy"] == pytest.approx(again, abs=1.01 / TEST_EXAMPLES)
+
+
+@pytest.mark.xdist_group("examples-texts")
+def test_controls_train_what_they_say_and_a_composition_is_pushed(texts: Inputs, tmp_path: Path) -> None:
+    def trained(method: str, *more: object, **variables: str) -> dict[str, Any]:
+        shared = ["--method", method, "--k", 2, "--max_steps", 2, "--max_length", TEXT_TOKENS]
+        return run("few_shot_text_classification", texts, tmp_path / method, 1, *shared, *more, **variables)
+
+    head = 384 * 2 + 2
+    lora = trained("lora")
+    assert lora["trainable"] == head + 18 * 8 * (384 + 384)  # rank 8 in 6 layers' query, key and value
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    assert trained("base")["trainable"] == head
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    with HubServer() as hub:
+        arguments = ["--push_to_hub", "--hub_model_id", "me/mix", "--hub_token", hub.token]
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment["HF_HUB_DISABLE_XET"] = "1"  # the server speaks git LFS
+        uniform = trained("uniform", *arguments, **environment, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+        pushed = hub.repositories["me/mix"]
+        files = pushed.commits[pushed.refs["main"]]
+    assert uniform["trainable"] == head
+    assert set(uniform["mixing_weights"].values()) == {0.5}
+    assert {"adapter_config.json", "adapter_model.safetensors", "lora/adapter_config.json"} <= set(files)
+    assert b"peft_composition" in files["README.md"]
 
 
 # Images
