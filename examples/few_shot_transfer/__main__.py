@@ -1,0 +1,71 @@
+"""The command line: `python -m examples.few_shot_transfer run | list | report`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Output = Annotated[Path, typer.Option(help="Folder for models, adapters and results.")]
+
+
+@app.command()
+def run(
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Names (see list) or YAML files.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="All scenarios that need no Hub.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="All scenarios at the paper's scale.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Default: the scenario's.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: the scenario's.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="See that it runs; the figures mean nothing.")] = False,
+    output: Output = Path("study-output"),
+) -> None:
+    """Run scenarios. A study that was stopped goes on where it was: give the same command again."""
+    from . import scenario
+    from .study import Study, limited
+
+    names = list(scenarios or [])
+    names += scenario.names("offline") if offline else []
+    names += scenario.names("hub") if hub else []
+    if not names:
+        raise typer.BadParameter("name a scenario, or give --offline or --hub")
+    be_quiet()
+    chosen = tuple(methods.split(",")) if methods else None
+    try:
+        specs = [limited(scenario.load(name), seeds, chosen) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for spec in specs:
+        Study(scenario.smoke(spec) if smoke else spec, output).run()
+
+
+@app.command("list")
+def list_scenarios() -> None:
+    """List the scenarios."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import scenario
+
+    table = Table("scenario", "scale", "shift", "repeats", "title")
+    for name in scenario.names():
+        spec = scenario.load(name)
+        table.add_row(name, spec.scale, spec.shift, spec.paper or "", spec.title)
+    Console().print(table)
+
+
+def be_quiet() -> None:
+    """Leaves the screen to the progress bars."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's to heed
+
+
+if __name__ == "__main__":
+    app()
