@@ -13,6 +13,13 @@ from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora
 from .hub import CompositionCardMixin, push_to_hub, write_model_card  # noqa: E402
 from .layer import CompositionLayer  # noqa: E402
 from .model import CompositionModel  # noqa: E402
+from .training import (  # noqa: E402
+    HeadWarmupCallback,
+    MixingWeightsCallback,
+    composition_optimizer,
+    last_complete_checkpoint,
+    parameter_groups,
+)
 from .upstream import AdapterError  # noqa: E402
 
 
@@ -24,9 +31,14 @@ __all__ = [
     "CompositionConfig",
     "CompositionLayer",
     "CompositionModel",
+    "HeadWarmupCallback",
     "LoraExport",
+    "MixingWeightsCallback",
     "add_to_checkpoint",
+    "composition_optimizer",
+    "last_complete_checkpoint",
     "lora_from_checkpoint",
+    "parameter_groups",
     "push_to_hub",
     "to_lora",
     "write_model_card",

@@ -1,0 +1,329 @@
+"""Small optional helpers for transformers' `Trainer`: own learning rates for mixing weights and head, a warm-up of the
+head, logs of the mixing weights, and the last checkpoint that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+
+from .config import CompositionConfig
+from .model import composition_layers
+
+
+if TYPE_CHECKING:  # the Trainer is slow to import, and not everybody trains
+    from torch.optim import Optimizer
+    from transformers import Trainer, TrainingArguments
+
+
+def parameter_groups(
+    model: nn.Module, *, mixing_lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for an optimizer: first the mixing weights, then head and all else that trains.
+
+    Mixing weights never decay; of the rest decays what the Trainer would let decay, which are no biases and no norms.
+    The schedulers of torch and transformers scale the learning rate of every group alike; the `learning_rate` that the
+    Trainer logs is that of the first group.
+
+    Args:
+        model: a model with a composition; may be wrapped by DDP, FSDP or `torch.compile`.
+        mixing_lr: learning rate of the mixing weights. Default: the optimizer's.
+        head_lr: learning rate of the rest. Default: the optimizer's.
+        weight_decay: of the rest.
+
+    Returns:
+        Groups that are not empty, with `params`, `weight_decay` and, where given, `lr`.
+
+    Raises:
+        ValueError: nothing trains.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, mixing_lr=1e-3, head_lr=1e-4))
+        >>> Trainer(model, args, optimizers=(optimizer, None), ...)
+    """
+    from transformers import Trainer
+
+    decaying = set(Trainer.get_decay_parameter_names(cast("Trainer", None), model))
+    mixing = [parameter for _, parameter in _trainable(model, mixing=True)]
+    rest = list(_trainable(model, mixing=False))
+    groups = [
+        _group(mixing, mixing_lr, 0.0),
+        _group([parameter for name, parameter in rest if name in decaying], head_lr, weight_decay),
+        _group([parameter for name, parameter in rest if name not in decaying], head_lr, 0.0),
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("The model has no parameter that requires a gradient.")
+    return groups
+
+
+def _group(parameters: list[nn.Parameter], lr: float | None, weight_decay: float) -> dict[str, Any]:
+    group = {"params": parameters, "weight_decay": weight_decay}
+    return group if lr is None else {**group, "lr": lr}
+
+
+def _trainable(model: nn.Module, mixing: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trainable mixing weights of a model, or all its other trainable parameters.
+
+    By a part of their name: wrappers add parts to it, and FSDP may put a flat parameter in the place of the module's.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("composition_mixing" in name.split(".")) is mixing:
+            yield name, parameter
+
+
+def composition_optimizer(
+    args: TrainingArguments, *, mixing_lr: float | None = None, head_lr: float | None = None
+) -> tuple[type[Any], dict[str, Any]]:
+    """The optimizer that `args` asks for, with the groups of `parameter_groups`; for the Trainer to build.
+
+    The Trainer builds it when the parameters are there that train, under FSDP too, where it refuses `optimizers=`; and
+    anew for every trial of a hyperparameter search.
+
+    Args:
+        args: of the Trainer; gives `optim`, its settings, `weight_decay` and the default learning rate.
+        mixing_lr: learning rate of the mixing weights. Default: `args.learning_rate`.
+        head_lr: learning rate of the rest. Default: `args.learning_rate`.
+
+    Returns:
+        What the Trainer takes as `optimizer_cls_and_kwargs`.
+
+    Example:
+        >>> Trainer(model, args, optimizer_cls_and_kwargs=composition_optimizer(args, mixing_lr=1e-3), ...)
+    """
+    return _OptimizerFactory, {"args": args, "mixing_lr": mixing_lr, "head_lr": head_lr}
+
+
+class _OptimizerFactory:
+    """What the Trainer makes an instance of and calls, because it is not a class of optimizers."""
+
+    def __call__(
+        self, model: nn.Module, args: TrainingArguments, mixing_lr: float | None, head_lr: float | None
+    ) -> Optimizer:
+        from transformers import Trainer
+
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
+        takes_groups = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)
+        if not takes_groups or {"params", "model", "optimizer_dict"} & kwargs.keys():
+            raise ValueError(
+                f"optim={str(args.optim)!r} groups the parameters itself, so that mixing_lr and head_lr mean nothing "
+                "to it. Choose another, or leave out composition_optimizer."
+            )
+        groups = parameter_groups(model, mixing_lr=mixing_lr, head_lr=head_lr, weight_decay=args.weight_decay)
+        return optimizer_cls(groups, **kwargs)
+
+
+class HeadWarmupCallback(TrainerCallback):
+    """Trains the head alone at first: the mixing weights stay bit for bit as they are, whatever the optimizer does.
+
+    In the paper the classifier trains for 50 epochs before the mixing weights move (arXiv 2402.15414). Afterwards the
+    optimizer starts afresh with the mixing weights; the learning rate's schedule has gone on in the meantime.
+
+    The mixing weights go on requiring gradients, because DDP and FSDP settle when they wrap a model which parameters
+    do. They are put back after every step of the optimizer, which knows nothing of it and keeps the same states in
+    every phase, as FSDP needs them to resume; at the end of the warm-up their states are dropped. So the gradient norm
+    that is clipped and logged is that of head and mixing weights all along. When the warm-up ends follows from the
+    Trainer's count of steps, so that a resumed training goes on where it was.
+
+    Args:
+        epochs: length of the warm-up in epochs, to the nearest step.
+        steps: or in steps of the optimizer.
+
+    Raises:
+        ValueError: not exactly one of both is given, or it is not positive. When training begins: no mixing weights or
+            nothing else trains; or `epochs` is given and the data set has no length; or with DeepSpeed, whose
+            optimizers step on copies of the parameters.
+    """
+
+    def __init__(self, *, epochs: float | None = None, steps: int | None = None) -> None:
+        if (epochs is None) == (steps is None):
+            raise ValueError(f"Give either epochs or steps of the warm-up, got epochs={epochs} and steps={steps}.")
+        if not cast(float, epochs if steps is None else steps) > 0:
+            raise ValueError(f"The warm-up must be longer than nothing, got epochs={epochs} and steps={steps}.")
+        self.epochs = epochs
+        self.steps = steps
+        self._end = 0  # in steps of the optimizer
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if args.deepspeed_plugin is not None:
+            raise ValueError("HeadWarmupCallback does not work with DeepSpeed: its optimizers step on copies.")
+        if not any(_trainable(model, mixing=True)):
+            raise ValueError("HeadWarmupCallback: the model has no mixing weights that train.")
+        if not any(_trainable(model, mixing=False)):
+            raise ValueError("HeadWarmupCallback: nothing but mixing weights trains; is modules_to_save missing?")
+        self._end = self._last_step(args, kwargs["train_dataloader"])
+
+    def _last_step(self, args: TrainingArguments, dataloader: Any) -> int:
+        if self.steps is not None:
+            return self.steps
+        if not has_length(dataloader):
+            raise ValueError("HeadWarmupCallback: the data set has no length; give steps in place of epochs.")
+        return max(1, round(cast(float, self.epochs) * math.ceil(len(dataloader) / args.gradient_accumulation_steps)))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step < self._end:
+            self._kept = [(theta, theta.detach().clone()) for _, theta in _trainable(kwargs["model"], mixing=True)]
+        elif state.global_step == self._end:
+            for _, theta in _trainable(kwargs["model"], mixing=True):
+                kwargs["optimizer"].state.pop(theta, None)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with torch.no_grad():
+            for theta, value in self._kept:
+                theta.copy_(value)
+        self._kept = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step <= self._end and state.is_world_process_zero:
+            warnings.warn(
+                f"Training ended at step {state.global_step}, within the warm-up of the head ({self._end} steps): the "
+                "mixing weights have not moved.",
+                stacklevel=2,
+            )
+
+
+class MixingWeightsCallback(TrainerCallback):
+    """Adds the mixing weights to the Trainer's own logs, for everything that it reports to and for `log_history`.
+
+    Beside every training loss, for the active compositions:
+
+    - `mixing_weight/<adapter>`: its weight, mean over the composed modules;
+    - `mixing_entropy`: entropy of the weights divided by ln N, mean over the modules: 1 is uniform, 0 is one adapter
+      alone. Not where N is 1, nor for free weights (`normalization="none"`);
+    - `mixing_max_change`: largest change of any weight since the last log, or since training began or was resumed.
+
+    With several active compositions their names are put in: `mixing_weight/<composition>/<adapter>`. In the names all
+    but letters, digits, `.`, `_` and `-` becomes `_`.
+
+    Args:
+        trainer: the Trainer, which the callback goes before the reporters of, to have the values in their logs.
+
+    Example:
+        >>> trainer.add_callback(MixingWeightsCallback(trainer))
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._last: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        handler = self._trainer.callback_handler
+        if self not in handler.callbacks:
+            raise ValueError("MixingWeightsCallback was made for another Trainer than the one that it was added to.")
+        # A new list: the Trainer is going through the old one.
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        self._last = _weights_by_composition(kwargs["model"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        # In every process: to read weights that FSDP has sharded takes all of them.
+        weights = _weights_by_composition(kwargs["model"])
+        values = _summary(weights, self._last, _configs(kwargs["model"]))
+        self._last = weights
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+
+def _weights_by_composition(model: nn.Module) -> dict[str, Tensor]:
+    """The mixing weights of the active compositions, each of shape (modules, N), on the CPU."""
+    rows: dict[str, list[Tensor]] = {}
+    for _, layer in composition_layers(model):
+        for name in layer.active_adapters:
+            if name in layer.composition_factors:
+                with torch.no_grad():
+                    weights = layer.mixing_weights(name)
+                weights = weights.full_tensor() if isinstance(weights, DTensor) else weights
+                rows.setdefault(name, []).append(weights.cpu())
+    return {name: torch.stack(entries) for name, entries in rows.items()}
+
+
+def _configs(model: nn.Module) -> Mapping[str, CompositionConfig]:
+    """The configs of a model's adapters, however it is wrapped."""
+    return next(configs for module in model.modules() if (configs := getattr(module, "peft_config", None)))
+
+
+def _summary(
+    weights: dict[str, Tensor], before: dict[str, Tensor], configs: Mapping[str, CompositionConfig]
+) -> dict[str, float]:
+    values: dict[str, float] = {}
+    composition_tags = _tags(list(weights))
+    for composition, table in weights.items():
+        config = configs[composition]
+        infix = f"/{composition_tags[composition]}" if len(weights) > 1 else ""
+        for tag, weight in zip(_tags(config.adapter_names).values(), table.mean(0).tolist()):
+            values[f"mixing_weight{infix}/{tag}"] = weight
+        count = len(config.adapter_names)
+        if config.normalization == "softmax" and count > 1:
+            entropy = torch.special.entr(table).sum(1).mean().item()
+            values[f"mixing_entropy{infix}"] = entropy / math.log(count)
+        if composition in before:
+            values[f"mixing_max_change{infix}"] = (table - before[composition]).abs().max().item()
+    return values
+
+
+def _tags(names: list[str]) -> dict[str, str]:
+    """Names as all reporters take them; where two become the same, with their number."""
+    tags = {name: re.sub(r"[^\w.-]", "_", name) for name in names}
+    seen = Counter(tags.values())
+    return {name: tag if seen[tag] == 1 else f"{tag}-{n}" for n, (name, tag) in enumerate(tags.items())}
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The last checkpoint of a Trainer that was written to its end.
+
+    A training that is killed while it writes a checkpoint leaves half of one, on which
+    `train(resume_from_checkpoint=True)` fails. The Trainer writes `trainer_state.json` last: a folder without it, or
+    with half of it, is passed over.
+
+    Args:
+        output_dir: of the Trainer; need not exist.
+
+    Returns:
+        The folder, for `trainer.train(resume_from_checkpoint=...)`; None where there is none, which starts anew.
+    """
+    found = {
+        int(number): folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (number := folder.name.rpartition("-")[2]).isdecimal() and _is_complete(folder)
+    }
+    return str(found[max(found)]) if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
