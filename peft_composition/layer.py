@@ -236,6 +236,21 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self._folds.clear()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def swap_mixing(self, adapter_name: str, mixing: Mixing) -> Mixing:
+        """Mix a composition by other weights.
+
+        Args:
+            adapter_name: name of the composition.
+            mixing: the weights, as many as it has upstream adapters.
+
+        Returns:
+            What mixed it so far, for putting it back.
+        """
+        before = cast(Mixing, self.composition_mixing[adapter_name])
+        self.composition_mixing[adapter_name] = mixing
+        self._folds.drop(adapter_name)
+        return before
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move a composition to the base layer's device; dtypes were chosen when it was built and stay."""
         if adapter_name not in self.composition_factors:
