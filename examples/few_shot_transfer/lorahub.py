@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import nevergrad
 import numpy as np
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,14 +40,24 @@ def search(
         The weight of every adapter.
     """
     factors = [_factors(adapter) for adapter in adapters]
+    failures: list[BaseException] = []
 
     def objective(weights: np.ndarray) -> float:
-        combine(model, factors, weights)
-        return loss() + REGULARIZATION * float(np.abs(weights).mean())
+        # nevergrad's thread would wait for ever for a search that an error or Ctrl-C has left: bring it to its end.
+        if failures:
+            return np.finfo(float).max
+        try:
+            combine(model, factors, weights)
+            return loss() + REGULARIZATION * float(np.abs(weights).mean())
+        except BaseException as failure:
+            failures.append(failure)
+            return np.finfo(float).max
 
     space = nevergrad.p.Array(init=np.zeros(len(adapters)), lower=-BOUND, upper=BOUND)
     space.random_state.seed(seed)
     found = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective).value
+    if failures:
+        raise failures[0]
     combine(model, factors, found)
     return {adapter.name: round(float(weight), 4) for adapter, weight in zip(adapters, found)}
 
@@ -60,9 +70,11 @@ def combine(model: PeftModel, factors: Sequence[dict[str, Tensor]], weights: np.
     """
     if any(set(other) != set(factors[0]) for other in factors):
         raise ValueError("LoraHub needs adapters with the same target modules")
-    total = {name: sum(float(w) * own[name] for w, own in zip(weights, factors)) for name in factors[0]}
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        set_peft_model_state_dict(model, total)
+        for name in factors[0]:
+            total = sum(float(w) * own[name] for w, own in zip(weights, factors))
+            parameters[name.replace(".weight", f".{model.active_adapter}.weight")].copy_(total)
 
 
 def _factors(adapter: Adapter) -> dict[str, Tensor]:

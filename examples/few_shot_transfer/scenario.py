@@ -1,4 +1,4 @@
-"""Scenarios: what a YAML file in `scenarios/` may say, its defaults (the paper's where it gives any), and its checks."""
+"""Scenarios: what a YAML file in `scenarios/` may say, its defaults (the paper's where it has any), and its checks."""
 
 from __future__ import annotations
 

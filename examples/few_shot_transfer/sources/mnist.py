@@ -7,9 +7,10 @@ import gzip
 import zipfile
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from packages import Archive, fetch
-from PIL import Image as PIL
+from PIL import Image
 
 from . import Splits
 
@@ -35,8 +36,8 @@ def load(variant: str = "mnist") -> Splits:
 
 def image_dataset(images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Dataset:
     """Grey images (n, height, width), uint8, and their labels (n,) as a data set."""
-    features = Features({"input": Image(), "label": ClassLabel(names=classes)})
-    columns = {"input": [PIL.fromarray(image) for image in images], "label": labels.tolist()}
+    features = Features({"input": ImageFeature(), "label": ClassLabel(names=classes)})
+    columns = {"input": [Image.fromarray(image) for image in images], "label": labels.tolist()}
     return Dataset.from_dict(columns, features=features)
 
 
@@ -52,5 +53,5 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
     digits = load_digits()
     grey = (digits.images * (255 / 16)).astype(np.uint8)
-    enlarged = [np.asarray(PIL.fromarray(image).resize((SIDE, SIDE), PIL.Resampling.BILINEAR)) for image in grey]
+    enlarged = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for image in grey]
     return np.stack(enlarged), digits.target
