@@ -1,4 +1,4 @@
-"""The study of arXiv 2402.15414 as a program: scenarios, methods, controls, results. See README.md beside this file."""
+"""The study of arXiv 2402.15414 as a program: scenarios, methods, controls, results. See README.md beside it."""
 
 from __future__ import annotations
 

@@ -42,6 +42,23 @@ def run(
         Study(scenario.smoke(spec) if smoke else spec, output).run()
 
 
+@app.command()
+def report(
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Default: all that have results.")] = None,
+    output: Output = Path("study-output"),
+    to: Annotated[Path, typer.Option(help="Folder for the page and its plots.")] = Path("study-report"),
+) -> None:
+    """Turn the results into Markdown tables and plots."""
+    from . import scenario
+    from .report import write
+
+    try:
+        specs = [scenario.load(name) for name in scenarios or scenario.names()]
+        typer.echo(write(specs, output / "results", to))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command("list")
 def list_scenarios() -> None:
     """List the scenarios."""

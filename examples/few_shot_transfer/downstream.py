@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 
 from . import lorahub
-from .data import Task, balanced, few_shot
+from .data import Task, balanced, few_shot, labels_of
 from .methods import Contender, build, mixing_weights
 from .models import Classifier
 from .scenario import Scenario, Setting
@@ -72,13 +73,13 @@ class Downstream:
         self.scenario, self.setting, self.task, self.model, self.scratch = scenario, setting, task, model, scratch
         how = scenario.downstream
         chosen = {
-            "validation": task.validation.select(balanced(task.validation["label"], how.validation_size)),
-            "test": task.test.select(balanced(task.test["label"], how.test_size)),
+            "validation": task.validation.select(balanced(labels_of(task.validation), how.validation_size)),
+            "test": task.test.select(balanced(labels_of(task.test), how.test_size)),
         }
         self._data = {split: model.sort_by_length(data) for split, data in chosen.items()}
         self._encoded = {split: model.encode(data) for split, data in self._data.items()}
-        self._labels = {split: np.asarray(data["label"]) for split, data in self._data.items()}
-        self._pool_labels = task.train["label"]
+        self._labels = {split: np.asarray(labels_of(data)) for split, data in self._data.items()}
+        self._pool_labels = labels_of(task.train)
         self._features: dict[tuple[tuple[str, ...], str], np.ndarray] = {}
         self._heads: dict[tuple[tuple[str, ...], int | str, int], dict[str, torch.Tensor]] = {}
 
@@ -93,6 +94,7 @@ class Downstream:
         support = self.support(run.k, run.seed)
         model = build(contender, self.scenario, self.setting.rank, self.model, len(self.task.classes), run.seed)
         if contender.method == "lorahub":
+            assert isinstance(model, PeftModel)
             return self._lorahub(run, model, support, started)
         self._warm_up(run, model, support)
         validation = None
@@ -118,7 +120,7 @@ class Downstream:
             round(time.perf_counter() - started, 3),
         )
 
-    def _lorahub(self, run: Run, model: nn.Module, support: Sequence[int], started: float) -> Outcome:
+    def _lorahub(self, run: Run, model: PeftModel, support: Sequence[int], started: float) -> Outcome:
         """Searches the weights; the head is fitted anew for every combination, and in the end as for all methods."""
         rows, labels = self.task.train.select(support), torch.tensor(self._labels_of(support))
         encoded = self.model.encode(rows)

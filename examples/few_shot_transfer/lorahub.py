@@ -1,8 +1,8 @@
 """LoraHub (arXiv 2307.13269): one weight per adapter for the whole model, found without gradients through nevergrad.
 
 As its authors' code does, A and B are summed apart with the same weights (which adds the cross terms B_i A_j), the
-weights stay within -1.5 and 1.5 and start at zero, and the objective is the loss on the support set plus 0.05 times the
-mean absolute weight.
+weights stay within -1.5 and 1.5 and start at zero, and the objective is the loss on the support set plus 0.05 times
+the mean absolute weight.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def combine(model: PeftModel, factors: Sequence[dict[str, Tensor]], weights: np.
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in factors[0]:
-            total = sum(float(w) * own[name] for w, own in zip(weights, factors))
-            parameters[name.replace(".weight", f".{model.active_adapter}.weight")].copy_(total)
+            stacked = torch.stack([float(w) * own[name] for w, own in zip(weights, factors)])
+            parameters[name.replace(".weight", f".{model.active_adapter}.weight")].copy_(stacked.sum(dim=0))
 
 
 def _factors(adapter: Adapter) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def fresh_lora(base: nn.Module, scenario: Scenario, rank: int, seed: int) -> Pef
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
-        lora_alpha=scenario.upstream.alpha_per_rank * rank,
+        lora_alpha=round(scenario.upstream.alpha_per_rank * rank),
         target_modules=list(scenario.model.target_modules),
         modules_to_save=[HEAD],
     )
@@ -121,7 +121,7 @@ def _frozen(model: nn.Module) -> nn.Module:
 def _merged(base: nn.Module, folder: Path) -> nn.Module:
     """One adapter merged in, without its head."""
     head = copy.deepcopy(base.get_submodule(HEAD))
-    config = LoraConfig.from_pretrained(folder)
+    config = LoraConfig.from_pretrained(str(folder))
     config.modules_to_save = None
     merged = PeftModel.from_pretrained(base, folder, config=config).merge_and_unload()
     setattr(merged, HEAD, head)

