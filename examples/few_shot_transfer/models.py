@@ -37,6 +37,7 @@ class SentenceClassifier(BertPreTrainedModel):
 
     def __init__(self, config: transformers.BertConfig) -> None:
         super().__init__(config)
+        assert config.num_labels is not None
         self.bert = BertModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
