@@ -20,6 +20,8 @@ Scores = dict[tuple[str, Shots], np.ndarray]  # (method, K) -> (seeds, test exam
 # What the study asks: the first of each pair against the second.
 QUESTIONS = {
     "Reuse against training from scratch": [
+        ("uniform", "zero-shot"),
+        ("learned", "zero-shot"),
         ("uniform", "lora"),
         ("uniform", "full"),
         ("learned", "classifier"),

@@ -104,16 +104,16 @@ class Downstream:
             correct = self._judge_head(head, self._body_features(contender, model, run.judged_on), run.judged_on)
             if run.judged_on == "test":
                 features = self._body_features(contender, model, "validation")
-                validation = _percent(self._judge_head(head, features, "validation"))
+                validation = percent(self._judge_head(head, features, "validation"))
         else:
             rows = self.model.encode(self.task.train.select(support))
             plan = self._plan(run, run.learning_rate, how.head_learning_rate, how.checkpoint_steps)
-            fit(model, rows, plan, self.scratch / _folder_name(run), self.model.collate)
+            fit(model, rows, plan, self.scratch / folder_name(run), self.model.collate)
             logits = predict(model, self._encoded[run.judged_on], self.scratch, self.model.collate)
             correct = (logits.argmax(axis=-1) == self._labels[run.judged_on]).tolist()
         return Outcome(
             correct,
-            _percent(correct) if run.judged_on == "validation" else validation,
+            percent(correct) if run.judged_on == "validation" else validation,
             len(support),
             trainable_outside_head(model),
             mixing_weights(model),
@@ -140,7 +140,7 @@ class Downstream:
         correct = self._judge_head(head, judged, run.judged_on)
         return Outcome(
             correct,
-            _percent(correct) if run.judged_on == "validation" else None,
+            percent(correct) if run.judged_on == "validation" else None,
             len(support),
             len(weights),
             {"all": weights},
@@ -220,7 +220,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
     bits = "".join("01"[value] for value in outcome.correct)
     padded = bits + "0" * (-len(bits) % 4)
     return {
-        "accuracy": _percent(outcome.correct),
+        "accuracy": percent(outcome.correct),
         "validation": outcome.validation,
         "support": outcome.support,
         "examples": len(bits),
@@ -238,10 +238,12 @@ def correct_answers(record: dict[str, Any]) -> np.ndarray:
     return np.array([bit == "1" for bit in bits])
 
 
-def _percent(correct: Sequence[bool]) -> float:
+def percent(correct: Sequence[bool]) -> float:
+    """The share of right answers, in percent."""
     return round(100 * sum(correct) / len(correct), 4)
 
 
-def _folder_name(run: Run) -> str:
+def folder_name(run: Run) -> str:
+    """A name for the checkpoints of a run."""
     parts = [run.contender.method, run.contender.adapter, f"k{run.k}", f"seed{run.seed}", f"lr{run.learning_rate:g}"]
     return "-".join(part for part in parts if part).replace("/", "_")

@@ -15,9 +15,9 @@ from torch import nn
 
 from peft_composition import CompositionConfig, CompositionModel
 
-from .models import HEAD, Classifier
+from .models import HEAD, Foundation
 from .scenario import Scenario
-from .upstream import Adapter
+from .upstream import Adapter, peft_options
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Contender:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the head alone is trained."""
-        return self.method in ("classifier", "uniform", "random-uniform", "single")
+        """Whether nothing but a head is trained."""
+        return self.method in ("zero-shot", "classifier", "uniform", "random-uniform", "single")
 
     @property
     def body(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def contenders(
     for method in methods:
         if method == "single":
             found += [Contender(method, (adapter,), adapter.name) for adapter in adapters]
-        elif method in ("classifier", "full", "lora"):
+        elif method in ("zero-shot", "classifier", "full", "lora"):
             found.append(Contender(method))
         else:
             chosen = random_adapters if method.startswith("random") else adapters
@@ -65,7 +65,7 @@ def contenders(
 
 
 def build(
-    contender: Contender, scenario: Scenario, rank: int, model: Classifier, classes: int, seed: int
+    contender: Contender, scenario: Scenario, rank: int, model: Foundation, classes: int, seed: int
 ) -> nn.Module:
     """The method's model, with a fresh head that depends on the seed alone.
 
@@ -81,7 +81,7 @@ def build(
     method = contender.method
     if method == "full":
         return base
-    if method == "classifier":
+    if method in ("zero-shot", "classifier"):
         return _frozen(base)
     if method == "lora":
         return fresh_lora(base, scenario, rank, seed)
@@ -89,7 +89,7 @@ def build(
         return _merged(base, contender.adapters[0].folder)
     if method == "lorahub":
         return fresh_lora(base, scenario, rank, seed)
-    return _composition(base, contender.adapters, method)
+    return _composition(base, contender.adapters, scenario, method)
 
 
 def fresh_lora(base: nn.Module, scenario: Scenario, rank: int, seed: int) -> PeftModel:
@@ -99,7 +99,7 @@ def fresh_lora(base: nn.Module, scenario: Scenario, rank: int, seed: int) -> Pef
         r=rank,
         lora_alpha=round(scenario.upstream.alpha_per_rank * rank),
         target_modules=list(scenario.model.target_modules),
-        modules_to_save=[HEAD],
+        **peft_options(scenario),
     )
     return get_peft_model(base, config)
 
@@ -114,25 +114,27 @@ def mixing_weights(model: nn.Module) -> dict[str, dict[str, float]] | None:
 
 def _frozen(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
-    model.get_submodule(HEAD).requires_grad_(True)
+    if hasattr(model, HEAD):
+        model.get_submodule(HEAD).requires_grad_(True)
     return model
 
 
 def _merged(base: nn.Module, folder: Path) -> nn.Module:
     """One adapter merged in, without its head."""
-    head = copy.deepcopy(base.get_submodule(HEAD))
+    head = copy.deepcopy(base.get_submodule(HEAD)) if hasattr(base, HEAD) else None
     config = LoraConfig.from_pretrained(str(folder))
     config.modules_to_save = None
     merged = PeftModel.from_pretrained(base, folder, config=config).merge_and_unload()
-    setattr(merged, HEAD, head)
+    if head is not None:
+        setattr(merged, HEAD, head)
     return _frozen(merged)
 
 
-def _composition(base: nn.Module, upstream: Sequence[Adapter], method: str) -> PeftModel:
+def _composition(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario, method: str) -> PeftModel:
     mixing: Literal["learned", "uniform"] = "uniform" if method.endswith("uniform") else "learned"
     options: dict[str, Any] = {"normalization": "none"} if method == "learned-free" else {}
     adapters: list[Any] = [{"path": adapter.folder, "name": adapter.name} for adapter in upstream]
-    config = CompositionConfig(adapters=adapters, mixing=mixing, modules_to_save=[HEAD], **options)
+    config = CompositionConfig(adapters=adapters, mixing=mixing, **peft_options(scenario), **options)
     with warnings.catch_warnings():
         # That the upstream heads are not used is what we want here: the new task gets a head of its own.
         warnings.filterwarnings("ignore", message="These entries of the upstream adapters")

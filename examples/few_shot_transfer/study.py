@@ -14,8 +14,10 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from .data import Tasks
+from .data import Task, Tasks
 from .downstream import Downstream, Run, describe
+from .language import LanguageDownstream
+from .language_model import LanguageModel
 from .methods import Contender, contenders
 from .models import Classifier
 from .records import Record, Results, identity
@@ -32,7 +34,7 @@ class Stage:
     """A setting that is ready: adapters trained, data read."""
 
     setting: Setting
-    downstream: Downstream
+    downstream: Downstream | LanguageDownstream
     contenders: list[Contender]
 
 
@@ -52,7 +54,7 @@ class Study:
         with self.state.main_process_first():  # which cuts a torn line before the others read
             self.results = Results(folder / "results" / f"{scenario.name}.jsonl", self.state.is_main_process)
         self.tasks = Tasks(scenario)
-        self._model: Classifier | None = None
+        self._model: Classifier | LanguageModel | None = None
         self._adapters: dict[tuple[str, int], tuple[Adapter, Adapter]] = {}
         self._stages: dict[Setting, Stage] = {}
 
@@ -75,7 +77,7 @@ class Study:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
-    def model(self) -> Classifier:
+    def model(self) -> Classifier | LanguageModel:
         """The foundation model."""
         if self._model is None:
             self._model = foundation(self.scenario, self.folder / "foundation", self.progress)
@@ -124,13 +126,19 @@ class Study:
         return fmean(accuracies)
 
     def _once(self, setting: Setting, run: Run, bar: tqdm) -> Record:
-        """Runs it, unless it has finished before."""
+        """Runs it, unless it has finished before; what is the same in several settings is run in one of them."""
         settings = self._settings(setting, run)
-        name = identity({**settings, "recipe": self._recipe(setting)})
+        outcome_id = identity(self._recipe(setting, run))
+        name = identity({**settings, "outcome": outcome_id})
         bar.set_postfix_str(f"{setting.target} K={run.k} seed {run.seed}: {run.contender.method}")
         if name not in self.results:
-            outcome = self._stage(setting).downstream.run(run)
-            self.results.append({"id": name, **settings, **describe(outcome), "date": time.strftime("%Y-%m-%d")})
+            known = self.results.by_outcome.get(outcome_id)
+            if known is None:
+                done = describe(self._stage(setting).downstream.run(run))
+                done["date"] = time.strftime("%Y-%m-%d")
+            else:
+                done = {**{key: known[key] for key in known if key not in ("id", *settings)}, "seconds": 0.0}
+            self.results.append({"id": name, "outcome": outcome_id, **settings, **done})
         bar.update()
         return self.results[name]
 
@@ -146,17 +154,21 @@ class Study:
             "learning_rate": run.learning_rate,
         }
 
-    def _recipe(self, setting: Setting) -> dict[str, Any]:
-        """All else that decides what comes out of a run."""
-        scenario = self.scenario
-        tasks = {name: scenario.tasks[name] for name in (setting.target, *setting.upstream)}
+    def _recipe(self, setting: Setting, run: Run) -> dict[str, Any]:
+        """Everything that decides what comes out of a run."""
+        scenario, contender = self.scenario, run.contender
+        tasks = {name: scenario.tasks[name] for name in (setting.target, *(own.name for own in contender.adapters))}
         ignored = ("shots", "seeds", "grid", "selection", "checkpoint_steps")
         return {
             "format": FORMAT,
+            "method": contender.method,
+            "adapters": [adapter.folder.name for adapter in contender.adapters],
+            "rank": setting.rank if contender.adapters or contender.method == "lora" else None,
+            "run": [run.k, run.seed, run.learning_rate, run.judged_on],
             "model": asdict(scenario.model),
             "splits": asdict(scenario.splits),
             "tasks": {name: [asdict(task), asdict(scenario.data[task.data])] for name, task in tasks.items()},
-            "upstream": {k: v for k, v in asdict(scenario.upstream).items() if k not in ("ranks", "checkpoint_steps")},
+            "alpha_per_rank": scenario.upstream.alpha_per_rank,
             "downstream": {k: v for k, v in asdict(scenario.downstream).items() if k not in ignored},
         }
 
@@ -165,11 +177,18 @@ class Study:
             pairs = [self._adapters[name, setting.rank] for name in setting.upstream]
             own, random = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             task = self.tasks[setting.target]
-            downstream = Downstream(self.scenario, setting, task, self.model, self._scratch)
+            downstream = self._downstream(setting, task)
             self._stages[setting] = Stage(setting, downstream, contenders(self.scenario.methods, own, random))
         return self._stages[setting]
 
+    def _downstream(self, setting: Setting, task: Task) -> Downstream | LanguageDownstream:
+        if isinstance(self.model, LanguageModel):
+            return LanguageDownstream(self.scenario, setting, task, self.model, self._scratch)
+        return Downstream(self.scenario, setting, task, self.model, self._scratch)
+
     def _grid(self, method: str) -> tuple[float, ...]:
+        if self.scenario.is_language and GRID_OF.get(method, "head") == "head":
+            return (0.0,)  # nothing is trained
         return self.scenario.downstream.grid[GRID_OF[method]]
 
     def _count(self, settings: list[Setting]) -> int:

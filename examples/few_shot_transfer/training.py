@@ -99,7 +99,9 @@ class Body(nn.Module):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """What the head would be given, (batch, width)."""
         seen: list[Tensor] = []
-        hook = wrapped_head(self.model).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        head = wrapped_head(self.model)
+        assert head is not None
+        hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         try:
             self.model(**{name: value for name, value in inputs.items() if name != "labels"})
         finally:
@@ -120,20 +122,22 @@ class Rows(torch.utils.data.Dataset):
         return {"features": self.features[index], "labels": self.labels[index]}
 
 
-def wrapped_head(model: nn.Module) -> nn.Module:
-    """The classifier's place in the model, also where PEFT keeps a copy of it for its adapter."""
-    return next(module for name, module in model.named_modules() if name.split(".")[-1] == HEAD)
+def wrapped_head(model: nn.Module) -> nn.Module | None:
+    """The classifier's place in the model, also where PEFT keeps a copy of it for its adapter; None without one."""
+    return next((module for name, module in model.named_modules() if name.split(".")[-1] == HEAD), None)
 
 
 def active_head(model: nn.Module) -> nn.Module:
     """The linear layer that classifies."""
     head = wrapped_head(model)
+    assert head is not None
     return head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
 
 
 def trainable_outside_head(model: nn.Module) -> int:
     """The number of trainable parameters besides the head's, as the paper counts them."""
-    head = {id(parameter) for parameter in active_head(model).parameters()}
+    has_head = wrapped_head(model) is not None
+    head = {id(parameter) for parameter in active_head(model).parameters()} if has_head else set()
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in head)
 
 

@@ -25,7 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel, ViTImageProcessor
 
 from .data import Tasks, balanced, labels_of, task
-from .models import HEAD, Classifier, small_vit
+from .language_model import LanguageModel
+from .models import HEAD, Classifier, Foundation, small_vit
 from .records import identity
 from .scenario import Scenario
 from .training import Plan, fit, predict
@@ -50,7 +51,7 @@ class Adapter:
     facts: Mapping[str, Any]
 
 
-def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Classifier:
+def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Classifier | LanguageModel:
     """Phase 1: the foundation model, given or pretrained here.
 
     Args:
@@ -59,6 +60,8 @@ def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Class
         progress: whether to show the Trainer's progress bar.
     """
     spec = scenario.model.pretraining
+    if scenario.is_language:
+        return LanguageModel(scenario.model)
     if spec is None:
         return Classifier(scenario.model)
     data = scenario.data[spec.data]
@@ -85,7 +88,7 @@ def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Class
 
 
 def train_adapter(
-    scenario: Scenario, name: str, rank: int, tasks: Tasks, model: Classifier, folder: Path, progress: bool = True
+    scenario: Scenario, name: str, rank: int, tasks: Tasks, model: Foundation, folder: Path, progress: bool = True
 ) -> Adapter:
     """Phase 2 for one task: trains its LoRA, or finds it.
 
@@ -115,7 +118,7 @@ def train_adapter(
             r=rank,
             lora_alpha=round(how.alpha_per_rank * rank),
             target_modules=list(scenario.model.target_modules),
-            modules_to_save=[HEAD],
+            **peft_options(scenario),
         )
         base = model.build(len(own.classes), seed=0)
         torch.manual_seed(0)
@@ -143,6 +146,13 @@ def train_adapter(
     return Adapter(name, home, json.loads((home / FACTS).read_text(encoding="utf-8")))
 
 
+def peft_options(scenario: Scenario) -> dict[str, Any]:
+    """What every PEFT config of a scenario says besides its method: the head that is trained, or the kind of task."""
+    if scenario.is_language:
+        return {"task_type": "CAUSAL_LM" if scenario.model.kind == "causal" else "SEQ_2_SEQ_LM"}
+    return {"modules_to_save": [HEAD]}
+
+
 def random_adapter(adapter: Adapter, folder: Path) -> Adapter:
     """A control: a copy of an adapter whose A and B are random, with the norm of every product B A kept."""
     home = folder / adapter.folder.name
@@ -167,9 +177,11 @@ def _epochs_of(steps: int) -> float:
     return float(steps)
 
 
-def _accuracy(model: nn.Module, examples: Classifier, data: Any, scratch: Path) -> float:
+def _accuracy(model: nn.Module, examples: Foundation, data: Any, scratch: Path) -> float:
     """In percent, on up to `HELD_OUT` test examples."""
     sample = examples.sort_by_length(data.select(balanced(labels_of(data), HELD_OUT)))
+    if isinstance(examples, LanguageModel):
+        return round(100 * float(np.mean(examples.correct(model, sample))), 2)
     logits = predict(model, examples.encode(sample), scratch, examples.collate)
     return round(100 * float((logits.argmax(axis=-1) == np.asarray(labels_of(sample))).mean()), 2)
 

@@ -1,6 +1,6 @@
-"""Multiple choice questions from WordNet 3.0, as the Debian package wordnet-base installs it: which word has this gloss?
+"""Multiple choice questions from WordNet 3.0, as the Debian package wordnet-base installs it.
 
-Three other words of the same lexicographer file are the wrong options.
+Which word has this gloss? Three other words of the same lexicographer file are the wrong options.
 """
 
 from __future__ import annotations
