@@ -15,8 +15,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PillowImage
 
 
-ROWS = 24  # of every class, or of every split of questions
-SIDE = 32
+ROWS = 24  # of every split of questions
+PER_CLASS = 6
+SIDE = 8
 PACS_DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
 CHOICES = {"text": Sequence(Value("string")), "label": Sequence(Value("string"))}
 
@@ -37,7 +38,7 @@ def write(folder: Path, name: str, config: str | None = None) -> Path:
 
 def _images(classes: int, image: str, label: str, **more: Any) -> Callable[[np.random.Generator], Dataset]:
     def make(generator: np.random.Generator) -> Dataset:
-        labels = [row % classes for row in range(classes * max(2, ROWS // classes))]
+        labels = [row % classes for row in range(classes * PER_CLASS)]
         # A class is a colour.
         pixels = [
             np.clip(generator.normal(40 + 170 * own / classes, 20, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)

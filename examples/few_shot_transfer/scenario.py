@@ -144,7 +144,7 @@ class UpstreamSpec:
     batch_size: int = 32
     learning_rate: float = 1e-3
     limit: int | None = None
-    checkpoint_steps: int = 500
+    checkpoint_steps: int = 100
 
 
 @dataclass(frozen=True)
