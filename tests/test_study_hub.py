@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import transformers
 from few_shot_transfer import scenario as scenarios
@@ -22,11 +24,12 @@ from . import lookalikes
 
 
 HUB = scenarios.names("hub")
+Replacing = Callable[[Scenario], Scenario]
 
 
 @pytest.fixture(scope="session")
-def look_alike(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """A scenario with its data sets replaced by look-alikes; each is written once."""
+def look_alike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replacing]:
+    """Replaces the data sets of a scenario by look-alikes; each is written once."""
     folder = tmp_path_factory.mktemp("lookalikes")
     written: dict[str, Path] = {}
 
@@ -39,11 +42,14 @@ def look_alike(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-unt
             data[name] = DataSpec(own.source, {**own.options, "path": str(written[path])})
         return replace(spec, data=data)
 
-    return replaced
+    with pytest.MonkeyPatch.context() as patch:
+        # The user's cache would remember a folder of the same name that an earlier test run wrote.
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield replaced
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_splits_and_columns_are_those_of_the_data_sets(name: str, look_alike) -> None:  # type: ignore[no-untyped-def]
+def test_splits_and_columns_are_those_of_the_data_sets(name: str, look_alike: Replacing) -> None:
     spec = look_alike(scenarios.load(name))
     targets = {target for own in spec.rounds for target in own.target}
     for target in targets:
@@ -55,7 +61,7 @@ def test_splits_and_columns_are_those_of_the_data_sets(name: str, look_alike) ->
         assert set(found.train["label"][:]) <= set(range(len(found.classes)))
 
 
-def test_domains_are_told_apart(look_alike) -> None:  # type: ignore[no-untyped-def]
+def test_domains_are_told_apart(look_alike: Replacing) -> None:
     spec = look_alike(scenarios.load("pacs"))
     for name in spec.data:
         data = sources.load("hub", spec.data[name].options)["train"]
@@ -87,7 +93,7 @@ def test_questions(row: dict[str, object], spec: dict[str, object], expected: di
     assert question_of(row, spec) == expected
 
 
-def test_a_wrong_column_is_an_error_that_names_those_there_are(look_alike) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_column_is_an_error_that_names_those_there_are(look_alike: Replacing) -> None:
     options = {**look_alike(scenarios.load("pacs")).data["photo"].options, "label": "kind"}
     with pytest.raises(ValueError, match=r"no columns \['kind'\]; it has \['image', 'domain', 'label'\]"):
         sources.load("hub", options)
@@ -102,7 +108,7 @@ def _finished(spec: Scenario, output: Path) -> Counter[str]:
     return Counter(record["method"] for record in records if record["phase"] == "final")
 
 
-def test_images_from_end_to_end(tmp_path: Path, look_alike) -> None:  # type: ignore[no-untyped-def]
+def test_images_from_end_to_end(tmp_path: Path, look_alike: Replacing) -> None:
     folder = tmp_path / "vit"
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
@@ -117,7 +123,7 @@ def test_images_from_end_to_end(tmp_path: Path, look_alike) -> None:  # type: ig
     assert "| *Learned composition, paper* | *57.21 ± 11.56* |" in page
 
 
-def test_questions_from_end_to_end(tmp_path: Path, look_alike) -> None:  # type: ignore[no-untyped-def]
+def test_questions_from_end_to_end(tmp_path: Path, look_alike: Replacing) -> None:
     spec = scenarios.smoke(look_alike(scenarios.load("question-answering")))
     folder = tmp_path / "t5"
     known = ["Which", "option", "of", "them", "is", "?", "(", ")", *"ABCDE", *map(str, range(24))]
