@@ -63,23 +63,26 @@ class LanguageModel:
         return collator
 
     @torch.no_grad()
-    def correct(self, model: nn.Module, data: Dataset) -> list[bool]:
-        """Whether the generated answers match exactly, but for case and outer spaces; shared among processes."""
+    def correct(self, model: Any, data: Dataset) -> list[bool]:
+        """Whether the generated answers match exactly, but for case and outer spaces; shared among processes.
+
+        Args:
+            model: anything with `generate`: the model, or a PEFT model of it.
+            data: rows of `input` and `answer`.
+        """
         accelerator = Accelerator()
-        loader = DataLoader(
-            list(zip(range(len(data)), data["input"][:])), batch_size=EVALUATION_BATCH, collate_fn=self._prompts
-        )
-        loader = accelerator.prepare(loader)
+        rows: Any = list(enumerate(data["input"][:]))
+        loader = accelerator.prepare(DataLoader(rows, batch_size=EVALUATION_BATCH, collate_fn=self._prompts))
         model = model.to(accelerator.device).eval()
         answers = [answer.strip().lower() for answer in data["answer"][:]]
         found: list[bool] = []
-        for rows, prompts in loader:
+        for indices, prompts in loader:
             tokens = model.generate(**prompts, do_sample=False, max_new_tokens=self.spec.max_new_tokens)
             if self.is_causal:
                 tokens = tokens[:, prompts["input_ids"].shape[1] :]
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             given = [text.strip().split("\n")[0].strip().lower() for text in texts]
-            right = torch.tensor([text == answers[row] for text, row in zip(given, rows.tolist())])
+            right = torch.tensor([text == answers[row] for text, row in zip(given, indices.tolist())])
             found += accelerator.gather_for_metrics(right.to(accelerator.device)).tolist()
         return found
 
