@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -17,15 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE, difference, scores
 from few_shot_transfer.data import balanced, few_shot, task
 from few_shot_transfer.downstream import Outcome, correct_answers, describe
+from few_shot_transfer.models import SentenceClassifier
 from few_shot_transfer.records import Results, identity, read
 from few_shot_transfer.report import write
 from few_shot_transfer.scenario import DataSpec, SplitSpec
-from few_shot_transfer.training import HeadOnFeatures, Plan, Rows, fit
+from few_shot_transfer.training import Body, HeadOnFeatures, Plan, Rows, fit, fit_head, predict
 from torch import nn
 
 from peft_composition.training import last_complete_checkpoint
@@ -260,6 +263,37 @@ def test_a_training_that_breaks_off_goes_on_and_ends_the_same(tmp_path: Path) ->
     watched = Breaking(features, classes)  # 12 steps of 8 examples would break again, the 6 that are left do not
     fit(HeadOnFeatures(resumed), watched, plan, tmp_path / "other")
     assert torch.equal(resumed.weight, straight.weight)
+
+
+def test_a_head_trained_on_features_is_the_head_trained_in_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    whole = SentenceClassifier(config)
+    whole.bert.requires_grad_(False)
+    parts = copy.deepcopy(whole)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 50, (20, 7), generator=generator)
+    rows = [
+        {"input_ids": own, "attention_mask": torch.ones_like(own), "labels": i % 3} for i, own in enumerate(tokens)
+    ]
+    plan = Plan(1e-2, epochs=5, batch_size=8, seed=3)
+    start = whole.classifier.weight.detach().clone()
+
+    fit(whole, rows, plan, tmp_path)
+    features = predict(Body(parts), rows, tmp_path)
+    fit_head(parts.classifier, features, [row["labels"] for row in rows], plan, tmp_path)
+
+    one, other = whole.classifier.weight.detach(), parts.classifier.weight.detach()
+    assert float((one - other).norm()) < 1e-4 * float((one - start).norm())
 
 
 # From end to end

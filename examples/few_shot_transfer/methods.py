@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -85,8 +83,6 @@ def build(
         return _frozen(base)
     if method == "lora":
         return fresh_lora(base, scenario, rank, seed)
-    if method == "single":
-        return _merged(base, contender.adapters[0].folder)
     if method == "lorahub":
         return fresh_lora(base, scenario, rank, seed)
     return _composition(base, contender.adapters, scenario, method)
@@ -119,19 +115,10 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def _merged(base: nn.Module, folder: Path) -> nn.Module:
-    """One adapter merged in, without its head."""
-    head = copy.deepcopy(base.get_submodule(HEAD)) if hasattr(base, HEAD) else None
-    config = LoraConfig.from_pretrained(str(folder))
-    config.modules_to_save = None
-    merged = PeftModel.from_pretrained(base, folder, config=config).merge_and_unload()
-    if head is not None:
-        setattr(merged, HEAD, head)
-    return _frozen(merged)
-
-
 def _composition(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario, method: str) -> PeftModel:
-    mixing: Literal["learned", "uniform"] = "uniform" if method.endswith("uniform") else "learned"
+    # The uniform composition of a single adapter is that adapter, and needs no head of the same size.
+    is_learned = method in ("learned", "learned-free", "random-learned")
+    mixing: Literal["learned", "uniform"] = "learned" if is_learned else "uniform"
     options: dict[str, Any] = {"normalization": "none"} if method == "learned-free" else {}
     adapters: list[Any] = [{"path": adapter.folder, "name": adapter.name} for adapter in upstream]
     config = CompositionConfig(adapters=adapters, mixing=mixing, **peft_options(scenario), **options)
