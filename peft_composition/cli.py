@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
 
 from . import upstream
@@ -29,7 +29,8 @@ from .report import Part, WeightRow, plot_weights, weights_table
 
 
 MOST_COLUMNS = 8  # of adapters in a table by parts
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+# One of these is there where a tokenizer, an image processor, a feature extractor or a processor of several is.
+PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
 # The commands
@@ -122,9 +123,10 @@ def export(folder: Path, out: Path, head: str, dtype: str | None, as_json: bool,
 def weights(folder: Path, png: Path, by: Part, as_json: bool) -> None:
     """Print the mixing weights of a saved composition and draw them."""
     mixed = saved_mixing_weights(folder)
+    names = _saved_config(folder).adapter_names
     png.parent.mkdir(parents=True, exist_ok=True)
-    plot_weights(mixed, by, title=f"Mixing weights of {folder.resolve().name}").savefig(png, dpi=150)
-    whole, parts = weights_table(mixed), weights_table(mixed, by)
+    plot_weights(mixed, by, f"Mixing weights of {folder.resolve().name}", names).savefig(png, dpi=150)
+    whole, parts = weights_table(mixed, adapters=names), weights_table(mixed, by, names)
     if as_json:
         rows = [asdict(row) for row in (*whole, *parts)]
         _print_json({"mixing_weights": mixed, "table": rows, "png": str(png)})
@@ -136,28 +138,34 @@ def weights(folder: Path, png: Path, by: Part, as_json: bool) -> None:
 
 
 def merge(folder: Path, out: Path, base: str | None, dtype: str | None, as_json: bool) -> None:
-    """Save the base model with the composition merged into it, and its tokenizer."""
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, CompositionConfig):
-        raise ValueError(f"{folder} is no saved composition: its peft_type is {config.peft_type}")
+    """Save the base model with the composition merged into it, and its tokenizer or processor."""
+    config = _saved_config(folder)
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{folder} does not say what its base model is; give --base")
     model = PeftModel.from_pretrained(_base_model_of(config, base, dtype), str(folder))
     merged = model.merge_and_unload()
     merged.save_pretrained(str(out))
-    has_tokenizer = any(has_file(base, name, revision=config.revision) for name in TOKENIZER_FILES)
-    if has_tokenizer:
-        AutoTokenizer.from_pretrained(base, revision=config.revision).save_pretrained(str(out))
+    has_processor = any(has_file(base, name, revision=config.revision) for name in PROCESSOR_FILES)
+    if has_processor:
+        AutoProcessor.from_pretrained(base, revision=config.revision).save_pretrained(str(out))
     kind = type(merged).__name__
     stored = str(merged.dtype).removeprefix("torch.")
     if as_json:
-        _print_json({"out": str(out), "model": kind, "dtype": stored, "tokenizer": has_tokenizer})
+        _print_json({"out": str(out), "model": kind, "dtype": stored, "processor": has_processor})
         return
-    _say(f"Merged into a {kind} ({stored}, {'with' if has_tokenizer else 'the base has no'} tokenizer): {out}")
+    beside = "with" if has_processor else "the base has no"
+    _say(f"Merged into a {kind} ({stored}, {beside} tokenizer or processor): {out}")
 
 
 # What goes in
+
+
+def _saved_config(folder: Path) -> CompositionConfig:
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, CompositionConfig):
+        raise ValueError(f"{folder} is no saved composition: its peft_type is {config.peft_type}")
+    return config
 
 
 def _references(adapters: Sequence[str]) -> list[AdapterReference]:

@@ -46,16 +46,24 @@ class Provenance(TypedDict):
     license: str | None
 
 
-class LoraLayout(TypedDict):
-    """What a plain LoRA on the composed modules must say of the base model and factors do not show.
-
-    `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
-    embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`.
-    """
-
+class _LayoutOfLayers(TypedDict):
     target_modules: list[str] | str
     embeddings: list[str]
     fan_in_fan_out: bool
+
+
+class LoraLayout(_LayoutOfLayers, total=False):
+    """What a plain LoRA on the composed modules must say of the base model and factors do not show.
+
+    `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
+    embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`. Where there are such: `attentions` lists
+    those that are `nn.MultiheadAttention`; `target_parameters` select the composed parameters, and `parameters` lists
+    them by the module they belong to, in its order.
+    """
+
+    attentions: list[str]
+    target_parameters: list[str]
+    parameters: dict[str, list[str]]
 
 
 @dataclass
@@ -78,8 +86,9 @@ class CompositionConfig(PeftConfig):
             for `"softmax"`, 10 for `"none"`.
         weight_sharing: one weight vector per `"module"` (default, the paper's), per `"block"` (the modules of one
             transformer block share) or per `"model"`.
-        target_modules: as in PEFT, a list of names, a regex or `"all-linear"`; narrows what is composed. Default:
-            every module that any upstream adapter touches.
+        target_modules: as in PEFT, a list of names, a regex or `"all-linear"`; narrows what is composed. Parameters
+            that adapters touch by themselves (PEFT's `target_parameters`) go by their own names and by those of their
+            modules. Default: everything that any upstream adapter touches.
         exclude_modules: as in PEFT, names or a regex of modules to leave alone. Default: none.
         layers_to_transform: as in PEFT, indices of the layers to compose. Default: all.
         layers_pattern: as in PEFT, the name of the module list that `layers_to_transform` counts in.

@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import functional
-from .config import CompositionConfig
-from .layer import CompositionLayer, Factors, Mixing
+from .config import CompositionConfig, LoraLayout
+from .layer import CompositionLayer, Mixing
 from .model import composition_layers
+from .parameters import name_in_checkpoint
 from .upstream import WeightsFile
+from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
 
 
 # What vLLM takes as `max_lora_rank`.
@@ -45,7 +47,7 @@ class LoraExport:
     Attributes:
         config: its `LoraConfig`; `r` is the largest rank, other ranks are in `rank_pattern` and `alpha_pattern`.
         state_dict: its tensors by the keys of an `adapter_model.safetensors`, on the CPU.
-        ranks: rank of every module, in the model's order.
+        ranks: rank of every module, in the model's order; of a parameter of several matrices, that of each.
         errors: for every module the relative error of the truncation, ||Delta - Delta'|| / ||Delta|| in the Frobenius
             norm; 0 where nothing was cut. The rounding to the dtype of the export is not in it.
         total_error: the same over all modules together.
@@ -217,7 +219,10 @@ def lora_from_checkpoint(
     folder = Path(folder)
     config = _read_config(folder)
     weights = _open_weights(folder)
-    modules = {name: partial(_read_saved, weights, config, name) for name in config.composed_modules or {}}
+    composed = config.composed_modules or {}
+    saved = dict.fromkeys(key.removeprefix(_PREFIX).partition(_INFIX)[0] for key in weights if _INFIX in key)
+    paths = {name_in_checkpoint(path, composed): path for path in saved}
+    modules = {name: partial(_read_saved, weights, config, name, paths.get(name, name)) for name in composed}
     others = {}
     if include_head:
         others = {key.removeprefix(_PREFIX): weights.read(key) for key in weights if _INFIX not in key}
@@ -278,30 +283,46 @@ class _Options:
 
 @dataclass
 class _Module:
-    """What a composition does to one module, on the CPU: the update B diag(u) A, and the mixed bias."""
+    """What a composition does to one module, on the CPU: the update B diag(u) A, and the mixed bias.
+
+    A parameter of several matrices has an update for each: A is (E, R, in) and B (E, out, R).
+    """
 
     A: Tensor
     B: Tensor
     u: Tensor
     bias: Tensor | None
+    has_experts: bool = False
 
     @property
     def stacked_rank(self) -> int:
-        return self.A.shape[0]
+        return len(self.u)
 
     @property
     def largest_rank(self) -> int:
         """The highest rank that the update can have."""
-        return min(self.stacked_rank, self.B.shape[0], self.A[0].numel())
+        A, B = self.experts[0]
+        return min(self.stacked_rank, B.shape[0], A[0].numel())
+
+    @property
+    def experts(self) -> list[tuple[Tensor, Tensor]]:
+        """The factors of every matrix."""
+        return list(zip(self.A, self.B)) if self.has_experts else [(self.A, self.B)]
+
+    def singular_values(self) -> Tensor:
+        """Of the update, largest first; of several matrices the root of the sum of squares, place by place."""
+        values = [functional.singular_values(A, B, self.u) for A, B in self.experts]
+        return torch.stack(values).square().sum(0).sqrt()
 
 
 _Modules = Mapping[str, Callable[[], _Module]]  # read when needed: a model's worth of factors is large
 
 
-def _mixed(A: Tensor, B: Tensor, bias: Tensor | None, ranks: list[int], weights: Tensor) -> _Module:
+def _mixed(A: Tensor, B: Tensor, bias: Tensor | None, ranks: list[int], weights: Tensor, has_experts: bool) -> _Module:
     A, B, weights = A.detach().cpu(), B.detach().cpu(), weights.detach().cpu()
     u = weights.repeat_interleave(torch.tensor(ranks))
-    return _Module(A, B, u, None if bias is None else functional.delta_bias(bias.detach().cpu().double(), weights))
+    mixed_bias = None if bias is None else functional.delta_bias(bias.detach().cpu().double(), weights)
+    return _Module(A, B, u, mixed_bias, has_experts)
 
 
 # From a model
@@ -337,9 +358,10 @@ def _chosen_composition(base: Any, adapter_name: str | None) -> str:
 
 
 def _read_layer(layer: CompositionLayer, adapter_name: str) -> _Module:
-    factors = cast(Factors, layer.composition_factors[adapter_name])
     weights = layer.mixing_weights(adapter_name)  # refuses factors that never came
-    return _mixed(factors.A, factors.B, factors.bias, factors.ranks, weights)
+    with layer.onloaded([adapter_name]):
+        factors = layer.whole_factors(adapter_name)
+        return _mixed(factors.A, factors.B, factors.bias, factors.ranks, weights, factors.has_experts)
 
 
 # From a folder
@@ -371,29 +393,33 @@ def _open_weights(folder: Path) -> WeightsFile:
     raise ValueError(f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
-def _read_saved(weights: WeightsFile, config: CompositionConfig, module: str) -> _Module:
+def _read_saved(weights: WeightsFile, config: CompositionConfig, module: str, path: str) -> _Module:
     keys = set(weights)
 
     def read(part: str) -> Tensor:
-        key = f"{_PREFIX}{module}{_INFIX}{part}"
+        key = f"{_PREFIX}{path}{_INFIX}{part}"
         if key not in keys:
             raise ValueError(f"the saved composition is damaged: {key!r} is missing from its weights")
         return weights.read(key)
 
     assert config.composed_modules is not None
+    assert config.lora_layout is not None
     ranks = config.composed_modules[module]
     A, B = read("factors.A"), read("factors.B")
-    if A.shape[0] != sum(ranks) or B.shape[1] != sum(ranks):
+    owner, _, key = module.rpartition(".")
+    has_experts = A.dim() == 3 and key in config.lora_layout.get("parameters", {}).get(owner, ())
+    found = (A.shape[1], B.shape[2]) if has_experts else (A.shape[0], B.shape[1])
+    if found != (sum(ranks), sum(ranks)):
         raise ValueError(
             f"the saved composition is damaged: module {module!r} has ranks {ranks} in its config, but factors of "
-            f"rank {A.shape[0]} and {B.shape[1]}"
+            f"rank {found[0]} and {found[1]}"
         )
     bias = read("factors.bias") if module in (config.biased_modules or ()) else None
     theta = read("mixing.weight") if config.mixing == "learned" else None
     mixing = Mixing(config, torch.float32 if theta is None else theta.dtype, torch.device("cpu"))
     if theta is not None and mixing.weight is not None:
         mixing.weight.data = theta
-    return _mixed(A, B, bias, ranks, mixing(A))
+    return _mixed(A, B, bias, ranks, mixing(A.device, A.dtype), has_experts)
 
 
 # The export itself
@@ -402,22 +428,27 @@ def _read_saved(weights: WeightsFile, config: CompositionConfig, module: str) ->
 def _export(
     config: CompositionConfig, modules: _Modules, others: Mapping[str, Tensor], options: _Options
 ) -> LoraExport:
-    assert config.lora_layout is not None
+    layout = config.lora_layout
+    assert layout is not None
     _require_one_kind_of_bias(config)
-    ranks = _choose_ranks(modules, options)
-    embeddings = set(config.lora_layout["embeddings"])
+    ranks = _choose_ranks(modules, layout, options)
     state_dict: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
     norms: dict[str, float] = {}
     for name, read in modules.items():
         module = read()
         A, B, lost[name], norms[name] = _factorize(module, ranks[name], is_measured=options.is_truncating)
+        if is_attention_output(name, layout):
+            B = B / attention_output_times()
         dtype = options.dtype or module.A.dtype
         bias = module.bias
         if config.biased_modules and bias is None:  # PEFT gives all modules a bias, or none
             bias = torch.zeros(B.shape[0])
-        for key, tensor in _named_tensors(name in embeddings, A, B, bias).items():
-            state_dict[f"{_PREFIX}{name}.{key}"] = _rounded(tensor, dtype, f"module {name!r}: {key}")
+        for key, tensor in _named_tensors(name in layout["embeddings"], A, B, bias).items():
+            state_dict[f"{_PREFIX}{wrapped_path(name, layout)}.{key}"] = _rounded(
+                tensor, dtype, f"module {name!r}: {key}"
+            )
+    state_dict |= _missing_projections(state_dict, layout)
     is_separate = options.include_head == "separate"
     if not is_separate:
         state_dict.update({f"{_PREFIX}{key}": _on_cpu(tensor) for key, tensor in others.items()})
@@ -431,16 +462,38 @@ def _export(
     )
 
 
+def _missing_projections(state_dict: Mapping[str, Tensor], layout: LoraLayout) -> dict[str, Tensor]:
+    """Zeros for the projection of an attention that is not composed while the other is: PEFT has both or none."""
+    zeros: dict[str, Tensor] = {}
+    for owner in layout.get("attentions", ()):
+        prefixes = [f"{_PREFIX}{wrapped_path(f'{owner}.{key}', layout)}.lora_" for key in (IN_PROJ, OUT_PROJ)]
+        for prefix, other, rows in zip(prefixes, prefixes[::-1], (3, 1)):
+            if f"{prefix}A.weight" not in state_dict:
+                A = torch.zeros_like(state_dict[f"{other}A.weight"])  # (R, in); both projections have the same input
+                zeros[f"{prefix}A.weight"] = A
+                zeros[f"{prefix}B.weight"] = A.new_zeros(rows * A.shape[1], A.shape[0])
+    return zeros
+
+
 def _require_one_kind_of_bias(config: CompositionConfig) -> None:
-    assert config.lora_layout is not None
-    if config.biased_modules and config.lora_layout["embeddings"]:
+    layout = config.lora_layout
+    assert layout is not None
+    parameters = [f"{owner}.{key}" for owner, keys in layout.get("parameters", {}).items() for key in keys]
+    alone = {"touches an embedding": layout["embeddings"], "touches a parameter by itself": parameters}
+    for what, names in alone.items():
+        if config.biased_modules and names:
+            raise ValueError(
+                f"PEFT knows no LoRA that has biases, as here in {config.biased_modules[0]!r}, and {what}, as here "
+                f"{names[0]!r}. Compose without one of them (exclude_modules)"
+            )
+    if layout["fan_in_fan_out"] and parameters:
         raise ValueError(
-            f"PEFT knows no LoRA that has biases, as here in {config.biased_modules[0]!r}, and touches an embedding, "
-            f"as here {config.lora_layout['embeddings'][0]!r}. Compose without one of them (exclude_modules)"
+            f"PEFT knows no LoRA that touches transformers' Conv1D layers and a parameter by itself, as here "
+            f"{parameters[0]!r}. Compose without one of them (exclude_modules)"
         )
 
 
-def _choose_ranks(modules: _Modules, options: _Options) -> dict[str, int]:
+def _choose_ranks(modules: _Modules, layout: LoraLayout, options: _Options) -> dict[str, int]:
     """The rank of every module; looks at all factors, and so is where values that are not finite are found."""
     ranks: dict[str, int] = {}
     for name, read in modules.items():
@@ -451,10 +504,13 @@ def _choose_ranks(modules: _Modules, options: _Options) -> dict[str, int]:
         if options.rank is not None and options.rank < module.stacked_rank:
             ranks[name] = min(options.rank, module.largest_rank)
         elif options.energy is not None:
-            values = functional.singular_values(module.A, module.B, module.u)
-            ranks[name] = functional.rank_for_energy(values, options.energy)
+            ranks[name] = functional.rank_for_energy(module.singular_values(), options.energy)
         else:
             ranks[name] = module.stacked_rank
+    shared: dict[str, int] = {}  # PEFT gives both projections of an attention one rank
+    for name, chosen in ranks.items():
+        shared[target_of(name, layout)] = max(chosen, shared.get(target_of(name, layout), 0))
+    ranks = {name: shared[target_of(name, layout)] for name in ranks}
     return dict.fromkeys(ranks, _served_rank(max(ranks.values()))) if options.round_rank else ranks
 
 
@@ -469,14 +525,28 @@ def _served_rank(rank: int) -> int:
 
 
 def _factorize(module: _Module, rank: int, is_measured: bool) -> tuple[Tensor, Tensor, float, float]:
-    """A and B of the given rank, the norm of what was cut, and that of the update (0 unless measured)."""
+    """A and B of the given rank, the norm of what was cut, and that of the update (0 unless measured).
+
+    For a parameter of several matrices A is (E r, in), and the columns of B go through the matrices before the ranks.
+    """
+    parts = [_factorize_one(A, B, module, rank, is_measured) for A, B in module.experts]
+    if not module.has_experts:
+        return parts[0]
+    A = torch.cat([part[0] for part in parts])
+    B = torch.stack([part[1] for part in parts], dim=-1).flatten(1)
+    return A, B, math.hypot(*(part[2] for part in parts)), math.hypot(*(part[3] for part in parts))
+
+
+def _factorize_one(
+    A: Tensor, B: Tensor, module: _Module, rank: int, is_measured: bool
+) -> tuple[Tensor, Tensor, float, float]:
     if rank >= module.stacked_rank:
-        A, B = functional.fold_evenly(module.A, module.B, module.u)
         lost = 0.0
-        norm = functional.norm_of_delta(module.A, module.B, module.u) if is_measured else 0.0
+        norm = functional.norm_of_delta(A, B, module.u) if is_measured else 0.0
+        A, B = functional.fold_evenly(A, B, module.u)
     else:
         kept = min(rank, module.largest_rank)
-        A, B, S = functional.truncate(module.A, module.B, module.u, kept)
+        A, B, S = functional.truncate(A, B, module.u, kept)
         lost, norm = float(S[kept:].norm()), float(S.norm())
     return _padded(A, 0, rank), _padded(B, 1, rank), lost, norm
 
@@ -516,6 +586,7 @@ def _lora_config(config: CompositionConfig, ranks: Mapping[str, int], has_head: 
     layout = config.lora_layout
     assert layout is not None
     highest = max(ranks.values())
+    ranks = {target_of(name, layout): rank for name, rank in ranks.items()}
     others = _pattern({name: rank for name, rank in ranks.items() if rank != highest}, ranks)
     lora = LoraConfig(
         task_type=config.task_type if has_head or config.task_type not in _TASKS_WITH_HEAD else None,
@@ -533,6 +604,7 @@ def _lora_config(config: CompositionConfig, ranks: Mapping[str, int], has_head: 
     )
     # Set afterwards: LoraConfig makes lists sets, whose order in the file changes from run to run.
     lora.target_modules = layout["target_modules"]
+    lora.target_parameters = layout.get("target_parameters")
     return lora
 
 

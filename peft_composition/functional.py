@@ -9,6 +9,9 @@ The factors of a module come stacked. With N upstream adapters of ranks r_1..r_N
 so that sum_n w_n s_n B_n A_n costs two matrix products whatever N is, and never a cross term B_i A_j. A linear layer
 has three ways to the same output and gradients, whose costs `cheapest_form` compares: the stacked products beside the
 base layer, or the merged weight W, with the gradient of u taken over the tokens or through the gradient of W.
+
+A parameter that its module uses without calling a layer for it (the fused experts of a mixture, the projections of
+`nn.MultiheadAttention`) has one way: the merged weight. With E experts the factors are A (E, R, in) and B (E, out, R).
 """
 
 from __future__ import annotations
@@ -292,6 +295,79 @@ def delta_weight(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
     with _without_autocast(A.device.type):
         product = (B.flatten(1).to(dtype) * u.to(dtype)) @ A.flatten(1).to(dtype)
     return product.reshape(B.shape[0], *A.shape[1:])
+
+
+def parameter_delta(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+    """The update B diag(u) A of a parameter, for every expert, accumulated in float32 or wider.
+
+    Args:
+        A: shape (R, in) or (E, R, in).
+        B: shape (out, R) or (E, out, R).
+        u: weights in rank space, shape (R,).
+
+    Returns:
+        Shape (out, in) or (E, out, in), in float32 or float64.
+    """
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    with _without_autocast(A.device.type):
+        return (B.to(dtype) * u.to(dtype)) @ A.to(dtype)
+
+
+def composed_parameter(
+    weight: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None, is_transposed: bool = False
+) -> Tensor:
+    """W0 + B diag(u) A for every expert, rounded once to the dtype of W0, differentiable in W0 and u.
+
+    Nothing is saved for the backward pass but the factors themselves.
+
+    Args:
+        weight: W0, shape (out, in) or (E, out, in).
+        A: stacked factors, shape (R, in) or (E, R, in), in the dtype of `weight`.
+        B: stacked scaled factors, shape (out, R) or (E, out, R).
+        u: weights in rank space, shape (R,). None: they are folded into `B`.
+        is_transposed: whether W0 has the shape (E, in, out) instead.
+
+    Returns:
+        Shape and dtype of `weight`.
+    """
+    if u is None:
+        return _ComposedParameter.apply(weight, A, B, B.new_ones(B.shape[-1]), is_transposed)
+    return _ComposedParameter.apply(weight, A, B, u.to(B.dtype), is_transposed)
+
+
+class _ComposedParameter(torch.autograd.Function):
+    """`composed_parameter`. Its backward pass consists of differentiable operations: second derivatives are right."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, A: Tensor, B: Tensor, u: Tensor, is_transposed: bool) -> Tensor:
+        scaled = B * u
+        left, right = (A.mT, scaled.mT) if is_transposed else (scaled, A)
+        with _without_autocast(weight.device.type):
+            if weight.dim() == 2:
+                return torch.addmm(weight, left, right)
+            return torch.baddbmm(weight, left, right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, A, B, _, ctx.is_transposed = inputs
+        ctx.save_for_backward(A, B)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_u = None
+        if ctx.needs_input_grad[3]:
+            A, B = ctx.saved_tensors
+            of_delta = grad.mT if ctx.is_transposed else grad
+            with _without_autocast(grad.device.type):
+                if A.shape[-1] <= B.shape[-2]:  # the smaller intermediate result
+                    products, dim = (B.mT @ of_delta) * A, -1
+                else:
+                    products, dim = (of_delta @ A.mT) * B, -2
+            grad_u = products.sum(dim)
+            grad_u = grad_u if grad_u.dim() == 1 else grad_u.sum(0)
+        return grad if ctx.needs_input_grad[0] else None, None, None, grad_u, None
 
 
 def delta_bias(bias: Tensor, weights: Tensor) -> Tensor:

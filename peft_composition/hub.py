@@ -32,6 +32,7 @@ from .config import CompositionConfig, Provenance
 from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
 from .layer import Mixing
 from .model import block_of
+from .parameters import name_in_checkpoint
 from .upstream import WeightsFile, is_hub_id
 
 
@@ -348,10 +349,10 @@ class _Saved:
         file = WeightsFile(self.subfolder or "default", self.weights_file)
         weights = {}
         for key in file:
-            module, found, _ = key.removeprefix("base_model.model.").partition(".composition_mixing.")
+            path, found, _ = key.removeprefix("base_model.model.").partition(".composition_mixing.")
             if found:
                 mixing.load_state_dict({"weight": file.read(key)})
-                weights[module] = mixing().tolist()
+                weights[name_in_checkpoint(path, self.ranks)] = mixing().tolist()
         if weights.keys() != self.ranks.keys():  # DeepSpeed, for one, can leave an empty file here and save elsewhere
             return {}
         return {module: weights[module] for module in self.ranks}

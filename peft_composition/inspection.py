@@ -161,6 +161,10 @@ def _describe_config(report: AdapterReport, files: AdapterFiles) -> None:
 def _describe_factors(report: AdapterReport, adapter: UpstreamAdapter) -> None:
     factors = adapter.modules.values()
     ranks = [entry.rank for entry in factors]
+    if adapter.config.get("target_parameters"):  # how many matrices share the rows of a factor is the model's affair
+        ranks = [
+            rank for rank in (adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()) if rank
+        ]
     report.ranks = min(ranks), max(ranks)
     report.targets = sorted({module.rpartition(".")[2] for module in adapter.modules})
     report.modules = len(adapter.modules)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 from warnings import warn
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +27,9 @@ from .upstream import LayerShape, StackedFactors
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
+# What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
+_SHARDING_MARKS = frozenset({"_is_fsdp_managed_module", "ds_id"})
 
 
 class Mixing(nn.Module):
@@ -54,19 +63,20 @@ class Mixing(nn.Module):
         # Constants are no buffers: DDP would broadcast them on every step.
         self._start: Tensor | None = None
         if self.start is not None:
-            self._start_on(_real(device), torch.promote_types(dtype, torch.float32))
+            self._start_on(real_device(device), torch.promote_types(dtype, torch.float32))
 
-    def forward(self, like: Tensor | None = None) -> Tensor:
+    def forward(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The mixing weights w, shape (N,), in float32 or wider.
 
         Args:
-            like: a tensor on the device, and of at least the dtype, that the constants of a uniform or fixed mixing
-                shall have. Not needed for learned ones.
+            device: where the constants of a uniform or fixed mixing shall be; learned weights are where theta is.
+                Default: the CPU.
+            dtype: what these constants shall at least have.
         """
         if self.weight is None:
-            dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
-            return self._start_on(torch.device("cpu") if like is None else like.device, dtype)
-        logits = self.gain * self.weight
+            wide = torch.promote_types(dtype, torch.float32)
+            return self._start_on(torch.device("cpu") if device is None else device, wide)
+        logits = self.gain * _gathered(self.weight, self.count)
         if self._start is not None:
             logits = logits + self._start_on(logits.device, logits.dtype)
         return functional.normalize(logits, self.normalization)
@@ -96,7 +106,7 @@ class Mixing(nn.Module):
             self.weight.data = source.float()
             self.weight.grad = None if gradient is None else gradient.float()
         if self._start is not None:  # now, and not in the first forward pass: that may be the one that is compiled
-            self._start_on(_real(fn(self._start[:0]).device), self._start.dtype)
+            self._start_on(real_device(fn(self._start[:0]).device), self._start.dtype)
         return self
 
     def extra_repr(self) -> str:
@@ -129,6 +139,7 @@ class Factors(nn.Module):
         super().__init__()
         self.ranks = list(ranks)
         self.rank = total = sum(ranks)
+        self.has_experts = shape.experts is not None
         # The factors of one token are few, however large the vocabulary of an embedding is.
         sizes = math.prod(shape.in_shape), shape.out_features
         self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(total, *sizes)
@@ -143,7 +154,7 @@ class Factors(nn.Module):
         # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
         self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         self._owner: Tensor | None = None
-        self._index_ranks(_real(device))
+        self._index_ranks(real_device(device))
 
     @property
     def is_pending(self) -> bool:
@@ -179,17 +190,29 @@ class Factors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         super()._apply(fn, recurse)
-        self._index_ranks(_real(self.A.device))  # now, and not in a forward pass that may be compiled
+        self._index_ranks(real_device(self.A.device))  # now, and not in a forward pass that may be compiled
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
         return self  # upstream factors stay as they were trained
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name in list(self._placeholders):
-            if prefix + name in state_dict:
-                del self._placeholders[name]
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        found = [name for name in self._placeholders if prefix + name in state_dict]
+        if self.is_pending and found:
+            # The first values are taken over and not copied: N adapters shall not be in memory twice.
+            taken = {prefix + name: self._as_placeholder(name, state_dict[prefix + name]) for name in found}
+            state_dict = {**state_dict, **taken}
+            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        for name in found:
+            del self._placeholders[name]
+
+    def _as_placeholder(self, name: str, tensor: Tensor) -> Tensor:
+        """A loaded tensor in the dtype and on the device of the parameter that waits for it."""
+        waiting = self._placeholders[name]
+        return tensor.detach().to(tensor.device if waiting.is_meta else waiting.device, waiting.dtype)
 
     def extra_repr(self) -> str:
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"
@@ -220,7 +243,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self._merged_weights: dict[str, Tensor] = {}
         self._folds = Folds()
         self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        self.quantization_backend = quantization_backend_of(self.get_base_layer(), **quantization_kwargs)
 
     def update_layer(self, adapter_name: str, mixing: Mixing, factors: Factors, inference_mode: bool = False) -> None:
         """Add a composition to this layer.
@@ -257,18 +280,60 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             return
         target = device if device is not None else device_of(self.get_base_layer())
         for part in (self.composition_mixing[adapter_name], self.composition_factors[adapter_name]):
-            if target.type != "meta" and not any(parameter.is_meta for parameter in part.parameters()):
+            if target.type != "meta" and not _is_on_meta(part):
                 part.to(target)
 
     def mixing_weights(self, adapter_name: str) -> Tensor:
         """The mixing weights w of a composition, shape (N,), float32 or wider."""
+        with self.onloaded([adapter_name]):
+            return self._weights(adapter_name)
+
+    def _weights(self, adapter_name: str) -> Tensor:
         mixing, factors = self._parts(adapter_name)
         A = factors.A
-        return mixing(A).to(A.device)
+        return mixing(A.device, A.dtype).to(A.device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
-        return self._delta_weight(adapter_name, self.mixing_weights(adapter_name).detach())
+        with self.onloaded([adapter_name]):
+            return self._delta_weight(adapter_name, self._weights(adapter_name).detach())
+
+    def require_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Check, and change nothing, that compositions can be merged into the base weights.
+
+        Args:
+            adapter_names: the compositions; default: the active ones. Those that do not touch this layer do not count.
+
+        Raises:
+            ValueError: an adapter has a bias, the base layer none.
+            TypeError: the base layer is quantized in a way that cannot be merged into.
+            RuntimeError: the weights of the base layer were never loaded, or are sharded.
+        """
+        base_layer = self.get_base_layer()
+        backend = self.quantization_backend
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.composition_factors:
+                continue
+            if _is_on_meta(base_layer) and not _is_offloaded(base_layer):
+                raise RuntimeError(
+                    f"There is nothing to merge into: the base weights ({type(base_layer).__name__}) are on the meta "
+                    "device. Load them first."
+                )
+            if self._is_sharded:
+                raise RuntimeError(
+                    "A composition cannot be merged into a sharded model. Save the model, load it into one that is "
+                    "not sharded, and merge there."
+                )
+            if backend is not None and not backend.supports_merge:
+                raise TypeError(
+                    f"The composition {name!r} cannot be merged into a base layer of type {_type_name(base_layer)} "
+                    f"(quantization: {backend.backend_name}); use it unmerged."
+                )
+            if self._ready_factors(name).bias is not None and not isinstance(base_layer.bias, Tensor):
+                raise ValueError(
+                    f"The composition {name!r} has a LoRA bias but its base layer ({type(base_layer).__name__}) has "
+                    "none to merge it into."
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add active compositions to the base weights.
@@ -280,10 +345,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, the base layer none.
             TypeError: the base layer is quantized in a way that cannot be merged into.
+            RuntimeError: the base layer has no values yet: it is on the meta device.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.composition_factors]
         if not names:
             return
+        self.require_mergeable(names)
         if self.quantization_backend is not None:
             # One text for all layers, so that Python shows it once.
             warn(
@@ -309,24 +376,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
         """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
         base_layer = self.get_base_layer()
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise TypeError(
-                f"A composition cannot be merged into a base layer quantized with "
-                f"{self.quantization_backend.backend_name}; use it unmerged."
-            )
-        deltas: list[Tensor] = []
-        biases: list[Tensor] = []
-        for adapter_name, own in weights.items():
-            factors = self._ready_factors(adapter_name)
-            own = own.to(factors.A.device)  # the model may have moved while it was merged
-            deltas.append(self._delta_weight(adapter_name, own))
-            if factors.bias is not None:
-                if not isinstance(base_layer.bias, Tensor):
-                    raise ValueError(
-                        f"The composition {adapter_name!r} has a LoRA bias but its base layer "
-                        f"({type(base_layer).__name__}) has none to merge it into."
-                    )
-                biases.append(functional.delta_bias(factors.bias, own))
+        if _is_on_meta(base_layer) and _is_offloaded(base_layer):
+            with onload_layer(self):
+                self._add_to_base(weights, sign, must_be_finite)
+            return
+        with self.onloaded(weights):
+            deltas, biases = self._deltas(weights)
         weight = functional.add_delta(self.get_base_weight(), torch.stack(deltas).sum(0), sign)
         bias = None
         if biases:
@@ -339,12 +394,38 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         if bias is not None:
             cast(Tensor, base_layer.bias).data = bias
 
+    def _deltas(self, weights: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The updates of the base layer's weight, and those of its bias where there are any."""
+        deltas: list[Tensor] = []
+        biases: list[Tensor] = []
+        for adapter_name, own in weights.items():
+            factors = self._ready_factors(adapter_name)
+            own = own.to(factors.A.device)  # the model may have moved while it was merged
+            deltas.append(self._delta_weight(adapter_name, own))
+            if factors.bias is not None:
+                biases.append(functional.delta_bias(factors.bias, own))
+        return deltas, biases
+
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
-        factors = self._ready_factors(adapter_name)
+        factors = self.whole_factors(adapter_name)
         return functional.delta_weight(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
 
     def _parts(self, adapter_name: str) -> tuple[Mixing, Factors]:
         return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
+
+    def whole_factors(self, adapter_name: str) -> Factors:
+        """The factors of a composition, for reading them outside of a forward pass.
+
+        Raises:
+            RuntimeError: they never came, or this process has only its part of them.
+        """
+        factors = self._ready_factors(adapter_name)
+        if hasattr(factors.A, "full_tensor") or factors.A.shape[int(factors.has_experts)] != factors.rank:
+            raise RuntimeError(
+                f"The factors of the composition {adapter_name!r} are sharded over several processes. Save the model, "
+                "load it into one that is not sharded, and do this there."
+            )
+        return factors
 
     def _ready_factors(self, adapter_name: str) -> Factors:
         # As entries of the tables of modules: this is done in every forward pass, at the pace of a single token.
@@ -366,6 +447,13 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.composition_factors]
+        for name in active:
+            if _is_offloaded(self.composition_factors._modules[name]):
+                with self.onloaded(active):
+                    return self._composed_output(active, x, *args, **kwargs)
+        return self._composed_output(active, x, *args, **kwargs)
+
+    def _composed_output(self, active: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(active) == 1 and not args and not kwargs:
             output = self._merged_output(active[0], x)
             if output is not None:
@@ -385,8 +473,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """The output of a composition alone, to be added to that of the base layer."""
         factors = self._ready_factors(adapter_name)
-        if self._learns(adapter_name) or torch.compiler.is_compiling():
-            weights = self.mixing_weights(adapter_name)
+        if self._learns(adapter_name) or torch.compiler.is_compiling() or self._is_sharded:
+            weights = self._weights(adapter_name)
             u = functional.spread(weights, factors.rank_owner)
             delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), u)
             bias = None if factors.bias is None else functional.delta_bias(factors.bias, weights)
@@ -404,14 +492,31 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
         Such a pass is followed by new weights: what was folded with the old ones is given up.
         """
-        theta = self._parts(adapter_name)[0]._parameters["weight"]
+        mixing, _ = self._parts(adapter_name)
+        theta = mixing.weight  # an attribute: FSDP1 puts modules of its own around a Mixing
         if theta is None:
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
         learns = type(theta) is not nn.Parameter or (theta.requires_grad and torch.is_grad_enabled())
+        if learns and _is_offloaded(mixing):
+            raise RuntimeError(
+                f"The mixing weights of the composition {adapter_name!r} are offloaded (device_map): every call would "
+                "train a copy that is thrown away. Compose after the model was dispatched: get_peft_model puts the "
+                "composition on the device that computes (a saved one: get_peft_model with its config, then "
+                "set_peft_model_state_dict)."
+            )
         if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
             self._folds.drop(adapter_name)
         return learns
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 gathers the parameters for every pass.
+
+        What is made of them must not be kept: it would be whole on every device. The version counters do not see new
+        values there, either, and a process that kept something would not take part in gathering.
+        """
+        return not _SHARDING_MARKS.isdisjoint(self.__dict__)
 
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
         """A composition as constants, kept until its mixing weights or factors change.
@@ -448,7 +553,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
-        weights = self.mixing_weights(adapter_name).detach()
+        weights = self._weights(adapter_name).detach()
         u = functional.spread(weights, factors.rank_owner)
         A, B = factors.A.detach(), factors.B.detach()
         bias = None if factors.bias is None else functional.delta_bias(factors.bias.detach(), weights)
@@ -462,6 +567,26 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _base_matrix(self) -> Tensor:
         """The base weight as (out, in); asked for only where a form of this class merges into it."""
         return cast(Tensor, self.get_base_layer().weight).detach()
+
+    @contextmanager
+    def onloaded(self, adapter_names: Iterable[str]) -> Iterator[None]:
+        """Bring factors that accelerate keeps on disk or in another memory here, as its hooks would if it called them.
+
+        Nothing that was folded meanwhile is kept: it would hold the memory that offloading is to save.
+        """
+        parts = [self.composition_factors[name] for name in adapter_names]
+        parts = [part for part in parts if _is_on_meta(part) and _is_offloaded(part)]
+        try:
+            for part in parts:
+                for hook in hooks_of(part):
+                    hook.pre_forward(part)
+            yield
+        finally:
+            for part in parts:
+                for hook in hooks_of(part):
+                    hook.post_forward(part, None)
+            if parts:
+                self._folds.clear()
 
     def train(self, mode: bool = True) -> CompositionLayer:
         self._folds.clear()
@@ -517,7 +642,7 @@ class Linear(CompositionLayer):
             trains_input=x.requires_grad and torch.is_grad_enabled(),
             trains_weights=learns,
         )
-        keeps = not learns and not torch.compiler.is_compiling()
+        keeps = not (learns or torch.compiler.is_compiling() or self._is_sharded)
         if form == "stacked" and not (keeps and factors.merged_is_kept):
             return None
         if not self._can_merge(x, factors):
@@ -530,7 +655,7 @@ class Linear(CompositionLayer):
             return functional.merged_linear(
                 x, self._base_matrix(), bias, cast(Tensor, folded.A), cast(Tensor, folded.B)
             )
-        weights = self.mixing_weights(adapter_name)
+        weights = self._weights(adapter_name)
         bias = self._composed_bias(None if factors.bias is None else functional.delta_bias(factors.bias, weights))
         u = functional.spread(weights, factors.rank_owner)
         return functional.merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
@@ -543,6 +668,8 @@ class Linear(CompositionLayer):
         base = self.base_layer
         weight, A = base._parameters.get("weight"), factors._parameters["A"]
         if type(weight) is not nn.Parameter or type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
+            return False
+        if self._is_sharded:
             return False
         dtype, device = weight.dtype, weight.device
         return (
@@ -624,9 +751,38 @@ class Embedding(CompositionLayer):
         return False
 
 
-def _real(device: torch.device | None) -> torch.device:
+def _gathered(theta: Tensor, count: int) -> Tensor:
+    """theta in float32 or wider and with all its entries, also where FSDP rounds or shards it."""
+    if type(theta) is not nn.Parameter and hasattr(theta, "full_tensor"):  # FSDP2, outside of a forward pass
+        theta = theta.full_tensor()
+    if theta.shape[0] != count:
+        raise RuntimeError(
+            f"Of {count} mixing weights only {theta.shape[0]} are here: FSDP1 has sharded them and gathers them "
+            "elsewhere. It cannot shard weights that several modules share: use FSDP2 "
+            '(peft_composition.sharding.shard) or weight_sharing="module". Outside of a forward pass, ask within '
+            "FSDP.summon_full_params(model)."
+        )
+    return theta.to(torch.promote_types(theta.dtype, torch.float32))
+
+
+def real_device(device: torch.device | None) -> torch.device:
     """Where constants are made for parameters on `device`: also for those that are on the meta device for a while."""
     return torch.device("cpu") if device is None or device.type == "meta" else device
+
+
+def _is_on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def hooks_of(module: nn.Module) -> Sequence[Any]:
+    """The hooks that accelerate has put on a module."""
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the parameters of a module in for every call, and takes them away after."""
+    return "_hf_hook" in module.__dict__ and any(getattr(hook, "offload", False) for hook in hooks_of(module))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -674,25 +830,63 @@ def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape
             kind, (base_layer.in_channels, *base_layer.kernel_size), base_layer.out_channels, refusal=refusal
         )
     if isinstance(base_layer, Conv1D):
-        in_features, out_features = base_layer.weight.shape
-        return LayerShape(kind, (in_features,), out_features)
+        return LayerShape(kind, (base_layer.nx,), base_layer.nf)
     features = _linear_features(base_layer, **quantization_kwargs)
     if features is None:
-        return LayerShape(kind, (), 0, refusal="this kind of layer is not supported")
+        return LayerShape(kind, (), 0, refusal=f"this kind of layer is not supported: {_type_name(base_layer)}")
     return LayerShape(kind, (features[0],), features[1])
 
 
 def _linear_features(base_layer: nn.Module, **quantization_kwargs: Any) -> tuple[int, int] | None:
     if isinstance(base_layer, nn.Linear):
         return base_layer.in_features, base_layer.out_features
-    if resolve_quantization_backend(base_layer, **quantization_kwargs) is None:
+    if quantization_backend_of(base_layer, **quantization_kwargs) is None:
         return None
     in_features, out_features = _get_in_out_features(base_layer)
     return None if in_features is None or out_features is None else (in_features, out_features)
 
 
+def quantization_backend_of(base_layer: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
+    """PEFT's backend for a quantized base layer; None for one with plain weights, and for other kinds of layers.
+
+    What PEFT takes for a plain layer although its weights are codes (optimum-quanto's, or those of transformers' own
+    quantized linear layers) gets a backend that cannot merge: adding an update to codes gives garbage, without an
+    error. So do torchao weights that nothing tells how to quantize again.
+    """
+    try:
+        backend = resolve_quantization_backend(base_layer, **quantization_kwargs)
+    except ValueError:  # torchao weights in a model that transformers did not quantize
+        return ForwardOnlyQuantizationBackend("torchao, outside of transformers")
+    if isinstance(base_layer, (nn.Embedding, *_CONVOLUTIONS)) and backend is not None:
+        return ForwardOnlyQuantizationBackend(backend.backend_name)  # it would put back plain weights
+    if backend is None and isinstance(base_layer, _PLAIN_LAYERS) and not _has_plain_weight(base_layer):
+        return ForwardOnlyQuantizationBackend("unknown to PEFT")
+    return backend
+
+
+def _type_name(base_layer: nn.Module) -> str:
+    return f"{type(base_layer).__module__}.{type(base_layer).__qualname__}"
+
+
+def _has_plain_weight(base_layer: nn.Module) -> bool:
+    """Whether the weight is the numbers that the layer computes with, and not codes of them."""
+    weight = getattr(base_layer, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return False
+    if hasattr(type(weight), "__tensor_flatten__"):  # made of other tensors: of shards, or of codes and scales
+        return hasattr(weight, "device_mesh")
+    return weight.dtype.itemsize >= 2 or type(base_layer) in _PLAIN_LAYERS  # subclasses have scales beside float8
+
+
 def device_of(base_layer: nn.Module) -> torch.device:
-    """The device a base layer lives on; quantized layers name their weight in several ways."""
+    """The device a base layer computes on: where its weight is, or where accelerate brings it when it is offloaded.
+
+    Quantized layers name their weight in several ways.
+    """
+    if _is_offloaded(base_layer):
+        for hook in hooks_of(base_layer):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
     for name in ("weight", "qweight", "W_q"):
         weight = getattr(base_layer, name, None)
         if isinstance(weight, Tensor):
@@ -710,7 +904,9 @@ def compute_dtype(base_layer: nn.Module, default: torch.dtype) -> torch.dtype:
     Returns:
         A dtype of at least 16 bits.
     """
-    for candidate in (getattr(base_layer, "compute_dtype", None), getattr(base_layer.weight, "dtype", None)):
+    weight = getattr(base_layer, "weight", None)  # GPTQ's is no tensor, HQQ and AQLM have none
+    of_weight = weight.dtype if isinstance(weight, Tensor) else None
+    for candidate in (getattr(base_layer, "compute_dtype", None), of_weight):
         if isinstance(candidate, torch.dtype) and candidate.is_floating_point and candidate.itemsize >= 2:
             return candidate
     return default

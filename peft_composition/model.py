@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
@@ -27,21 +28,40 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from . import upstream
+from . import processes, upstream
 from .config import AdapterReference, CompositionConfig, LoraLayout
-from .layer import CompositionLayer, Factors, Mixing, compute_dtype, device_of, form_of, layer_shape
+from .layer import (
+    CompositionLayer,
+    Factors,
+    Mixing,
+    compute_dtype,
+    device_of,
+    form_of,
+    hooks_of,
+    layer_shape,
+    real_device,
+)
+from .parameters import CONTAINER, ParameterWrapper, name_in_base, name_in_checkpoint, wrapper_for
 from .upstream import CompositionPlan, LayerShape, StackedFactors
+from .wrapping import TargetParameter, find_parameter, needs_unwrapping, parameter_shape, unwrap
 
 
 # As PEFT counts layers: the first numbered segment of a module's name ends its transformer block.
 _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
+# What FSDP1 and PyTorch's activation checkpointing insert into names.
+_WRAPPERS = re.compile(r"\b_(fsdp|checkpoint)_wrapped_module\.")
 
 
 @dataclass
 class _Injection:
-    """What `inject_adapter` prepared for one composition, until its layers are in place; `layers` are those so far."""
+    """What `inject_adapter` prepared for one composition, until its layers are in place.
+
+    `parameters` are those that are composed by themselves, by the module they belong to and their composed name;
+    `layers` are the layers so far.
+    """
 
     ranks: dict[str, list[int]]
+    parameters: dict[str, dict[str, TargetParameter]]
     biased: set[str]
     shapes: dict[str, LayerShape]
     dtypes: dict[str, torch.dtype]
@@ -113,8 +133,11 @@ class CompositionModel(BaseTuner):
         targets = _target_layers(model)
         _require_usable_name(adapter_name, targets)
         injection = _prepare(config, model, targets)
+        _require_usable_name(adapter_name, injection.ranks)
         config.target_modules = list(injection.ranks)
         self._injection = injection
+        if state_dict is not None:
+            state_dict = {_at_the_module(key, injection): tensor for key, tensor in state_dict.items()}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
@@ -131,12 +154,43 @@ class CompositionModel(BaseTuner):
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge as in every PEFT method; what cannot be merged is found before the first layer is changed.
+
+        Args:
+            adapter_names: the compositions; default: the active ones.
+            safe_merge: check that each merged layer is finite before it is changed.
+
+        Raises:
+            TypeError: a base layer is quantized in a way that cannot be merged into.
+            ValueError: an adapter has a bias, the base layer none; or `safe_merge` found values that are not finite.
+        """
+        self._require_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._require_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _require_mergeable(self, adapter_names: list[str] | None) -> None:
+        for name, layer in composition_layers(self.model):
+            try:
+                layer.require_mergeable(adapter_names)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise type(error)(f"Module {name!r}: {error}") from error
+
     def _fill(self, injection: _Injection, adapter_name: str) -> None:
         """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
         assert injection.stacked is not None
         for name, layer in injection.layers.items():
-            device = device_of(layer.get_base_layer())
-            device = torch.device("cpu") if device.type == "meta" else device
+            device = real_device(device_of(layer.get_base_layer()))
             cast(Factors, layer.composition_factors[adapter_name]).fill(injection.stacked.pop(name), device)
             mixing = cast(Mixing, layer.composition_mixing[adapter_name])
             if mixing.weight is not None and mixing.weight.is_meta:
@@ -148,6 +202,10 @@ class CompositionModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         config = cast(CompositionConfig, peft_config)
+        if config.lora_layout is not None:
+            wrapped = {*config.lora_layout.get("attentions", ()), *config.lora_layout.get("parameters", ())}
+            if key in wrapped or key.rpartition(".")[0] in config.lora_layout.get("attentions", ()):
+                return key in wrapped
         if key in (config.composed_modules or {}):
             return True
         exclusions = SimpleNamespace(
@@ -167,31 +225,60 @@ class CompositionModel(BaseTuner):
     ) -> None:
         config = cast(CompositionConfig, peft_config)
         injection = self._injection
+        if current_key in injection.parameters:
+            self._compose_parameters(config, adapter_name, target, target_name, parent, current_key)
+            return
         if current_key not in injection.ranks:
             raise ValueError(f"The composition {adapter_name!r} has no factors for module {current_key!r}.")
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        dtype = injection.dtypes[current_key]
-        device = device_of(base_layer)
-        block = _sharing_key(config, current_key)
-        if block not in injection.mixings:
-            injection.mixings[block] = Mixing(config, torch.promote_types(dtype, torch.float32), device)
-        factors = Factors(
-            injection.ranks[current_key],
-            injection.shapes[current_key],
-            current_key in injection.biased,
-            dtype,
-            torch.device("meta") if injection.stacked is not None else device,
-        )
+        mixing, factors = self._new_parts(config, current_key, device_of(base_layer))
         layer = target
         if not isinstance(layer, CompositionLayer):
             layer = form_of(base_layer)(target, **injection.quantization_kwargs)
             self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, injection.mixings[block], factors, config.inference_mode)
+        layer.update_layer(adapter_name, mixing, factors, config.inference_mode)
         injection.layers[current_key] = layer
+
+    def _compose_parameters(
+        self,
+        config: CompositionConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        owner: str,
+    ) -> None:
+        """Put a wrapper around a module, and compositions of its parameters into it."""
+        injection = self._injection
+        wrapper = target
+        if not isinstance(wrapper, ParameterWrapper):
+            wrapper = wrapper_for(target)
+            self._replace_module(parent, target_name, wrapper, target)
+        for name, parameter in injection.parameters[owner].items():
+            layer = wrapper.composition_of(parameter, injection.shapes[name].is_transposed)
+            mixing, factors = self._new_parts(config, name, cast(Tensor, parameter.parameter).device)
+            layer.update_layer(adapter_name, mixing, factors, config.inference_mode)
+            injection.layers[name] = layer
+
+    def _new_parts(self, config: CompositionConfig, name: str, device: torch.device) -> tuple[Mixing, Factors]:
+        """The mixing weights of a composed module, shared where they are to be, and room for its factors."""
+        injection = self._injection
+        dtype, device = injection.dtypes[name], real_device(device)
+        block = _sharing_key(config, name)
+        if block not in injection.mixings:
+            injection.mixings[block] = Mixing(config, torch.promote_types(dtype, torch.float32), device)
+        factors = Factors(
+            injection.ranks[name],
+            injection.shapes[name],
+            name in injection.biased,
+            dtype,
+            torch.device("meta") if injection.stacked is not None else device,
+        )
+        return injection.mixings[block], factors
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Devices and dtypes are chosen in _create_and_replace; PEFT's own version would move 8-bit layers.
-        setattr(parent, child_name, new_module)
+        setattr(parent.base_layer if isinstance(parent, ParameterWrapper) else parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to do: mixing weights are float32 always, factors have the base layer's compute dtype always."""
@@ -215,9 +302,13 @@ class CompositionModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT goes by the names of modules, which FSDP1 lengthens within the model: it would find none of them.
+        infixes = f".composition_mixing.{adapter_name}.", f".composition_factors.{adapter_name}."
+        selected.update((key, state_dict[key]) for key in state_dict if any(infix in key for infix in infixes))
         for _, layer in composition_layers(model):
             if adapter_name in layer.composition_factors:
                 layer._ready_factors(adapter_name)
+        selected = {key: _onloaded(model, key) if t.is_meta else t for key, t in selected.items()}
         if cast(CompositionConfig, config).save_adapters:
             return selected
         return {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
@@ -235,11 +326,40 @@ class CompositionModel(BaseTuner):
         return remapped
 
 
+def _onloaded(model: nn.Module, key: str) -> Tensor:
+    """The values of a parameter that accelerate keeps on disk or in another memory."""
+    owner, _, name = key.rpartition(".")
+    for hook in hooks_of(model.get_submodule(owner)):
+        if getattr(hook, "weights_map", None) is not None:
+            return hook.weights_map[name]
+    raise ValueError(f"{key!r} is on the meta device: it has no values that could be saved.")
+
+
 def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer]]:
-    """All composed modules of a model with their names in the base model."""
-    for name, module in model.named_modules():
-        if isinstance(module, CompositionLayer):
-            yield name, module
+    """All composed modules and parameters of a model, with their names in the base model without any wrappers."""
+    for name, _, layer in _located_layers(model):
+        yield name, layer
+
+
+def _located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLayer]]:
+    """The same with their paths in this model, where a wrapper may lie between."""
+    wrappers: list[str] = []
+    for inner_path, module in model.named_modules():
+        path = _WRAPPERS.sub("", inner_path)
+        if isinstance(module, ParameterWrapper):
+            wrappers.append(path)
+        elif isinstance(module, CompositionLayer):
+            yield name_in_base(path, wrappers), path, module
+
+
+def _at_the_module(key: str, injection: _Injection) -> str:
+    """A key of a checkpoint as PEFT looks for it: at the module, also where a parameter of it is composed."""
+    path, found, rest = key.partition(".composition_")
+    if not found:
+        return key
+    name = name_in_checkpoint(path, injection.ranks)
+    owner = next((owner for owner, parameters in injection.parameters.items() if name in parameters), name)
+    return f"{owner}{found}{rest}"
 
 
 def _require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
@@ -248,7 +368,7 @@ def _require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None
     PEFT picks the tensors of one adapter by leaving out all keys that have another adapter's name as a part.
     """
     taken = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "A", "B", "weight", "bias"}
-    taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors"}
+    taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors", CONTAINER}
     taken = taken.union(*(module.split(".") for module in module_names))
     if not adapter_name or "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
@@ -296,7 +416,7 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
         _require_recorded_modules(config, shape_of)
     if not config.is_restored or not config.save_adapters:
         plan = _read(config, model, targets, shape_of, current_name)
-        stacked = upstream.stack(plan, {name: compute_dtype(targets[name], model_dtype) for name in plan.factors})
+        stacked = upstream.stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
         config.record(
             {module: plan.ranks(module) for module in plan.factors},
             [module for module in plan.factors if plan.is_biased(module)],
@@ -307,9 +427,10 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
     config.lora_layout = _lora_layout(config.composed_modules, targets)
     return _Injection(
         ranks=config.composed_modules,
+        parameters=_composed_parameters(config.composed_modules, targets),
         biased=set(config.biased_modules or ()),
         shapes={module: cast(LayerShape, shape_of(module)) for module in config.composed_modules},
-        dtypes={module: compute_dtype(targets[module], model_dtype) for module in config.composed_modules},
+        dtypes={module: _dtype_of(module, targets, model_dtype) for module in config.composed_modules},
         mixings={},
         layers={},
         stacked=stacked,
@@ -333,34 +454,117 @@ def require_composable(config: CompositionConfig, model: nn.Module, adapters: li
     shape_of = _shape_reader(targets, get_quantization_kwargs(model))
     current_name = _module_renamer(model, targets)
     upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
-    is_wanted = _module_filter(config, model, adapters, current_name)
-    plan = upstream.match(adapters, shape_of, targets, current_name, is_wanted)
+    plan = _match(config, model, targets, adapters, shape_of, current_name)
     model_dtype = _model_dtype(model)
-    upstream.stack(plan, {name: compute_dtype(targets[name], model_dtype) for name in plan.factors})
+    upstream.stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
 
 
 def _shape_reader(
     targets: Mapping[str, nn.Module], quantization_kwargs: dict[str, Any]
 ) -> Callable[[str], LayerShape | None]:
-    """What factors must look like, by module name; None where the model has no such module."""
+    """What factors must look like, by the name of a module or parameter; None where the model has no such."""
 
     @cache
-    def shape_of(module: str) -> LayerShape | None:
-        return layer_shape(targets[module], **quantization_kwargs) if module in targets else None
+    def shape_of(name: str) -> LayerShape | None:
+        parameter = find_parameter(targets, name)
+        if parameter is not None:
+            return parameter_shape(targets, parameter)
+        return layer_shape(targets[name], **quantization_kwargs) if name in targets else None
 
     return shape_of
 
 
+def _dtype_of(name: str, targets: Mapping[str, nn.Module], model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the factors of a module or parameter: that in which it computes."""
+    parameter = find_parameter(targets, name)
+    return compute_dtype(targets[name], model_dtype) if parameter is None else cast(Tensor, parameter.parameter).dtype
+
+
+def _composed_parameters(
+    composed: Iterable[str], targets: Mapping[str, nn.Module]
+) -> dict[str, dict[str, TargetParameter]]:
+    """The composed parameters among the composed names, by the module they belong to."""
+    found: dict[str, dict[str, TargetParameter]] = {}
+    for name in composed:
+        parameter = find_parameter(targets, name)
+        if parameter is not None:
+            found.setdefault(parameter.owner, {})[name] = parameter
+    return found
+
+
+def _match(
+    config: CompositionConfig,
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    adapters: list[upstream.UpstreamAdapter],
+    shape_of: Callable[[str], LayerShape | None],
+    current_name: Callable[[str], str],
+) -> CompositionPlan:
+    """Find what in the model the factors of adapters belong to."""
+    names: Iterable[str] = targets
+    if needs_unwrapping(adapters, targets):
+        adapters = [unwrap(adapter, targets, current_name) for adapter in adapters]
+        names = _names_in_order(adapters, targets, current_name)
+    is_wanted = _module_filter(config, model, targets, adapters, current_name)
+    plan = upstream.match(adapters, shape_of, names, current_name, is_wanted)
+    owners = _composed_parameters(plan.factors, targets)
+    for owner, parameters in owners.items():
+        if owner in plan.factors:
+            raise ValueError(
+                f"Some adapters touch the module {owner!r} and others its parameter {', '.join(parameters)} by itself "
+                "(target_parameters); compose without one of them (exclude_modules)"
+            )
+    return plan
+
+
+def _names_in_order(
+    adapters: list[upstream.UpstreamAdapter], targets: dict[str, nn.Module], current_name: Callable[[str], str]
+) -> list[str]:
+    """The modules in the model's order, each followed by those of its parameters that adapters touch."""
+    touched = {current_name(name) for adapter in adapters for name in adapter.modules}
+    parameters = _composed_parameters(touched, targets)
+    names = []
+    for module, layer in targets.items():
+        names.append(module)
+        keys = {parameter.key: name for name, parameter in parameters.get(module, {}).items()}
+        names += [keys[key] for key in layer._parameters if key in keys]
+    return names
+
+
 def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> LoraLayout:
     """What a plain LoRA on these modules says of the model; a regex where no list of name ends selects just them."""
-    others = set(layers) - set(composed)
-    ends = _find_minimal_target_modules(set(composed), others)
-    selected = {name for name in layers if any(name == end or name.endswith(f".{end}") for end in ends)}
-    return LoraLayout(
-        target_modules=sorted(ends) if selected == set(composed) else "|".join(map(re.escape, composed)),
-        embeddings=[name for name in composed if isinstance(layers[name], nn.Embedding)],
-        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in composed),
+    owners = _composed_parameters(composed, layers)
+    attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]
+    parameters = {
+        owner: [key for key in layers[owner]._parameters if f"{owner}.{key}" in names]
+        for owner, names in owners.items()
+        if owner not in attentions
+    }
+    wrapped = {name for names in owners.values() for name in names}
+    modules = [*(name for name in composed if name not in wrapped), *attentions]
+    ends = _name_ends(modules, layers)
+    layout = LoraLayout(
+        target_modules="|".join(map(re.escape, modules)) if ends is None else ends,
+        embeddings=[name for name in modules if isinstance(layers[name], nn.Embedding)],
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
     )
+    if attentions:
+        layout["attentions"] = attentions
+    if parameters:
+        names = [f"{owner}.{key}" for owner, keys in parameters.items() for key in keys]
+        everything = [f"{name}.{key}" for name, layer in layers.items() for key in layer._parameters]
+        layout["target_parameters"] = _name_ends(names, everything) or names
+        layout["parameters"] = parameters
+    return layout
+
+
+def _name_ends(wanted: Collection[str], names: Iterable[str]) -> list[str] | None:
+    """The fewest name ends that select these names and no others; None where there are none."""
+    if not wanted:
+        return []
+    ends = _find_minimal_target_modules(set(wanted), set(names) - set(wanted))
+    selected = {name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)}
+    return sorted(ends) if selected == set(wanted) else None
 
 
 def _num_labels(model: nn.Module) -> int | None:
@@ -373,9 +577,12 @@ def _num_labels(model: nn.Module) -> int | None:
 def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Base layers by name; inside a layer that a composition already wraps only the wrapped one counts.
 
+    Wrappers around parameters are looked through.
+
     A composition beside layers of another PEFT method would save and train them with its own: it is refused.
     """
     targets: dict[str, nn.Module] = {}
+    wrappers: list[str] = []
     wrapped: str | None = None
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, CompositionLayer):
@@ -385,11 +592,17 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
             )
         if wrapped is not None and name.startswith(wrapped):  # what is inside comes right after it
             continue
+        if isinstance(module, ParameterWrapper):
+            wrappers.append(name)
+            continue
         if isinstance(module, CompositionLayer):
             wrapped = f"{name}."
             module = module.get_base_layer()
+        elif any(name == f"{wrapper}.{CONTAINER}" for wrapper in wrappers):
+            wrapped = f"{name}."
+            continue
         if name:
-            targets[name] = module
+            targets[name_in_base(f"{name}.", wrappers).rstrip(".")] = module
     return targets
 
 
@@ -409,11 +622,10 @@ def _read(
             cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
             for reference, entry in zip(references, config.provenance)
         ]
-    located = upstream.locate(references, with_cards=not config.is_restored)
+    located = processes.locate(references, with_cards=not config.is_restored)
     adapters = upstream.read_adapters(located, hashes)
     upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
-    is_wanted = _module_filter(config, model, adapters, current_name)
-    plan = upstream.match(adapters, shape_of, targets, current_name, is_wanted)
+    plan = _match(config, model, targets, adapters, shape_of, current_name)
     if config.is_restored:
         _require_recorded_ranks(config, plan)
     else:
@@ -453,17 +665,22 @@ def _renamed_state_dict(
     """The same renaming for the keys of its weights."""
     composed = config.composed_modules or {}
     prefix, separator = "base_model.model.", ".composition_"
-    modules = {key.removeprefix(prefix).partition(separator)[0] for key in state_dict if separator in key}
-    if modules <= set(composed):
-        return state_dict
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-    current_name = _module_renamer(base_model, _target_layers(base_model))
-    current = {module: current_name(module) for module in sorted(modules - set(composed))}
+    paths = {name: path for name, path, _ in _located_layers(base_model)}
+    found = dict.fromkeys(key.removeprefix(prefix).partition(separator)[0] for key in state_dict if separator in key)
+    if found.keys() <= set(paths.values()):
+        return state_dict
+    names = {path: name_in_checkpoint(path, composed) for path in found}
+    if not set(names.values()) <= set(composed):
+        current_name = _module_renamer(base_model, _target_layers(base_model))
+        names = {path: current_name(name) for path, name in names.items()}
     renamed = {}
     for key, tensor in state_dict.items():
         start = prefix if key.startswith(prefix) else ""
-        module, found, rest = key.removeprefix(prefix).partition(separator)
-        renamed[f"{start}{current.get(module, module)}{found}{rest}" if found else key] = tensor
+        path, is_ours, rest = key.removeprefix(prefix).partition(separator)
+        if is_ours:
+            key = f"{start}{paths.get(names[path], names[path])}{is_ours}{rest}"
+        renamed[key] = tensor
     return renamed
 
 
@@ -501,20 +718,31 @@ def _model_dtype(model: nn.Module) -> torch.dtype:
 def _module_filter(
     config: CompositionConfig,
     model: nn.Module,
+    targets: Mapping[str, nn.Module],
     adapters: list[upstream.UpstreamAdapter],
     current_name: Callable[[str], str],
 ) -> Callable[[str], bool]:
     """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`.
 
-    In a checkpoint they have been applied.
+    In a checkpoint they have been applied. What holds for a module holds for its parameters.
     """
     if config.is_restored:
         return (config.composed_modules or {}).__contains__
+
+    def names_of(name: str) -> list[str]:
+        parameter = find_parameter(targets, name)
+        if parameter is None:
+            return [name]
+        # As in PEFT, an attention is composed as a whole or not at all.
+        is_attention = isinstance(parameter.module, nn.MultiheadAttention)
+        return [parameter.owner] if is_attention else [name, parameter.owner]
+
     target_modules = config.requested_target_modules
     if target_modules is None:
         # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
         spelled = {module for adapter in adapters for module in adapter.modules}
-        target_modules = {name.rpartition(".")[2] for module in spelled for name in (module, current_name(module))}
+        names = {name for module in spelled for name in (module, *names_of(current_name(module)))}
+        target_modules = {name.rpartition(".")[2] for name in names}
     rules = SimpleNamespace(
         target_modules=target_modules,
         target_parameters=None,
@@ -525,7 +753,12 @@ def _module_filter(
         task_type=config.task_type,
     )
     _maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
-    return lambda module: bool(check_target_module_exists(rules, module))
+
+    def is_wanted(name: str) -> bool:
+        found = [check_target_module_exists(rules, candidate) for candidate in names_of(name)]
+        return any(found) and not any(isinstance(result, _ExcludedModule) for result in found)
+
+    return is_wanted
 
 
 def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable[[str], str]:
@@ -540,7 +773,7 @@ def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable
 
     @cache  # adapters have most names in common
     def current_name(module: str) -> str:
-        if module in targets:
+        if module in targets or find_parameter(targets, module) is not None:
             return module
         key, _ = rename_source_key(
             f"{module}.weight",

@@ -1,9 +1,12 @@
-"""Mixing weights as a table and as a heatmap, from what `model.mixing_weights()` returns. Pure functions; no files."""
+"""Mixing weights as a table and as a heatmap, and beside the similarity of the adapters. Pure functions; no files.
+
+The weights are what `model.mixing_weights()` returns, the similarities what `similarity.layerwise_cka` does.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 Weights = Mapping[str, Mapping[str, float]]
+Similarities = Mapping[str, Mapping[str, float]]
 Part = Literal["model", "block", "module"]
 PARTS = ("model", "block", "module")
 WHOLE_MODEL = "all"
@@ -49,12 +53,13 @@ class WeightRow:
     max: float
 
 
-def weights_table(weights: Weights, by: Part = "model") -> list[WeightRow]:
+def weights_table(weights: Weights, by: Part = "model", adapters: Sequence[str] | None = None) -> list[WeightRow]:
     """Mean, least and largest mixing weight of every adapter.
 
     Args:
         weights: `{module: {adapter: weight}}`; an adapter may be missing in a module.
         by: over the whole "model" (default), or for each "block" or "module".
+        adapters: their order. Default: as they appear in `weights`.
 
     Returns:
         Rows in the order of the parts, then of the adapters; none for an adapter that a part does not have.
@@ -64,14 +69,16 @@ def weights_table(weights: Weights, by: Part = "model") -> list[WeightRow]:
     """
     rows = []
     for part, members in _parts(weights, by).items():
-        for adapter in _adapters(weights):
+        for adapter in adapters or _adapters(weights):
             values = [weights[module][adapter] for module in members if adapter in weights[module]]
             if values:
                 rows.append(WeightRow(part, adapter, len(values), fmean(values), min(values), max(values)))
     return rows
 
 
-def plot_weights(weights: Weights, by: Part = "module", title: str | None = None) -> Figure:
+def plot_weights(
+    weights: Weights, by: Part = "module", title: str | None = None, adapters: Sequence[str] | None = None
+) -> Figure:
     """A heatmap of the mixing weights: parts of the model down, adapters across (arXiv 2402.15414, figures 7 and 8).
 
     The colours run from the least to the largest weight (map cividis, which colour-blind readers see alike); where
@@ -82,6 +89,7 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
         weights: `{module: {adapter: weight}}`; an adapter may be missing in a module.
         by: one row per "module" (default), per "block" (mean of its modules), or for the whole "model".
         title: above the plot. Default: none.
+        adapters: their order. Default: as they appear in `weights`.
 
     Returns:
         The figure; `figure.savefig(path)` writes it. It belongs to no pyplot window.
@@ -90,32 +98,204 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
         ValueError: `by` is none of these, or there are no weights.
         ImportError: matplotlib is not installed.
     """
+    figure = _figure()
+    parts, columns = _rows_and_columns(weights, by)
+    names = [*(adapters or columns)]
+    axes = _lay_out(figure, parts, names, [_Panel(_grid(weights, by, parts, names), "mixing weight")], by)
+    if title:
+        axes[0].set_title(title, fontsize=10, wrap=True)
+    return figure
+
+
+def plot_weights_and_similarity(
+    weights: Weights,
+    similarities: Similarities,
+    by: Part = "module",
+    relative: bool = True,
+    title: str | None = None,
+) -> Figure:
+    """The heatmap of the mixing weights, and beside it that of the similarities, rows and columns in the same order.
+
+    This is the layout of figures 7 and 8 of arXiv 2402.15414, where "the CKA values are normalized across the
+    upstreams"; how, it does not say. Here `relative` takes the mean of its row from every value: differences between
+    adapters show also where layers differ more, and a row in which all adapters are alike stays pale.
+
+    Args:
+        weights: `{module: {adapter: weight}}`, learned.
+        similarities: `{module: {adapter: similarity}}` of the upstream adapters to the target, by the same names.
+            Modules that have no weights are left out; a cell without a similarity is hatched.
+        by: one row per "module" (default), per "block" (mean of its modules), or for the whole "model".
+        relative: show similarities less the mean of their row (default), or as they are.
+        title: above the plot. Default: none.
+
+    Returns:
+        The figure, as `plot_weights` does.
+
+    Raises:
+        ValueError: as `plot_weights`; or weights and similarities have no module and adapter in common.
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure()
+    parts, adapters = _rows_and_columns(weights, by)
+    left = _grid(weights, by, parts, adapters)
+    right = _grid(_of_weights(similarities, weights), by, parts, adapters)
+    label = "CKA"
+    if relative:
+        label = "CKA less the mean of the row"
+        right = [[value - _mean_of(row) for value in row] for row in right]
+    panels = [_Panel(left, "mixing weight"), _Panel(right, label, is_signed=relative)]
+    _lay_out(figure, parts, adapters, panels, by)
+    if title:
+        figure.suptitle(title, fontsize=10, wrap=True)
+    return figure
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """How far two rankings of the upstream adapters agree, in one part of the model or on the average over its parts.
+
+    Attributes:
+        part: name of the block or module, or "all".
+        adapters: number of adapters that were ranked.
+        rho: Spearman's correlation, -1 to 1; NaN where all weights or all similarities are equal.
+        p_value: of a two-sided permutation test; NaN with `rho`. See `rank_correlations`.
+    """
+
+    part: str
+    adapters: int
+    rho: float
+    p_value: float
+
+
+def rank_correlations(weights: Weights, similarities: Similarities, by: Part = "module") -> list[RankCorrelation]:
+    """Spearman's correlation between mixing weights and similarities, for every part of the model and pooled.
+
+    Adapters are ranked within each part, so that parts which are more alike than others as a whole do not count as
+    agreement. The pooled value, the last, is the mean of the parts' correlations.
+
+    The p-values are exact (or, for more than 7 adapters, from 9999 random orders, seeded): the share of all ways to
+    hand out the adapters' names anew, in all parts of the model alike, that give a correlation as far from zero. Parts
+    of one network are not independent of each other, and a test that took each pair of a part and an adapter for an
+    observation of its own would find significance in noise. What they can say: whether these adapters' order is more
+    than chance. With 3 adapters none falls below 1/3, with 5 none below 1/60. What they cannot: whether another
+    training run, another target task or other adapters would agree, for which runs must be repeated; nor, where many
+    parts are looked at one by one, that the least p-value of them means anything.
+
+    Args:
+        weights: `{module: {adapter: weight}}`.
+        similarities: `{module: {adapter: similarity}}`, of every adapter in every module that has weights.
+        by: rank within each "module" (default) or "block" (mean of its modules), or the means over the whole "model".
+
+    Returns:
+        One entry for each part in the order of the weights, then "all"; by "model" that one alone.
+
+    Raises:
+        ValueError: a weight or a similarity of an adapter is missing in a module that has weights; fewer than 2
+            adapters; nowhere both weights and similarities that differ.
+        ImportError: scipy is not installed.
+    """
+    parts, adapters = _rows_and_columns(weights, by)
+    if len(adapters) < 2:
+        raise ValueError(f"one adapter has no rank among others: {adapters[0]!r}")
+    for module, row in weights.items():
+        for adapter in adapters:
+            if adapter not in row or adapter not in similarities.get(module, {}):
+                what = "similarity" if adapter in row else "weight"
+                raise ValueError(f"module {module!r} has no {what} of adapter {adapter!r}: leave one of them out")
+    grid = _grid(weights, by, parts, adapters)
+    similar = _grid(_of_weights(similarities, weights), by, parts, adapters)
+    ranked = [_correlate(part, [own], [other]) for part, own, other in zip(parts, grid, similar)]
+    defined = [number for number, entry in enumerate(ranked) if not math.isnan(entry.rho)]
+    if not defined:
+        raise ValueError("there is nothing to rank: in no part do both weights and similarities differ")
+    if by == "model":
+        return ranked
+    pooled = _correlate(WHOLE_MODEL, [grid[number] for number in defined], [similar[number] for number in defined])
+    return [*ranked, pooled]
+
+
+def _correlate(part: str, weights: list[list[float]], similarities: list[list[float]]) -> RankCorrelation:
+    """Mean over rows of Spearman's correlation, with the p-value of permuting the columns of one side."""
+    try:
+        import numpy as np
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError("Rank correlations need scipy: pip install 'peft-composition[analysis]'") from error
+    count = len(weights[0])
+    if any(_is_constant(row) for row in (*weights, *similarities)):
+        return RankCorrelation(part, count, math.nan, math.nan)
+    ranks, others = (stats.zscore(stats.rankdata(rows, axis=1), axis=1) for rows in (weights, similarities))
+    products = ranks.T @ others / ranks.size  # (N, N): what pairing adapter i's weights with j's similarities adds
+    columns = np.arange(count)
+
+    def correlation(order: np.ndarray, axis: int = -1) -> np.ndarray:
+        return products[columns, np.moveaxis(order, axis, -1)].sum(-1)
+
+    test = stats.permutation_test(
+        (columns,), correlation, permutation_type="pairings", vectorized=True, n_resamples=9999, random_state=0
+    )
+    return RankCorrelation(part, count, float(test.statistic), float(test.pvalue))
+
+
+def _is_constant(row: list[float]) -> bool:
+    """Whether values differ by no more than rounding: uniform weights are no ranking."""
+    return max(row) - min(row) <= 1e-9 * max(map(abs, row))
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One heatmap of a figure: values by part and adapter, and what they are."""
+
+    grid: list[list[float]]
+    label: str
+    is_signed: bool = False
+
+
+def _figure() -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The heatmap needs matplotlib: pip install 'peft-composition[cli]'") from error
-    rows, adapters = weights_table(weights, by), _adapters(weights)
-    parts = [*dict.fromkeys(row.part for row in rows)]
-    grid = [[math.nan] * len(adapters) for _ in parts]
-    for row in rows:
-        grid[parts.index(row.part)][adapters.index(row.adapter)] = row.mean
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _lay_out(figure: Figure, parts: list[str], adapters: list[str], panels: list[_Panel], by: str) -> list[Axes]:
+    """Draw panels side by side, on rows that they share; the figure takes the size that its labels need."""
     labels, common = _short_labels(parts)
     names = [_clipped(name) for name in adapters]
-    is_numbered = len(rows) <= NUMBERED_CELLS
+    is_numbered = len(parts) * len(adapters) <= NUMBERED_CELLS
     width = max(SMALLEST_PLOT, (NUMBER_WIDTH if is_numbered else COLUMN_WIDTH) * len(adapters))
     height = max(SMALLEST_PLOT, ROW_HEIGHT * len(parts))
-    margin = CHARACTER_WIDTH * max(map(len, labels)) + 1.6  # for the colour bar, too
-    figure = Figure((width + margin, height + CHARACTER_WIDTH * max(map(len, names)) + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = _draw(axes, grid)
-    if is_numbered:
-        _write_numbers(axes, grid, image)
+    margin = CHARACTER_WIDTH * max(map(len, labels)) + 0.8
+    figure.set_size_inches(
+        (width + 0.8) * len(panels) + margin,  # 0.8 for a colour bar
+        height + CHARACTER_WIDTH * max(map(len, names)) + 0.9,
+    )
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(every, panels):
+        image = _draw(axes, panel.grid)
+        if is_numbered:
+            _write_numbers(axes, panel, image)
+        _add_color_bar(figure, axes, image, panel.label, width, height)
+        axes.set_xticks(range(len(adapters)), names, rotation=90 if len(adapters) > 4 else 30, fontsize=8)
+        if len(adapters) <= 4:
+            for label in axes.get_xticklabels():
+                label.set_horizontalalignment("right")
+        axes.set_xlabel("upstream adapter")
+    every[0].set_yticks(range(len(parts)), labels, fontsize=8)
+    every[0].set_ylabel(f"{by} of {common}" if common else by)
+    return list(every)
+
+
+def _add_color_bar(figure: Figure, axes: Axes, image: AxesImage, label: str, width: float, height: float) -> None:
     length = min(height, BAR_HEIGHT)
     bar = figure.colorbar(
         image,
-        label="mixing weight",
+        ax=axes,
+        label=label,
         fraction=BAR_WIDTH / (width + BAR_WIDTH),
         pad=0.1 / width,
         shrink=length / height,
@@ -123,16 +303,6 @@ def plot_weights(weights: Weights, by: Part = "module", title: str | None = None
         anchor=(0.0, 1.0),
     )
     bar.ax.tick_params(labelsize=8)
-    axes.set_xticks(range(len(adapters)), names, rotation=90 if len(adapters) > 4 else 30, fontsize=8)
-    if len(adapters) <= 4:
-        for label in axes.get_xticklabels():
-            label.set_horizontalalignment("right")
-    axes.set_yticks(range(len(parts)), labels, fontsize=8)
-    axes.set_xlabel("upstream adapter")
-    axes.set_ylabel(f"{by} of {common}" if common else by)
-    if title:
-        axes.set_title(title, fontsize=10, wrap=True)
-    return figure
 
 
 def _draw(axes: Axes, grid: list[list[float]]) -> AxesImage:
@@ -149,16 +319,49 @@ def _draw(axes: Axes, grid: list[list[float]]) -> AxesImage:
     return axes.imshow(grid, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
 
 
-def _write_numbers(axes: Axes, grid: list[list[float]], image: AxesImage) -> None:
+def _write_numbers(axes: Axes, panel: _Panel, image: AxesImage) -> None:
     colors = image.to_rgba(image.get_array())  # type: ignore[arg-type]  # never None: imshow has set it
-    for y, row in enumerate(grid):
+    sign = "+" if panel.is_signed else ""
+    largest = max(abs(value) for row in panel.grid for value in row if not math.isnan(value))
+    digits = 3 if panel.is_signed and largest < 0.1 else 2
+    for y, row in enumerate(panel.grid):
         for x, value in enumerate(row):
             if math.isnan(value):
                 continue
             red, green, blue, _ = colors[y, x]
             is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
             color = "black" if is_bright else "white"
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+            text = f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no minus before a zero
+            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
+
+
+def _rows_and_columns(weights: Weights, by: Part) -> tuple[list[str], list[str]]:
+    rows = weights_table(weights, by)
+    return [*dict.fromkeys(row.part for row in rows)], _adapters(weights)
+
+
+def _grid(values: Weights, by: Part, parts: list[str], adapters: list[str]) -> list[list[float]]:
+    """The mean value of every adapter in every part; NaN where a part has none."""
+    found = {(row.part, row.adapter): row.mean for row in weights_table(values, by)}
+    return [[found.get((part, adapter), math.nan) for adapter in adapters] for part in parts]
+
+
+def _of_weights(similarities: Similarities, weights: Weights) -> dict[str, dict[str, float]]:
+    """The similarities in modules that have weights, of adapters that have one."""
+    names = set(_adapters(weights))
+    found = {
+        module: {name: value for name, value in similarities[module].items() if name in names}
+        for module, row in weights.items()
+        if row and module in similarities
+    }
+    if not any(found.values()):
+        raise ValueError("weights and similarities have no module and adapter in common")
+    return found
+
+
+def _mean_of(row: list[float]) -> float:
+    known = [value for value in row if not math.isnan(value)]
+    return fmean(known) if known else math.nan
 
 
 def _adapters(weights: Weights) -> list[str]:

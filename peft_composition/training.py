@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:  # the Trainer is slow to import, and not everybody trains
 def parameter_groups(
     model: nn.Module, *, mixing_lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for an optimizer: first the mixing weights, then head and all else that trains.
+    """The trainable parameters as groups for an optimizer: mixing weights, then the head and all else that trains.
 
     Mixing weights never decay; of the rest decays what the Trainer would let decay, which are no biases and no norms.
     The schedulers of torch and transformers scale the learning rate of every group alike; the `learning_rate` that the
@@ -236,7 +235,13 @@ class MixingWeightsCallback(TrainerCallback):
             raise ValueError("MixingWeightsCallback was made for another Trainer than the one that it was added to.")
         # A new list: the Trainer is going through the old one.
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
-        self._last = _weights_by_composition(kwargs["model"])
+        self._last = {}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._last:  # not when training begins: FSDP can be asked for weights only after a forward pass
+            self._last = _weights_by_composition(kwargs["model"])
 
     def on_log(
         self,
@@ -256,17 +261,15 @@ class MixingWeightsCallback(TrainerCallback):
         state.log_history[-1].update(values)
 
 
+@torch.no_grad()
 def _weights_by_composition(model: nn.Module) -> dict[str, Tensor]:
     """The mixing weights of the active compositions, each of shape (modules, N), on the CPU."""
     rows: dict[str, list[Tensor]] = {}
     for _, layer in composition_layers(model):
         for name in layer.active_adapters:
             if name in layer.composition_factors:
-                with torch.no_grad():
-                    weights = layer.mixing_weights(name)
-                weights = weights.full_tensor() if isinstance(weights, DTensor) else weights
-                rows.setdefault(name, []).append(weights.cpu())
-    return {name: torch.stack(entries) for name, entries in rows.items()}
+                rows.setdefault(name, []).append(layer.mixing_weights(name))
+    return {name: torch.stack([row.cpu() for row in entries]) for name, entries in rows.items()}
 
 
 def _configs(model: nn.Module) -> Mapping[str, CompositionConfig]:
@@ -288,7 +291,7 @@ def _summary(
         if config.normalization == "softmax" and count > 1:
             entropy = torch.special.entr(table).sum(1).mean().item()
             values[f"mixing_entropy{infix}"] = entropy / math.log(count)
-        if composition in before:
+        if composition in before:  # it may have become active just now
             values[f"mixing_max_change{infix}"] = (table - before[composition]).abs().max().item()
     return values
 
@@ -324,6 +327,6 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return False
     return True

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -46,7 +47,7 @@ from .config import AdapterReference, Provenance
 # LoRA-GA) change its weights, so that the saved product is no update of the original model.
 BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
-OTHER_VARIANTS = ("use_qalora", "layer_replication", "target_parameters", "megatron_config", "enable_lora")
+OTHER_VARIANTS = ("use_qalora", "layer_replication", "megatron_config", "enable_lora")
 PARALLEL_DOWNLOADS = 8
 PARALLEL_HASHES = 2
 # How much of the adapters is mapped at once while they are stacked, in bytes and in files.
@@ -118,6 +119,8 @@ class LayerShape:
         out_features: rows of B.
         is_embedding: whether the factors are those of an embedding.
         refusal: why this layer cannot be composed, if so.
+        experts: how many matrices a parameter of three dimensions holds, each with factors of its own.
+        is_transposed: whether these are stored as (in, out).
     """
 
     kind: str
@@ -125,12 +128,42 @@ class LayerShape:
     out_features: int
     is_embedding: bool = False
     refusal: str | None = None
+    experts: int | None = None
+    is_transposed: bool = False
+
+    @property
+    def rank_dim_of_A(self) -> int:
+        return 0 if self.experts is None else 1
+
+    @property
+    def rank_dim_of_B(self) -> int:
+        return self.rank_dim_of_A + 1
 
     def shape_of_A(self, rank: int) -> tuple[int, ...]:
-        return (rank, *self.in_shape)
+        experts = () if self.experts is None else (self.experts,)
+        return (*experts, rank, *self.in_shape)
 
     def shape_of_B(self, rank: int) -> tuple[int, ...]:
+        if self.experts is not None:
+            return (self.experts, self.out_features, rank)
         return (self.out_features, rank, *(1,) * (len(self.in_shape) - 1))
+
+    def saved_shape_of_A(self, rank: int) -> tuple[int, ...]:
+        """The shape in an adapter's file, where the experts come one below the other."""
+        return self.shape_of_A(rank) if self.experts is None else (self.experts * rank, *self.in_shape)
+
+    def saved_shape_of_B(self, rank: int) -> tuple[int, ...]:
+        return self.shape_of_B(rank) if self.experts is None else (self.out_features, rank * self.experts)
+
+    def unpack_A(self, saved: Tensor) -> Tensor:
+        """A of an adapter's file in the shape in which it is stacked."""
+        return saved if self.experts is None else saved.reshape(self.experts, -1, *self.in_shape)
+
+    def unpack_B(self, saved: Tensor) -> Tensor:
+        """B likewise; its columns go through the experts before the ranks."""
+        if self.experts is None:
+            return saved
+        return saved.reshape(self.out_features, -1, self.experts).permute(2, 0, 1)
 
 
 @dataclass
@@ -209,27 +242,30 @@ class WeightsFile:
     def __init__(self, name: str, path: Path) -> None:
         self._name = name
         self._path = path
+        self._is_pickled = path.suffix != ".safetensors"
         self._pickled: dict[str, Tensor] | None = None
         self._entries: dict[str, _Entry] = {}
         self._mapping: mmap.mmap | None = None
         try:
             self.nbytes = path.stat().st_size
-            if path.suffix == ".safetensors":
-                self._entries = _entries(path)
+            if self._is_pickled:
+                self._entries = {key: _Entry(tuple(t.shape), None, None) for key, t in _unpickle(name, path).items()}
             else:
-                self._pickled = _unpickle(name, path)
+                self._entries = _entries(path)
         except (SafetensorError, OSError) as error:
             raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries if self._pickled is None else self._pickled)
+        return iter(self._entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._entries[key].shape if self._pickled is None else tuple(self._pickled[key].shape)
+        return self._entries[key].shape
 
     def read(self, key: str) -> Tensor:
         """The values of one tensor: a view of the mapped file, a private one."""
-        if self._pickled is not None:
+        if self._is_pickled:
+            if self._pickled is None:
+                self._pickled = _unpickle(self._name, self._path)
             return self._pickled[key]
         shape, dtype, start = self._entries[key]
         try:
@@ -243,6 +279,7 @@ class WeightsFile:
     def unmap(self) -> None:
         """Let go of the mapped file; the memory is free once the tensors that were read are gone, too."""
         self._mapping = None
+        self._pickled = None
 
     def _mapped(self) -> mmap.mmap:
         if self._mapping is None:
@@ -271,7 +308,8 @@ def _entries(path: Path) -> dict[str, _Entry]:
 
 def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped like a safetensors file, except the kind of before PyTorch 1.6, which is no zip file.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it trips over
         raise AdapterError(
             name,
@@ -286,7 +324,9 @@ def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
 # Finding the files
 
 
-def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> list[AdapterFiles]:
+def locate(
+    references: Sequence[AdapterReference], with_cards: bool = True, progress: bool = True
+) -> list[AdapterFiles]:
     """Find the files of adapters, downloading those that are on the Hub, several at once.
 
     Args:
@@ -294,6 +334,7 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
             token comes from the usual places (`HF_TOKEN`, `hf auth login`); `HF_HUB_OFFLINE=1` or
             `local_files_only` use the cache alone.
         with_cards: whether the cards are wanted, too. One that cannot be had is left out.
+        progress: whether to show a progress bar, if anything is on the Hub.
 
     Returns:
         The files, in the order of `references`.
@@ -306,7 +347,8 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
         return [locate_one(reference, with_cards) for reference in references]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         found = pool.map(locate_one, references, repeat(with_cards))
-        return list(tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter"))
+        bar = tqdm(found, total=len(references), desc="Fetching adapters", unit="adapter", disable=not progress)
+        return list(bar)
 
 
 def _is_local(path: str) -> bool:
@@ -653,18 +695,48 @@ def _factors(
             raise AdapterError(name, f"module {module!r} has lora_{other} but no lora_{factor}")
     if "A.bias" in parts:
         raise AdapterError(name, f"module {module!r} has a bias on lora_A, which is not part of a plain product B A")
-    rank = next(iter(weights.shape(parts["A"])), 0)
+    rows = next(iter(weights.shape(parts["A"])), 0)
+    factors = Factors(rows, math.nan, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
+    if config.get("target_parameters") or ".base_layer" in module:
+        # Whose factors these are, and so of what rank and alpha, depends on the model: see `wrapping.unwrap`.
+        return replace(factors, scale=_scale(name, config, module, config.get("r") or rows))
+    return ranked(name, config, weights, factors, module)
+
+
+def ranked(
+    name: str, config: Mapping[str, Any], weights: WeightsFile, factors: Factors, module: str, experts: int = 1
+) -> Factors:
+    """Factors with the rank and the scale that an adapter's config gives them.
+
+    Args:
+        name: of the adapter.
+        config: its config.
+        weights: its tensors.
+        factors: of a module, their rank and scale yet unknown.
+        module: its name, or that of a parameter, as the patterns of the config know it.
+        experts: how many matrices share the rows of A.
+
+    Raises:
+        AdapterError: config and factors disagree.
+    """
+    rows = next(iter(weights.shape(factors.A)), 0)
+    rank = rows // experts
     expected = _pattern_value(config.get("rank_pattern"), module, config.get("r"))
-    if expected is not None and rank != expected:
+    if (expected is not None and rank != expected) or rows != rank * experts:
+        of_experts = f" for {experts} experts" if experts > 1 else ""
         raise AdapterError(
             name,
-            f"module {module!r}: its config says rank {expected} but lora_A has {rank} rows; the scale is unknown",
+            f"module {module!r}: its config says rank {expected}{of_experts} but lora_A has {rows} rows; the scale "
+            "is unknown",
         )
+    return replace(factors, rank=rank, scale=_scale(name, config, module, rank))
+
+
+def _scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise AdapterError(name, f"module {module!r}: lora_alpha is {alpha!r}")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
-    return Factors(rank, scale, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -746,11 +818,6 @@ def match(
             if not is_composed:
                 continue
             if shape is None:
-                # PEFT wraps nn.MultiheadAttention as a whole, with its output projection inside.
-                outer, inside, _ = spelled.partition(".base_layer.")
-                outer_shape = shape_of(outer) if inside else None
-                if outer_shape is not None and outer_shape.refusal is not None:
-                    _require_fit(adapter, outer, factors, outer_shape)
                 raise AdapterError(adapter.name, _unknown_module(spelled, module_names))
             _require_fit(adapter, module, factors, shape)
             row = by_module.setdefault(module, [None] * len(adapters))
@@ -796,7 +863,7 @@ def _require_fit(adapter: UpstreamAdapter, module: str, factors: Factors, shape:
         kinds = ("an embedding", "a linear or convolutional layer")
         has, needs = kinds if factors.is_embedding else kinds[::-1]
         raise AdapterError(adapter.name, f"module {module!r} has the factors of {has}, but is {needs} in the model")
-    expected = {factors.A: shape.shape_of_A(factors.rank), factors.B: shape.shape_of_B(factors.rank)}
+    expected = {factors.A: shape.saved_shape_of_A(factors.rank), factors.B: shape.saved_shape_of_B(factors.rank)}
     if factors.bias is not None:
         expected[factors.bias] = (shape.out_features,)
     for key, wanted in expected.items():
@@ -900,9 +967,12 @@ def _stack_batch(plan: CompositionPlan, module: str, batch: range, target: Stack
     if not entries:
         return 0
     count = sum(factors.rank for _, factors in entries)
-    A, B = target.A[start : start + count], target.B[:, start : start + count]
-    _join([adapter.weights.read(factors.A) for adapter, factors in entries], 0, A)
-    _join([adapter.weights.read(factors.B) for adapter, factors in entries], 1, B, _scales(entries, B))
+    shape = plan.shapes[module]
+    A = target.A.narrow(shape.rank_dim_of_A, start, count)
+    B = target.B.narrow(shape.rank_dim_of_B, start, count)
+    _join([shape.unpack_A(adapter.weights.read(factors.A)) for adapter, factors in entries], shape.rank_dim_of_A, A)
+    read = [shape.unpack_B(adapter.weights.read(factors.B)) for adapter, factors in entries]
+    _join(read, shape.rank_dim_of_B, B, _scales(entries, B.dtype, B.dim() - 1 - shape.rank_dim_of_B))
     for number, (adapter, factors) in zip(numbers, entries):
         if factors.bias is not None and target.bias is not None:
             target.bias[number] = _scaled(adapter.weights.read(factors.bias), factors.scale, target.bias.dtype)
@@ -922,13 +992,13 @@ def _join(tensors: list[Tensor], dim: int, out: Tensor, scales: Tensor | None = 
         out.copy_(torch.cat(tensors, dim))
 
 
-def _scales(entries: Sequence[tuple[UpstreamAdapter, Factors]], B: Tensor) -> Tensor | None:
+def _scales(entries: Sequence[tuple[UpstreamAdapter, Factors]], dtype: torch.dtype, dims_behind: int) -> Tensor | None:
     """The scale of every column of B, in a shape to multiply it with; None where all are 1."""
     scales = [factors.scale for _, factors in entries for _ in range(factors.rank)]
     if all(scale == 1 for scale in scales):
         return None
-    wide = torch.promote_types(B.dtype, torch.float32)
-    return torch.tensor(scales, dtype=wide, device="cpu").view(-1, *(1,) * (B.dim() - 2))
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.tensor(scales, dtype=wide, device="cpu").view(-1, *(1,) * dims_behind)
 
 
 def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -9,19 +9,32 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
 # Relative to the norm of the reference.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+# Parameters that the tests target, by the last part of their module's name and in the order in which it has them.
+PARAMETERS = {
+    "experts": ("gate_up_proj", "down_proj"),
+    "gate": ("weight",),
+    "router": ("weight",),
+    "holder": ("table", "stack"),
+    "flipped": ("stack",),
+    "lin": ("weight",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,17 +42,24 @@ class Lora:
     """One adapter at one module, in float64."""
 
     scale: float
-    A: Tensor  # (r, in), (r, in, *kernel) or (r, vocabulary)
-    B: Tensor  # (out, r), (out, r, 1, ...) or (dim, r)
+    A: Tensor  # (r, in), (r, in, *kernel) or (r, vocabulary); of experts (experts, r, in)
+    B: Tensor  # (out, r), (out, r, 1, ...) or (dim, r); of experts (experts, out, r)
     bias: Tensor | None = None  # (out,)
+    has_experts: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[2 if self.has_experts else 1]
 
     def delta(self) -> Tensor:
-        """s B A, shape (out, in), (out, in, *kernel) or (dim, vocabulary)."""
+        """s B A, shape (out, in), (out, in, *kernel) or (dim, vocabulary); of experts (experts, out, in)."""
+        if self.has_experts:
+            return self.scale * torch.einsum("eor,eri->eoi", self.B, self.A)
         return self.scale * torch.einsum("or,r...->o...", self.B.flatten(1), self.A)
 
 
 def read_lora(folder: str | Path) -> dict[str, Lora]:
-    """The factors of a saved adapter by module name, with the scale that its config gives them."""
+    """The factors of a saved adapter by module or parameter name, with the scale that its config gives them."""
     config = json.loads(Path(folder, "adapter_config.json").read_text())
     tensors = {
         key.removeprefix("base_model.model."): tensor.double()
@@ -49,19 +69,78 @@ def read_lora(folder: str | Path) -> dict[str, Lora]:
     for key, A in tensors.items():
         for middle, end in ((".lora_A", ".weight"), (".lora_embedding_A", "")):
             if key.endswith(middle + end):
-                module = key.removesuffix(middle + end)
-                to_B = module + middle.replace("A", "B")
-                rank = _by_pattern(config["rank_pattern"], module, config["r"])
-                alpha = _by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
-                assert A.shape[0] == rank
-                scale = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
-                found[module] = Lora(scale, A, tensors[to_B + end], tensors.get(f"{to_B}.bias"))
+                path = key.removesuffix(middle + end)
+                to_B = path + middle.replace("A", "B")
+                name, target, times = _name_in_base(path, config, tensors)
+                rank = _by_pattern(config["rank_pattern"], target, config["r"])
+                alpha = _by_pattern(config["alpha_pattern"], target, config["lora_alpha"])
+                scale = times * alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+                experts, rest = divmod(A.shape[0], rank)
+                assert rest == 0
+                B = tensors[to_B + end]
+                if experts > 1:
+                    A = torch.stack([A[expert * rank : (expert + 1) * rank] for expert in range(experts)])
+                    B = torch.stack([B[:, expert::experts] for expert in range(experts)])
+                found[name] = Lora(scale, A, B, tensors.get(f"{to_B}.bias"), has_experts=experts > 1)
     return found
 
 
+def _name_in_base(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, str, int]:
+    """Name of the module or parameter that factors belong to, its name in patterns, and how often PEFT adds them."""
+    attention, is_inside, _ = path.partition(".base_layer.out_proj")
+    if is_inside:
+        return f"{attention}.out_proj", attention, attention_output_times()
+    if f"{path}.base_layer.out_proj.lora_A.weight" in tensors:
+        return f"{path}.in_proj_weight", path, 1
+    inner = re.sub(r"(\.base_layer)+$", "", path)
+    plain = inner.replace(".base_layer", "")
+    targets = config.get("target_parameters") or ()
+    if plain.endswith("attn") and any(target.endswith("in_proj_weight") for target in targets):
+        return f"{plain}.in_proj_weight", f"{plain}.in_proj_weight", 1
+    inside = [  # the innermost wrapper is that of the first parameter
+        name
+        for name in PARAMETERS.get(plain.rpartition(".")[2], ())
+        if any(f".{plain}.{name}".endswith(f".{target}") for target in targets)
+    ]
+    depth = path.removeprefix(inner).count(".base_layer")
+    if not inside:
+        return plain, plain, 1
+    name = f"{plain}.{inside[len(inside) - 1 - depth]}"
+    return name, name, 1
+
+
+@cache
+def attention_output_times() -> int:
+    """How often PEFT adds the update of an attention's output projection when it merges (0.21.2: twice)."""
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)}).double()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=1, lora_alpha=1, target_modules=["attention"]))
+    output = model.base_model.model["attention"].base_layer.out_proj
+    A, B = output.lora_A["default"].weight, output.lora_B["default"].weight
+    nn.init.normal_(B)
+    product = (B @ A).detach()
+    update = model.merge_and_unload()["attention"].out_proj.weight - base["attention"].out_proj.weight
+    times = (update / product).detach().flatten()
+    torch.testing.assert_close(times, times.round(), rtol=1e-6, atol=0)
+    return int(times[0].round())
+
+
 def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """The entry for a module; the tests write patterns as plain module names or ends of them."""
-    return next((value for end, value in pattern.items() if f".{module}".endswith(f".{end}")), default)
+    """The entry for a module; the tests write patterns as plain names, ends of them, or regexes that begin with ^."""
+    for end, value in pattern.items():
+        if (end.startswith("^") and re.match(end, module)) or f".{module}".endswith(f".{end}"):
+            return value
+    return default
+
+
+def weight_of(model: nn.Module, name: str) -> tuple[str, nn.Parameter, bool]:
+    """The weight of a module, or a parameter: its name, the parameter, and whether it is stored as (in, out)."""
+    owner, _, key = name.rpartition(".")
+    if key in model.get_submodule(owner)._parameters:
+        parameter = model.get_parameter(name)
+        is_transposed = parameter.dim() == 3 and getattr(model.get_submodule(owner), "is_transposed", False)
+        return name, parameter, is_transposed
+    module = model.get_submodule(name)
+    return f"{name}.weight", module.weight, isinstance(module, (Conv1D, nn.Embedding))
 
 
 def mixing_weights(start: Sequence[float] | Tensor, theta: Tensor, gain: float, normalization: str) -> Tensor:
@@ -83,21 +162,27 @@ class Reference:
 
     def __init__(self, base: nn.Module, folders: Sequence[str | Path]) -> None:
         self.base = copy.deepcopy(base).double()
+        if isinstance(self.base, PreTrainedModel) and self.base.get_experts_implementation() is not None:
+            self.base.set_experts_implementation("eager")  # the fused kernels know no float64
         for module in self.base.modules():
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # it would hide the padding row from the gradient of the formula
         self.adapters = [read_lora(folder) for folder in folders]
-        self.modules = [name for name, _ in base.named_modules() if any(name in adapter for adapter in self.adapters)]
+        names = [
+            name
+            for module, layer in base.named_modules()
+            for name in (module, *(f"{module}.{parameter}" for parameter in layer._parameters))
+        ]
+        self.modules = [name for name in names if any(name in adapter for adapter in self.adapters)]
 
     def delta(self, module: str, weights: Tensor) -> Tensor:
         """sum_n w_n s_n B_n A_n in the layout of the module's weight."""
-        layer = self.base.get_submodule(module)
-        is_transposed = isinstance(layer, (Conv1D, nn.Embedding))
-        total = torch.zeros_like(layer.weight.t() if is_transposed else layer.weight)
+        _, parameter, is_transposed = weight_of(self.base, module)
+        total = torch.zeros_like(parameter.mT if is_transposed else parameter)
         for weight, adapter in zip(weights, self.adapters, strict=True):
             if module in adapter:
                 total = total + weight * adapter[module].delta()
-        return total.t() if is_transposed else total
+        return total.mT if is_transposed else total
 
     def delta_bias(self, module: str, weights: Tensor) -> Tensor | None:
         """sum_n w_n s_n b_n; None where no adapter has a bias for the module."""
@@ -112,11 +197,11 @@ class Reference:
         """The composed weights and biases by their names in the base model."""
         composed = {}
         for module in self.modules:
-            layer = self.base.get_submodule(module)
-            composed[f"{module}.weight"] = layer.weight.detach() + self.delta(module, weights[module])
+            name, parameter, _ = weight_of(self.base, module)
+            composed[name] = parameter.detach() + self.delta(module, weights[module])
             bias = self.delta_bias(module, weights[module])
             if bias is not None:
-                composed[f"{module}.bias"] = layer.bias.detach() + bias
+                composed[f"{module}.bias"] = self.base.get_submodule(module).bias.detach() + bias
         return composed
 
     def __call__(self, weights: Mapping[str, Tensor], *args: Tensor, **kwargs: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def test_every_cell_is_measured_or_says_why_not(everything: Path) -> None:
             ("tiny-vit", f"32 to 32, {tokens}") for tokens in ("1 token", "8 tokens", "64 tokens", "512 tokens")
         },
         "load": {(model, case) for model in ("tiny-vit", "tiny-llama") for case in ("load", "save", "reload")},
+        "export": {("tiny-vit", ""), ("tiny-llama", "")},
     }
     for table, keys in expected.items():
         results = _results(everything, table)

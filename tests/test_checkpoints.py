@@ -53,6 +53,8 @@ AUTO_CLASSES = {
     "llama": (AutoModelForCausalLM, AutoPeftModelForCausalLM),
     "t5": (AutoModelForSeq2SeqLM, AutoPeftModelForSeq2SeqLM),
     "vit": (AutoModelForImageClassification, None),
+    "mixtral": (AutoModelForCausalLM, AutoPeftModelForCausalLM),
+    "gpt_oss": (AutoModelForCausalLM, AutoPeftModelForCausalLM),
 }
 
 every_model = pytest.mark.parametrize("name", list(tiny.TINY))
@@ -225,7 +227,7 @@ class TestFiles:
     def test_hold_the_composition_and_the_head_alone(self, name, pair, tmp_path) -> None:
         composed(name, pair(name)).save_pretrained(str(tmp_path))
         assert sorted(os.listdir(tmp_path)) == ["README.md", CONFIG, WEIGHTS]
-        modules = [f"base_model.model.{module}" for module in tiny.touched_modules(pair(name))]
+        modules = [f"base_model.model.{tiny.path_of(module)}" for module in tiny.touched_modules(pair(name))]
         expected = {f"{module}.composition_factors.{factor}" for module in modules for factor in "AB"}
         expected |= {f"{module}.composition_mixing.weight" for module in modules}
         for head in tiny.TINY[name].head:
@@ -376,7 +378,7 @@ class TestSeveral:
         loaded.save_pretrained(str(tmp_path / "again"))
         assert same_state(load_file(tmp_path / "again" / "other" / WEIGHTS), load_file(tmp_path / WEIGHTS))
 
-    @pytest.mark.parametrize("name", ["mlp", "bert", "gpt2"])
+    @pytest.mark.parametrize("name", ["mlp", "bert", "gpt2", "attention", "mixtral"])
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     @pytest.mark.parametrize("save_adapters", [False, True])
     def test_are_saved_and_loaded_beside_each_other(

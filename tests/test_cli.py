@@ -317,7 +317,7 @@ def test_weights_are_those_of_the_model(tmp_path: Path, composed: Path, base_fol
 def test_merge_writes_a_plain_model_with_its_tokenizer(tmp_path: Path, composed: Path, base_folder: Path) -> None:
     wanted = tiny.output(PeftModel.from_pretrained(load_base(base_folder), str(composed)).eval(), "bert")
     told = run_json("merge", composed, "--out", tmp_path / "merged")
-    assert (told["model"], told["dtype"], told["tokenizer"]) == ("BertForSequenceClassification", "float32", True)
+    assert (told["model"], told["dtype"], told["processor"]) == ("BertForSequenceClassification", "float32", True)
     plain = load_base(tmp_path / "merged")
     torch.testing.assert_close(tiny.output(plain, "bert"), wanted, **TOLERANCE)
     assert not (tmp_path / "merged" / CONFIG).exists()
@@ -325,6 +325,30 @@ def test_merge_writes_a_plain_model_with_its_tokenizer(tmp_path: Path, composed:
 
     half = run_json("merge", composed, "--out", tmp_path / "half", "--base", base_folder, "--dtype", "bfloat16")
     assert half["dtype"] == "bfloat16"
+
+
+def test_merge_of_an_image_model_can_be_used_as_it_is(tmp_path: Path) -> None:
+    from PIL import Image
+
+    base = tiny.build("vit")
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    size = base.config.image_size  # type: ignore[union-attr]
+    processor = transformers.ViTImageProcessor(size={"height": size, "width": size})
+    processor.save_pretrained(tmp_path / "base")
+    adapters = tiny.save_pair(tmp_path, "vit")
+    run_json("compose", "--base", tmp_path / "base", "--adapters", *adapters, "--out", tmp_path / "mix")
+    told = run_json("merge", tmp_path / "mix", "--out", tmp_path / "merged")
+    assert told["processor"]
+    classify = transformers.pipeline("image-classification", model=str(tmp_path / "merged"))
+    image = Image.new("RGB", (size, size), (200, 30, 90))
+    composed = PeftModel.from_pretrained(
+        transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "base"), tmp_path / "mix"
+    )
+    with torch.no_grad():
+        wanted = composed(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    found = {entry["label"]: entry["score"] for entry in classify(image, top_k=100)}
+    labels = composed.config.id2label
+    assert [found[labels[n]] for n in range(len(labels))] == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 # Arguments and the process

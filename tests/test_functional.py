@@ -467,3 +467,39 @@ def test_rank_for_energy_is_the_least(energy: float, rank: int) -> None:
 
 def test_rank_for_energy_of_nothing_is_one() -> None:
     assert functional.rank_for_energy(torch.zeros(3), 0.5) == 1
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("experts", "sizes"), [((), (4, 6)), ((3,), (4, 6)), ((2,), (7, 3))], ids=str)
+def test_composed_parameter_has_right_first_and_second_derivatives(
+    experts: tuple[int, ...], sizes: tuple[int, int], is_transposed: bool
+) -> None:
+    rows, columns = sizes
+    weight = torch.randn(*experts, *(sizes[::-1] if is_transposed else sizes), dtype=torch.float64)
+    A, B = torch.randn(*experts, 5, columns).double(), torch.randn(*experts, rows, 5).double()
+    u = torch.randn(5, dtype=torch.float64)
+    product = torch.einsum("...or,r,...ri->...oi", B, u, A)
+
+    composed = functional.composed_parameter(weight, A, B, u, is_transposed)
+
+    assert relative_error(composed, weight + (product.mT if is_transposed else product)) < 1e-13
+    assert relative_error(functional.parameter_delta(A, B, u), product) < 1e-13
+
+    def squared(weight: Tensor, u: Tensor) -> Tensor:
+        return functional.composed_parameter(weight, A, B, u, is_transposed).square()
+
+    inputs = weight.requires_grad_(), u.requires_grad_()
+    assert torch.autograd.gradcheck(squared, inputs)
+    assert torch.autograd.gradgradcheck(squared, inputs)
+
+
+def test_composed_parameter_is_not_rounded_by_autocast() -> None:
+    weight, A, B, u = torch.randn(3, 6, 5), torch.randn(3, 2, 5), torch.randn(3, 6, 2), torch.randn(2)
+    u.requires_grad_()
+    exact = torch.einsum("eor,r,eri->eoi", B.double(), u.detach().double(), A.double()) + weight
+    with torch.autocast("cpu", torch.bfloat16):
+        composed = functional.composed_parameter(weight, A, B, u)
+        (gradient,) = torch.autograd.grad(composed.sum(), u)
+    assert composed.dtype == torch.float32
+    assert relative_error(composed, exact) < 1e-6
+    assert relative_error(gradient, torch.einsum("eor,eri->r", B.double(), A.double())) < 1e-6

@@ -184,7 +184,7 @@ def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def layer_of(model: nn.Module, name: str = "layer") -> CompositionLayer:
-    return model.base_model.model.get_submodule(name)
+    return model.base_model.model.get_submodule(tiny.path_of(name))
 
 
 def base_of(model: nn.Module, name: str = "layer") -> nn.Module:
@@ -391,9 +391,9 @@ def test_a_single_adapter_under_softmax_has_weight_one_and_no_gradient(trained: 
 
 # Whole models
 
-REAL = ["bert", "gpt2", "llama", "t5", "vit"]
-# Llama and T5 normalize in float32 whatever their dtype is.
-IN_FLOAT64 = [name for name in tiny.TINY if name not in ("llama", "t5")]
+REAL = ["bert", "gpt2", "llama", "t5", "vit", *tiny.WITH_PARAMETERS]
+# These normalize in float32 whatever their dtype is.
+IN_FLOAT64 = [name for name in tiny.TINY if name not in ("llama", "t5", "mixtral", "gpt_oss")]
 
 
 def _sharing_key(sharing: str, module: str) -> str:

@@ -31,7 +31,7 @@ from . import tiny
 
 
 MODELS = list(tiny.TINY)
-LANGUAGE_MODELS = ["gpt2", "llama", "t5"]
+LANGUAGE_MODELS = ["gpt2", "llama", "t5", "mixtral", "gpt_oss"]
 WITH_HEAD = [name for name in MODELS if tiny.TINY[name].head]
 # Sharing means nothing where nothing is learned.
 MIXINGS = {
@@ -51,6 +51,9 @@ MODULES_AND_BLOCKS = {
     "llama": (4, 2),
     "t5": (12, 4),
     "vit": (6, 2),
+    "attention": (3, 3),
+    "mixtral": (6, 2),
+    "gpt_oss": (6, 2),
 }
 GAIN = 20.0
 
@@ -124,7 +127,9 @@ def expected_weights(model: PeftModel, adapter_name: str = "default") -> dict[st
         if isinstance(layer, CompositionLayer) and adapter_name in layer.composition_mixing:
             theta = layer.composition_mixing[adapter_name].weight
             mixing = model.peft_config[adapter_name].mixing
-            weights[name] = fixed[mixing] if theta is None else (GAIN * theta.double()).softmax(0).tolist()
+            weights[tiny.name_in_base(name)] = (
+                fixed[mixing] if theta is None else (GAIN * theta.double()).softmax(0).tolist()
+            )
     return weights
 
 
@@ -193,7 +198,7 @@ class TestTraining:
         model.base_model.enable_adapter_layers()
         assert trained(model) == {f"base_model.model.lin{n}.composition_mixing.second.weight" for n in (0, 1)}
 
-    @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+    @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "mixtral", "gpt_oss"])
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_gradient_checkpointing_gives_the_same_gradients(self, name, use_reentrant, pair) -> None:
         def gradients(model: PeftModel) -> tuple[dict[str, Tensor], int]:
@@ -254,7 +259,7 @@ class TestMerging:
         model.merge_adapter()
         close(tiny.output(model, name), unmerged)
         changed = {key for key, tensor in tensors(model).items() if not torch.equal(tensor, before[key])}
-        assert changed == {f"base_model.model.{m}.base_layer.weight" for m in tiny.touched_modules(pair(name))}
+        assert changed == {f"base_model.model.{tiny.base_weight(m)}" for m in tiny.touched_modules(pair(name))}
 
         model.unmerge_adapter()
 
@@ -323,7 +328,7 @@ class TestMerging:
 
 
 class TestSeveralCompositions:
-    @pytest.fixture(params=["mlp", "bert", "gpt2"])
+    @pytest.fixture(params=["mlp", "bert", "gpt2", "attention", "gpt_oss"])
     def name(self, request: pytest.FixtureRequest) -> str:
         return request.param
 
@@ -409,7 +414,9 @@ class TestSeveralCompositions:
         assert not any(".default." in key for key in model.state_dict())
         assert model.active_adapters == ["second"]
         touched = {
-            n.removeprefix("model.") for n, m in model.base_model.named_modules() if isinstance(m, CompositionLayer)
+            tiny.name_in_base(path.removeprefix("model."))
+            for path, layer in model.base_model.named_modules()
+            if isinstance(layer, CompositionLayer)
         }
         assert touched == set(tiny.touched_modules(pair(name)))
         close(tiny.output(model, name), self.expected(name, pair(name)[1:], [1.0]))
@@ -564,7 +571,7 @@ class TestPrecision:
             equal(after[key], tensor)
         assert after["base_model.model.lin1.composition_factors.default.A"].dtype == dtype
 
-    @pytest.mark.parametrize("name", ["mlp", "conv", "bert", "gpt2"])
+    @pytest.mark.parametrize("name", ["mlp", "conv", "bert", "gpt2", "attention", "mixtral", "gpt_oss"])
     def test_autocast(self, name, pair) -> None:
         model = tiny.compose(name, pair(name))
         full = tiny.output(model, name)
@@ -617,17 +624,17 @@ class TestOtherWaysIn:
         expected = tiny.composed_by_hand(tiny.build(name), pair(name), [0.25, 0.75])
         close(tiny.output(model, name), tiny.output(expected, name))
         assert {key for key, p in model.named_parameters() if p.requires_grad} == {
-            f"{module}.composition_mixing.mix.weight" for module in tiny.touched_modules(pair(name))
+            f"{tiny.path_of(module)}.composition_mixing.mix.weight" for module in tiny.touched_modules(pair(name))
         }
 
-    @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+    @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "mixtral", "gpt_oss"])
     def test_add_adapter_of_transformers(self, name, pair) -> None:
         model = tiny.build(name)
         model.add_adapter(CompositionConfig(adapters=pair(name), weights=[0.25, 0.75]))
         expected = tiny.composed_by_hand(tiny.build(name), pair(name), [0.25, 0.75])
         close(tiny.output(model, name), tiny.output(expected, name))
         assert {key for key, p in model.named_parameters() if p.requires_grad} == {
-            f"{module}.composition_mixing.default.weight" for module in tiny.touched_modules(pair(name))
+            f"{tiny.path_of(module)}.composition_mixing.default.weight" for module in tiny.touched_modules(pair(name))
         }
         model.disable_adapters()
         equal(tiny.output(model, name), tiny.output(tiny.build(name), name))
@@ -737,7 +744,9 @@ class TestMixingWeights:
         scramble(model)
         weights = model.base_model.mixing_weights()
         assert sorted(weights) == tiny.touched_modules(pair(name))
-        assert list(weights) == [n for n, m in tiny.build(name).named_modules() if n in weights]
+        parameters = [parameter for parameter, _ in tiny.build(name).named_parameters()]
+        names = dict.fromkeys(name for p in parameters for name in (p, p.rpartition(".")[0]) if name in weights)
+        assert list(weights) == list(names)
         expected = expected_weights(model)
         for module, row in weights.items():
             assert list(row) == ["first", "second"]
@@ -929,7 +938,7 @@ class TestConversionToLora:
         converted = PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path))
         close(tiny.output(converted, "bert"), tiny.output(model, "bert"), 1e-4)
 
-    @pytest.mark.parametrize("name", ["conv", "embedding"])
+    @pytest.mark.parametrize("name", ["conv", "embedding", *tiny.WITH_PARAMETERS])
     def test_is_refused_for_convolutions_and_embeddings(self, name, pair) -> None:
         model = tiny.compose(name, pair(name))
         assert not model.supports_lora_conversion()

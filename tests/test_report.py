@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, permutations
+from statistics import fmean
 
 import numpy as np
 import pytest
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from scipy import stats
 
-from peft_composition.report import WeightRow, plot_weights, weights_table
+from peft_composition.report import (
+    WeightRow,
+    plot_weights,
+    plot_weights_and_similarity,
+    rank_correlations,
+    weights_table,
+)
 
 
 WEIGHTS = {
@@ -52,6 +60,17 @@ def test_the_table_of_the_blocks() -> None:
         WeightRow("pooler", "a", 1, 0.125, 0.125, 0.125),
         WeightRow("pooler", "b", 1, 0.875, 0.875, 0.875),
     ]
+
+
+def test_adapters_stand_in_the_given_order() -> None:
+    weights = {"layer.0": {"b": 1.0}, "layer.1": {"a": 0.25, "b": 0.75}}
+    assert [row.adapter for row in weights_table(weights)] == ["b", "a"]
+    assert [row.adapter for row in weights_table(weights, adapters=["a", "b"])] == ["a", "b"]
+    axes = plot_weights(weights, adapters=["a", "b", "nowhere"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "nowhere"]
+    np.testing.assert_array_equal(
+        np.asarray(axes.images[0].get_array()), [[np.nan, 1.0, np.nan], [0.25, 0.75, np.nan]]
+    )
 
 
 def test_what_has_no_table_is_refused() -> None:
@@ -105,12 +124,150 @@ def test_uniform_weights_are_one_colour() -> None:
     assert (image.norm.vmin, image.norm.vmax) == (0.0, pytest.approx(1.0))
 
 
-def test_without_matplotlib_the_extra_is_named() -> None:
+def test_without_a_package_its_extra_is_named() -> None:
     code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "from peft_composition.report import plot_weights\n"
+        "import sys; sys.modules.update(matplotlib=None, scipy=None)\n"
+        "from peft_composition.report import plot_weights, rank_correlations\n"
         "try: plot_weights({'m': {'a': 1.0}})\n"
+        "except ImportError as error: print(error)\n"
+        "try: rank_correlations({'m': {'a': 1, 'b': 2}}, {'m': {'a': 1, 'b': 2}})\n"
         "except ImportError as error: print(error)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
-    assert "pip install 'peft-composition[cli]'" in result.stdout, result.stderr
+    for extra in ("cli", "analysis"):
+        assert f"pip install 'peft-composition[{extra}]'" in result.stdout, result.stderr
+
+
+# Beside similarities
+
+SIMILARITIES = {
+    "pooler": {"b": 0.75, "a": 0.25, "c": 1.0},
+    "encoder.layer.0.value": {"a": 0.5, "b": 0.52},
+    "encoder.layer.0.query": {"a": 0.9, "b": 0.8},
+    "encoder.layer.2.query": {"a": 0.0},
+}
+
+
+def values_of(figure: Figure, panel: int) -> np.ndarray:
+    (image,) = figure.axes[panel].images
+    return np.ma.filled(np.ma.asarray(image.get_array()), np.nan)
+
+
+def test_similarities_stand_beside_the_weights_of_the_same_module_and_adapter() -> None:
+    figure = plot_weights_and_similarity(WEIGHTS, SIMILARITIES, relative=False, title="Mix")
+    left, right, *bars = figure.axes
+    np.testing.assert_array_equal(values_of(figure, 0), [[0.25, 0.75], [0.5, 0.5], [1, np.nan], [0.125, 0.875]])
+    np.testing.assert_array_equal(values_of(figure, 1), [[0.9, 0.8], [0.5, 0.52], [np.nan, np.nan], [0.25, 0.75]])
+    assert [label.get_text() for label in left.get_yticklabels()] == list(WEIGHTS)
+    assert right.get_ylim() == left.get_ylim()
+    assert [[label.get_text() for label in axes.get_xticklabels()] for axes in (left, right)] == [["a", "b"]] * 2
+    assert sorted(bar.get_ylabel() for bar in bars) == ["CKA", "mixing weight"]
+    assert figure.get_suptitle() == "Mix"
+
+
+def test_relative_similarities_are_signed_differences_from_their_row() -> None:
+    figure = plot_weights_and_similarity(WEIGHTS, SIMILARITIES, by="block")
+    # Means of the block: (0.9 + 0.5) / 2 and (0.8 + 0.52) / 2.
+    wanted = [[0.02, -0.02], [np.nan, np.nan], [-0.25, 0.25]]
+    np.testing.assert_allclose(values_of(figure, 1), wanted, atol=1e-12)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["+0.02", "-0.02", "-0.25", "+0.25"]
+    norm = figure.axes[1].images[0].norm
+    assert (norm.vmin, norm.vmax) == pytest.approx((-0.25, 0.25))
+    close = plot_weights_and_similarity({"m": {"a": 0.4, "b": 0.6}}, {"m": {"a": 0.9990, "b": 0.9930}})
+    assert [text.get_text() for text in close.axes[1].texts] == ["+0.003", "-0.003"]
+
+
+def test_weights_of_other_adapters_than_the_similarities_are_refused() -> None:
+    with pytest.raises(ValueError, match="no module and adapter in common"):
+        plot_weights_and_similarity(WEIGHTS, {"pooler": {"c": 1.0}})
+
+
+@pytest.mark.parametrize("adapters", [5, 20])
+def test_both_panels_are_readable(adapters: int) -> None:
+    weights = many(adapters, 12, 3)
+    similarities = {module: {name: 1 - value for name, value in row.items()} for module, row in weights.items()}
+    figure = plot_weights_and_similarity(weights, similarities)
+    figure.canvas.draw()
+    left, right, *bars = figure.axes
+    for axes in (left, right):
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert all(before.x1 <= after.x0 + 1 for before, after in pairwise(boxes))
+        assert all(figure.bbox.y0 <= box.y0 for box in boxes)
+    rows = [label.get_window_extent() for label in left.get_yticklabels()]
+    assert all(above.y0 >= below.y1 - 1 for above, below in pairwise(rows))
+    assert left.get_window_extent().width == pytest.approx(right.get_window_extent().width, rel=0.02)
+    between = [bar.get_tightbbox() for bar in bars if bar.get_ylabel() == "mixing weight"]
+    assert all(left.get_window_extent().x1 < box.x0 < box.x1 < right.get_window_extent().x0 for box in between)
+
+
+def rank_correlation_by_hand(weights: list[list[float]], similarities: list[list[float]]) -> tuple[float, float]:
+    """The mean of Spearman's rho over rows, and the share of all orders of the columns that come as far, doubled."""
+
+    def mean(order: tuple[int, ...]) -> float:
+        rows = zip(weights, similarities)
+        return fmean(stats.spearmanr(own, [other[i] for i in order]).statistic for own, other in rows)
+
+    observed = mean(tuple(range(len(weights[0]))))
+    every = [mean(order) for order in permutations(range(len(weights[0])))]
+    above, below = (sum(sign * value >= sign * observed - 1e-9 for value in every) for sign in (1, -1))
+    return observed, min(1.0, 2 * min(above, below) / len(every))
+
+
+def test_rank_correlations_are_spearmans_with_the_p_value_of_all_permutations() -> None:
+    random = np.random.default_rng(0)
+    adapters, modules = "abcde", ["l.0.q", "l.0.v", "l.1.q"]
+    W, S = random.random((2, 3, 5)).round(1).tolist()  # with ties
+    weights = {module: dict(zip(adapters, row)) for module, row in zip(modules, W)}
+    similarities = {module: dict(zip(adapters, row)) for module, row in zip(modules, S)}
+    found = rank_correlations(weights, similarities)
+    assert [entry.part for entry in found] == [*modules, "all"]
+    for entry, rows in zip(found, [slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 3)]):
+        rho, p_value = rank_correlation_by_hand(W[rows], S[rows])
+        assert entry.rho == pytest.approx(rho, abs=1e-12)
+        assert entry.p_value == pytest.approx(p_value, abs=1e-12)
+        assert entry.adapters == 5
+    (whole,) = rank_correlations(weights, similarities, by="model")
+    means = [np.mean(rows, axis=0).tolist() for rows in (W, S)]
+    assert whole.rho == pytest.approx(stats.spearmanr(*means).statistic)
+
+
+def test_levels_of_layers_are_no_agreement() -> None:
+    weights = {f"l.{n}": {"a": 0.1 * n, "b": 0.1 * n + 0.01, "c": 0.1 * n + 0.02} for n in range(1, 4)}
+    similarities = {f"l.{n}": {"a": 0.1 * n + 0.02, "b": 0.1 * n + 0.01, "c": 0.1 * n} for n in range(1, 4)}
+    assert [entry.rho for entry in rank_correlations(weights, similarities)] == pytest.approx([-1] * 4)
+
+
+def test_many_layers_of_noise_are_not_significant() -> None:
+    """Layers that all show the same chance order: each pair of a layer and an adapter is no observation of its own."""
+    weights = {f"l.{n}": {"a": 0.1, "b": 0.2, "c": 0.7} for n in range(50)}
+    similarities = {f"l.{n}": {"a": 0.5, "b": 0.6, "c": 0.7} for n in range(50)}
+    pooled = rank_correlations(weights, similarities)[-1]
+    assert (pooled.rho, pooled.p_value) == pytest.approx((1, 1 / 3))
+
+
+def test_for_many_adapters_the_p_value_is_estimated_and_repeatable() -> None:
+    weights = many(12, 2, 1)
+    similarities = {module: {name: -value for name, value in row.items()} for module, row in weights.items()}
+    pooled = rank_correlations(weights, similarities)[-1]
+    assert pooled.rho == pytest.approx(-1)
+    assert pooled.p_value == pytest.approx(2 / 10_000)
+    assert rank_correlations(weights, similarities)[-1] == pooled
+
+
+def test_uniform_layers_have_no_ranks_and_do_not_count() -> None:
+    weights = {"m": {"a": 0.5, "b": 0.5 + 1e-12}, "n": {"a": 0.4, "b": 0.6}}
+    similarities = {"m": {"a": 0.1, "b": 0.9}, "n": {"a": 0.1, "b": 0.9}}
+    uniform, ranked, pooled = rank_correlations(weights, similarities)
+    assert np.isnan([uniform.rho, uniform.p_value]).all()
+    assert (ranked.rho, pooled.rho, pooled.p_value) == pytest.approx((1, 1, 1))
+    with pytest.raises(ValueError, match="in no part do both weights and similarities differ"):
+        rank_correlations({"m": weights["m"]}, similarities)
+
+
+def test_what_cannot_be_ranked_is_refused() -> None:
+    with pytest.raises(ValueError, match="module 'n' has no similarity of adapter 'b'"):
+        rank_correlations({"n": {"a": 0.4, "b": 0.6}}, {"n": {"a": 0.5}})
+    with pytest.raises(ValueError, match=r"module 'encoder.layer.1.query' has no weight of adapter 'b'"):
+        rank_correlations(WEIGHTS, {module: {"a": 0.1, "b": 0.2} for module in WEIGHTS})
+    with pytest.raises(ValueError, match="one adapter has no rank among others: 'a'"):
+        rank_correlations({"n": {"a": 1.0}}, {"n": {"a": 0.5}})

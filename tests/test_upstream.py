@@ -690,7 +690,6 @@ def test_dora(config_tells: bool, good: Path, tmp_path: Path) -> None:
         ("use_qalora", True),
         ("alora_invocation_tokens", [3, 4]),
         ("layer_replication", [[0, 2], [1, 2]]),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("megatron_config", {"tensor_model_parallel_size": 2}),
         ("velora_config", {"num_groups": 4}),
         ("monteclora_config", {"samples": 4}),
@@ -704,31 +703,6 @@ def test_variants_that_are_not_a_plain_product(setting: str, value: Any, good: P
     edit_config(bad, **{setting: value})
     message = f"{setting}={value!r}: this LoRA variant is not a plain product B A"
     refuse(tiny.build("mlp"), good, bad, message=message)
-
-
-def test_lora_on_expert_parameters(tmp_path: Path) -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(8, 8)
-            self.experts = nn.Module()
-            self.experts.gate = nn.Parameter(torch.randn(3, 8, 8))
-
-    base = Experts()
-    config = LoraConfig(target_modules=["lin"], target_parameters=["experts.gate"])
-    folder = save_peft(tmp_path / "bad", base, config)
-    refuse(base, folder, message="target_parameters=['experts.gate']: this LoRA variant is not a plain product B A")
-
-
-def test_multihead_attention(tmp_path: Path) -> None:
-    base = nn.Sequential()
-    base.attn = nn.MultiheadAttention(8, 2)
-    folder = save_peft(tmp_path / "bad", base, LoraConfig(target_modules=["attn"]))
-    refuse(
-        base,
-        folder,
-        message="module 'attn' (MultiheadAttention) cannot be composed: this kind of layer is not supported",
-    )
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

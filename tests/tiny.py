@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +10,27 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
-from transformers.pytorch_utils import Conv1D
 
 from peft_composition import CompositionConfig
+
+from .reference import read_lora, weight_of
 
 
 class MLP(nn.Module):
@@ -75,9 +77,27 @@ class EmbeddingNet(nn.Module):
         return self.head(self.lin(self.emb(x)).tanh().mean(dim=1))
 
 
+class AttentionNet(nn.Module):
+    """A linear layer and PyTorch's own attention, which uses its weights without calling a layer for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(10, 12)
+        self.attn = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x).tanh()  # (batch, length, 12)
+        h, _ = self.attn(h, h, h, need_weights=False)
+        return self.head(h.mean(dim=1))
+
+
 @dataclass(frozen=True)
 class Tiny:
-    """An architecture: how to build it, what LoRA targets in it, its head, its task type and an input."""
+    """An architecture: how to build it, what LoRA targets in it, its head, its task type and an input.
+
+    Targets are modules and, for PEFT's `target_parameters`, ends of the names of parameters.
+    """
 
     build: Callable[[], nn.Module]
     targets: list[str]
@@ -139,6 +159,26 @@ def _vit() -> nn.Module:
     )
 
 
+_MIXTURE = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
+
+
+def _mixtral() -> nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**_MIXTURE))
+
+
+def _gpt_oss() -> nn.Module:
+    return GptOssForCausalLM(GptOssConfig(head_dim=8, pad_token_id=0, **_MIXTURE))
+
+
 TINY: dict[str, Tiny] = {
     "mlp": Tiny(MLP, ["lin0", "lin1"], ["head"], lambda: {"x": _noise(4, 10)}),
     "conv": Tiny(ConvNet, ["conv1", "conv2", "conv3"], ["head"], lambda: {"x": _noise(4, 4, 12)}),
@@ -154,7 +194,24 @@ TINY: dict[str, Tiny] = {
         "SEQ_2_SEQ_LM",
     ),
     "vit": Tiny(_vit, ["q_proj", "k_proj", "v_proj"], ["classifier"], lambda: {"pixel_values": _noise(4, 3, 16, 16)}),
+    "attention": Tiny(AttentionNet, ["lin", "attn"], ["head"], lambda: {"x": _noise(4, 5, 10)}),
+    "mixtral": Tiny(  # experts as (out, in)
+        _mixtral,
+        ["q_proj", "experts.gate_up_proj", "experts.down_proj"],
+        [],
+        lambda: {"input_ids": _tokens(60)},
+        "CAUSAL_LM",
+    ),
+    "gpt_oss": Tiny(  # experts as (in, out)
+        _gpt_oss,
+        ["q_proj", "experts.gate_up_proj", "experts.down_proj"],
+        [],
+        lambda: {"input_ids": _tokens(60)},
+        "CAUSAL_LM",
+    ),
 }
+# Where parameters are composed that their modules use without calling a layer.
+WITH_PARAMETERS = ("attention", "mixtral", "gpt_oss")
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -169,7 +226,7 @@ def save_lora(folder: Path, base: nn.Module, targets: list[str] | str, seed: int
     Args:
         folder: where to.
         base: left as it is.
-        targets: PEFT's `target_modules`.
+        targets: PEFT's `target_modules` and, by ends of the names of parameters, its `target_parameters`.
         seed: of the factors.
         r: rank.
         **lora: further fields of `LoraConfig`.
@@ -177,6 +234,12 @@ def save_lora(folder: Path, base: nn.Module, targets: list[str] | str, seed: int
     Returns:
         `folder`.
     """
+    if not isinstance(targets, str):
+        names = [f".{name}" for name, _ in base.named_parameters()]
+        parameters = [target for target in targets if any(name.endswith(f".{target}") for name in names)]
+        if parameters:
+            targets = [target for target in targets if target not in parameters]
+            lora["target_parameters"] = parameters
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(r=r, target_modules=targets, **lora))
     for key, parameter in model.named_parameters():
@@ -212,9 +275,31 @@ def compose(name: str, adapters: Sequence[str], base: nn.Module | None = None, *
 
 
 def touched_modules(folders: Sequence[str]) -> list[str]:
-    """The full names of the modules that saved LoRAs have factors for, read from their files."""
-    keys = {key for folder in folders for key in load_file(Path(folder, "adapter_model.safetensors"))}
-    return sorted({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys if ".lora_" in key})
+    """The full names of the modules and parameters that saved LoRAs have factors for, read from their files."""
+    return sorted({name for folder in folders for name in read_lora(folder)})
+
+
+def name_in_base(path: str) -> str:
+    """The name in the base model of a composed module or parameter, from its path in a composed model."""
+    return path.replace(".base_layer", "").replace(".composed_parameters", "")
+
+
+def path_of(name: str) -> str:
+    """The path of a composed module or parameter in a composed model, from its name in the base model."""
+    owner, _, key = name.rpartition(".")
+    return f"{owner}.composed_parameters.{key}" if _is_parameter(name) else name
+
+
+def base_weight(name: str) -> str:
+    """The path of the base weight of a composed module or parameter in a composed model."""
+    owner, _, key = name.rpartition(".")
+    if _is_parameter(name):
+        return f"{owner}.base_layer.{key}" + (".weight" if key == "out_proj" else "")
+    return f"{name}.base_layer.weight"
+
+
+def _is_parameter(name: str) -> bool:
+    return name.rpartition(".")[2] in ("in_proj_weight", "out_proj", "gate_up_proj", "down_proj")
 
 
 def composed_by_hand(
@@ -224,7 +309,7 @@ def composed_by_hand(
 
     Args:
         base: left as it is.
-        folders: the LoRAs; their rank and alpha patterns are not looked at.
+        folders: the LoRAs.
         weights: w, the same for all modules, or by module name.
 
     Returns:
@@ -232,21 +317,11 @@ def composed_by_hand(
     """
     model = copy.deepcopy(base)
     for number, folder in enumerate(folders):
-        config = json.loads(Path(folder, "adapter_config.json").read_text())
-        tensors = load_file(Path(folder, "adapter_model.safetensors"))
-        scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-        for key, A in tensors.items():
-            name, found, factor = key.removeprefix("base_model.model.").partition(".lora_")
-            if not found or factor.removeprefix("embedding_")[0] != "A":
-                continue
-            B = tensors[f"{key.removesuffix(factor)}{factor.replace('A', 'B')}"]
+        for name, lora in read_lora(folder).items():
             w = (weights[name] if isinstance(weights, Mapping) else weights)[number]
-            delta = w * scale * (B.double().flatten(1) @ A.double().flatten(1))
-            module = model.get_submodule(name)
-            if isinstance(module, (Conv1D, nn.Embedding)):
-                delta = delta.T
-            W = module.weight
-            W.data = (W.double() + delta.reshape(W.shape)).to(W.dtype)
+            _, W, is_transposed = weight_of(model, name)
+            delta = w * (lora.delta().mT if is_transposed else lora.delta())
+            W.data = (W.double() + delta).to(W.dtype)
     return model
 
 

@@ -1,0 +1,270 @@
+"""How PEFT names and nests the LoRA factors of `nn.MultiheadAttention` and of bare parameters (`target_parameters`).
+
+Both ways: from the keys of a saved adapter to the names of the parameters, and back for an export.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from .config import LoraLayout
+from .upstream import AdapterError, Factors, LayerShape, UpstreamAdapter, ranked
+
+
+IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
+_WRAPPED = ".base_layer"
+_WRAPPERS = re.compile(r"(\.base_layer)+(?=\.)")
+
+
+@dataclass(frozen=True)
+class TargetParameter:
+    """A parameter that is composed as it stands, because its module uses it without calling a layer for it.
+
+    Attributes:
+        owner: name of the module that is wrapped.
+        module: that module.
+        key: name of the parameter for the composition: `gate_up_proj`; `in_proj_weight` or `out_proj` of an attention.
+        path: from the module to the parameter: `gate_up_proj`, `out_proj.weight`.
+    """
+
+    owner: str
+    module: nn.Module
+    key: str
+    path: str
+
+    @property
+    def parameter(self) -> Tensor | None:
+        module, _, name = self.path.rpartition(".")
+        return self.module.get_submodule(module)._parameters.get(name)
+
+
+def find_parameter(layers: Mapping[str, nn.Module], name: str) -> TargetParameter | None:
+    """The parameter that a composed name stands for; None where it is the name of a layer, or of nothing.
+
+    Args:
+        layers: the modules of the base model by name.
+        name: `mlp.experts.gate_up_proj`, or `attn.in_proj_weight` and `attn.out_proj` of an `nn.MultiheadAttention`.
+    """
+    owner, _, key = name.rpartition(".")
+    module = layers.get(owner)
+    if module is None:
+        return None
+    if isinstance(module, nn.MultiheadAttention) and key in (IN_PROJ, OUT_PROJ):
+        return TargetParameter(owner, module, key, f"{OUT_PROJ}.weight" if key == OUT_PROJ else IN_PROJ)
+    if isinstance(module._parameters.get(key), nn.Parameter):
+        return TargetParameter(owner, module, key, key)
+    return None
+
+
+def parameter_shape(layers: Mapping[str, nn.Module], target: TargetParameter) -> LayerShape:
+    """What the factors of a parameter must look like, as PEFT's `ParamWrapper` and `MultiheadAttention` make them."""
+    kind, parameter = f"{type(target.module).__name__}.{target.path}", target.parameter
+    if parameter is None:
+        return LayerShape(kind, (), 0, refusal="its queries, keys and values have weights of their own")
+    refusal = _refusal(layers, target, parameter)
+    if parameter.dim() == 2:
+        return LayerShape(kind, (parameter.shape[1],), parameter.shape[0], refusal=refusal)
+    if parameter.dim() != 3:
+        return LayerShape(kind, (), 0, refusal=f"LoRA knows parameters of 2 and 3 dimensions, not {parameter.dim()}")
+    experts, first, last = parameter.shape
+    is_transposed = bool(getattr(target.module, "is_transposed", False))
+    if experts == 1 and is_transposed:
+        refusal = "PEFT adds the update of a single transposed expert the wrong way round"
+    in_features, out_features = (first, last) if is_transposed else (last, first)
+    return LayerShape(
+        kind, (in_features,), out_features, refusal=refusal, experts=experts, is_transposed=is_transposed
+    )
+
+
+def _refusal(layers: Mapping[str, nn.Module], target: TargetParameter, parameter: Tensor) -> str | None:
+    parent, _, name = target.owner.rpartition(".")
+    if name == OUT_PROJ and isinstance(layers.get(parent), nn.MultiheadAttention):
+        return (
+            f"nn.MultiheadAttention never calls its {OUT_PROJ}, so that a LoRA on it alone has no effect. Name it in "
+            f"exclude_modules, or train one on {parent!r}"
+        )
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        return f"its values are quantized ({parameter.dtype}), and an update cannot be added to them"
+    return None
+
+
+# From a saved adapter
+
+
+def unwrap(
+    adapter: UpstreamAdapter, layers: Mapping[str, nn.Module], current_name: Callable[[str], str]
+) -> UpstreamAdapter:
+    """The adapter with the factors of wrapped parameters under the names of these parameters.
+
+    PEFT puts one wrapper per parameter around a module, each inside the next, and saves the factors under the
+    wrapper's path: which parameter they belong to follows from the depth and the order of the parameters.
+
+    Args:
+        adapter: as read.
+        layers: the modules of the base model by name.
+        current_name: module name as the adapter spells it -> the model's (or the name itself).
+
+    Returns:
+        The adapter; ranks and scales are those of the parameters.
+
+    Raises:
+        AdapterError: the factors do not fit the parameters that the adapter's config targets.
+    """
+    targets: Collection[str] = adapter.config.get("target_parameters") or ()
+    modules: dict[str, Factors] = {}
+    nests: dict[str, dict[int, Factors]] = {}
+    for spelled, factors in adapter.modules.items():
+        plain, depth = _without_wrappers(spelled)
+        module = current_name(plain)
+        parent, _, last = plain.rpartition(".")
+        if last == OUT_PROJ and isinstance(layers.get(current_name(parent)), nn.MultiheadAttention):
+            if spelled.endswith(f"{_WRAPPED}.{OUT_PROJ}"):
+                name = f"{current_name(parent)}.{OUT_PROJ}"
+                factors = _of_attention(adapter, factors, parent)
+                factors = replace(factors, scale=factors.scale * attention_output_times())
+            else:
+                name = f"{module}.weight"
+        elif module in layers and _targeted(layers[module], plain, targets):
+            nests.setdefault(plain, {})[depth] = factors
+            continue
+        elif isinstance(layers.get(module), nn.MultiheadAttention):
+            name, factors = f"{module}.{IN_PROJ}", _of_attention(adapter, factors, plain)
+        else:
+            _require_targeted(adapter, module, plain, targets)
+            name = plain if depth == 0 else spelled
+            factors = ranked(adapter.name, adapter.config, adapter.weights, factors, plain)
+        _enter(adapter, modules, name, factors)
+    for plain, nest in nests.items():
+        module = current_name(plain)
+        for name, factors in _of_parameters(adapter, layers[module], plain, module, nest).items():
+            _enter(adapter, modules, name, factors)
+    return replace(adapter, modules=modules)
+
+
+def needs_unwrapping(adapters: Iterable[UpstreamAdapter], layers: Mapping[str, nn.Module]) -> bool:
+    """Whether any adapter, or the model, has what `unwrap` is for."""
+    return any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()) or any(
+        adapter.config.get("target_parameters") for adapter in adapters
+    )
+
+
+def _without_wrappers(spelled: str) -> tuple[str, int]:
+    """A module's name without the wrappers on its path, and how many lie around its innermost parameter."""
+    plain = spelled
+    while plain.endswith(_WRAPPED):
+        plain = plain.removesuffix(_WRAPPED)
+    depth = (len(spelled) - len(plain)) // len(_WRAPPED)
+    return _WRAPPERS.sub("", plain), depth
+
+
+def _targeted(layer: nn.Module, plain: str, targets: Collection[str]) -> list[str]:
+    """The parameters of a module that `target_parameters` select, in the order in which PEFT wraps them."""
+    names = [name for name, _ in layer.named_parameters(recurse=False)]
+    return [n for n in names if any(f".{plain}.{n}".endswith(f".{target}") for target in targets)]
+
+
+def _require_targeted(adapter: UpstreamAdapter, module: str, plain: str, targets: Collection[str]) -> None:
+    """Refuse the factors of a parameter that the module does not have."""
+    for target in targets:
+        owner, _, parameter = target.rpartition(".")
+        if owner and f".{plain}".endswith(f".{owner}"):
+            raise AdapterError(
+                adapter.name, f"its config targets the parameter {parameter!r}, which module {module!r} does not have"
+            )
+
+
+def _of_attention(adapter: UpstreamAdapter, factors: Factors, attention: str) -> Factors:
+    """Both projections of an attention have the rank and alpha that the config gives the attention."""
+    if factors.bias is not None and adapter.weights.read(factors.bias).count_nonzero():
+        raise AdapterError(
+            adapter.name, f"module {attention!r} has a LoRA bias, which PEFT does not add to an nn.MultiheadAttention"
+        )
+    return replace(ranked(adapter.name, adapter.config, adapter.weights, factors, attention), bias=None)
+
+
+def _of_parameters(
+    adapter: UpstreamAdapter, layer: nn.Module, plain: str, module: str, nest: Mapping[int, Factors]
+) -> dict[str, Factors]:
+    """The factors of all targeted parameters of one module; those of the first parameter lie innermost."""
+    targeted = _targeted(layer, plain, adapter.config["target_parameters"])
+    if sorted(nest) != list(range(len(targeted))):
+        raise AdapterError(
+            adapter.name,
+            f"module {module!r}: its config targets the parameters {', '.join(targeted)} but its weights hold "
+            f"{len(nest)} pairs of factors; which belongs to which is unknown",
+        )
+    found = {}
+    for name, depth in zip(targeted, reversed(range(len(targeted)))):
+        parameter = layer.get_parameter(name)
+        experts = parameter.shape[0] if parameter.dim() == 3 else 1
+        factors = ranked(adapter.name, adapter.config, adapter.weights, nest[depth], f"{plain}.{name}", experts)
+        # LoRA on the weight of a linear layer is the LoRA of that layer.
+        is_layer = type(layer) is nn.Linear and name == "weight"
+        found[module if is_layer else f"{module}.{name}"] = factors
+    return found
+
+
+def _enter(adapter: UpstreamAdapter, modules: dict[str, Factors], name: str, factors: Factors) -> None:
+    if name in modules:
+        raise AdapterError(adapter.name, f"it has two pairs of factors for {name!r}")
+    modules[name] = factors
+
+
+@cache
+def attention_output_times() -> int:
+    """How often the installed PEFT adds the update of the output projection of an `nn.MultiheadAttention`.
+
+    PEFT 0.21.2 adds it twice, in training and when merging (huggingface/peft#3774): such an adapter works as it was
+    trained only with twice its product.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = get_peft_model(
+            nn.ModuleDict({"attention": nn.MultiheadAttention(1, 1)}),
+            LoraConfig(r=1, lora_alpha=1, target_modules=["attention"]),
+        )
+        for module in model.modules():  # set in the tables: within accelerate's init_empty_weights all are on meta
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.ones(parameter.shape, device="cpu"))
+        attention = model.base_model.model["attention"]
+        attention.merge()
+        return round(attention.out_proj.weight.item()) - 1
+
+
+# Back to PEFT's names
+
+
+def target_of(name: str, layout: LoraLayout) -> str:
+    """What a composed module or parameter is called in a LoRA's `rank_pattern`: an attention as a whole."""
+    owner, _, key = name.rpartition(".")
+    return owner if key in (IN_PROJ, OUT_PROJ) and owner in layout.get("attentions", ()) else name
+
+
+def is_attention_output(name: str, layout: LoraLayout) -> bool:
+    """Whether a composed name is the output projection of an attention."""
+    return target_of(name, layout) != name and name.endswith(f".{OUT_PROJ}")
+
+
+def wrapped_path(name: str, layout: LoraLayout) -> str:
+    """The path under which PEFT keeps the factors of a composed module or parameter."""
+    owners: Mapping[str, Sequence[str]] = layout.get("parameters", {})
+    path, (owner, _, key) = target_of(name, layout), name.rpartition(".")
+    inside = [outer for outer in owners if name.startswith(f"{outer}.")]
+    if is_attention_output(name, layout):
+        path = f"{path}{_WRAPPED}.{OUT_PROJ}"
+    elif key in owners.get(owner, ()):
+        path = owner + _WRAPPED * (len(owners[owner]) - 1 - list(owners[owner]).index(key))
+        inside.remove(owner)
+    for outer in sorted(inside, key=len, reverse=True):
+        path = outer + _WRAPPED * len(owners[outer]) + path.removeprefix(outer)
+    return path
