@@ -38,7 +38,6 @@ def run(script: str, inputs: Inputs, output: Path, processes: int, *arguments: o
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
-        "HF_DATASETS_CACHE": str(output.parent / "datasets"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }

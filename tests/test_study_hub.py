@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import pytest
 import transformers
 from few_shot_transfer import scenario as scenarios
@@ -28,7 +27,7 @@ Replacing = Callable[[Scenario], Scenario]
 
 
 @pytest.fixture(scope="session")
-def look_alike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replacing]:
+def look_alike(tmp_path_factory: pytest.TempPathFactory) -> Replacing:
     """Replaces the data sets of a scenario by look-alikes; each is written once."""
     folder = tmp_path_factory.mktemp("lookalikes")
     written: dict[str, Path] = {}
@@ -42,10 +41,7 @@ def look_alike(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replacing]:
             data[name] = DataSpec(own.source, {**own.options, "path": str(written[path])})
         return replace(spec, data=data)
 
-    with pytest.MonkeyPatch.context() as patch:
-        # The user's cache would remember a folder of the same name that an earlier test run wrote.
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield replaced
+    return replaced
 
 
 @pytest.mark.parametrize("name", HUB)

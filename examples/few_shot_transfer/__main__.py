@@ -38,8 +38,10 @@ def run(
         specs = [limited(scenario.load(name), seeds, chosen) for name in names]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    for spec in specs:
-        Study(scenario.smoke(spec) if smoke else spec, output).run()
+    for name, spec in zip(names, specs):
+        options = [f"--seeds {seeds}"] * bool(seeds) + [f"--methods {methods}"] * bool(methods) + ["--smoke"] * smoke
+        command = " ".join(["python -m examples.few_shot_transfer run", Path(name).name, *options])
+        Study(scenario.smoke(spec) if smoke else spec, output, command=command).run()
 
 
 @app.command()

@@ -61,6 +61,9 @@ class Results:
     def __contains__(self, run: str) -> bool:
         return run in self.by_id
 
+    def __len__(self) -> int:
+        return len(self.by_id)
+
     def __getitem__(self, run: str) -> Record:
         return self.by_id[run]
 

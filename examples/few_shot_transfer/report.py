@@ -98,7 +98,7 @@ def _section(scenario: Scenario, records: Sequence[Record], folder: Path) -> str
     for name, figure in _figures(scenario, groups, scored):
         figure.savefig(folder / f"{name}.png")
         parts.append(f"![{name}]({name}.png)")
-    parts.append(_costs(records))
+    parts += [_costs(records), _sessions(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -180,12 +180,25 @@ def _upstream_table(records: Sequence[Record]) -> str:
 def _costs(records: Sequence[Record]) -> str:
     seconds: dict[str, list[float]] = {}
     for record in records:
-        if record["phase"] == "final":
-            seconds.setdefault(record["method"], []).append(record["seconds"])
+        if record["phase"] == "final" and record["cpu_seconds"]:  # a shared outcome costs nothing
+            seconds.setdefault(record["method"], []).append(record["cpu_seconds"])
     means = ", ".join(f"{method} {np.mean(own):.1f}" for method, own in seconds.items())
-    total = sum(record["seconds"] for record in records)
-    dates = sorted({record["date"] for record in records if "date" in record})
-    return f"Seconds per final run: {means}. All runs: {total / 60:.0f} minutes, {dates[0]} to {dates[-1]}."
+    total = sum(record.get("seconds", 0.0) for record in records)
+    return f"CPU seconds per final run: {means}. All runs and upstream trainings: {total / 60:.0f} minutes."
+
+
+def _sessions(records: Sequence[Record]) -> str:
+    """On what the runs were made, once for every machine, command, commit and set of versions."""
+    lines = []
+    for session in (record for record in records if record["phase"] == "session"):
+        of_session = [record["date"] for record in records if record.get("session") == session["id"]]
+        hardware = (
+            f"{session.get('gpu', session['cpu'])}, {session['cores']} cores, {session['processes']} process(es)"
+        )
+        versions = ", ".join(f"{name} {session[name]}" for name in ("python", "torch", "transformers", "peft"))
+        dates = " to ".join(dict.fromkeys([min(of_session), max(of_session)]))
+        lines.append(f"- `{session['command']}`, {dates}: {hardware}; {versions}; commit {session['commit']}")
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _figures(

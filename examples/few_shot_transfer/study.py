@@ -14,6 +14,8 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
+from benchmarks import machine
+
 from .data import Task, Tasks
 from .downstream import Downstream, Run, describe
 from .language import LanguageDownstream
@@ -25,6 +27,8 @@ from .scenario import GRID_OF, Scenario, Setting
 from .upstream import Adapter, foundation, random_adapter, train_adapter
 
 
+SOURCES = ("peft_composition", "examples")
+NO_COST = {"seconds": 0.0, "cpu_seconds": 0.0}
 FORMAT = 1  # raised when the same settings would no longer give the same result
 Key = tuple[str, str | None]  # a target and the label of its round
 
@@ -45,10 +49,13 @@ class Study:
         scenario: what to run.
         folder: for models, adapters and results.
         progress: whether to show progress bars.
+        command: what was asked for; the results file names it.
     """
 
-    def __init__(self, scenario: Scenario, folder: Path, progress: bool = True) -> None:
-        self.scenario, self.folder = scenario, folder
+    def __init__(
+        self, scenario: Scenario, folder: Path, progress: bool = True, command: str = "called from Python"
+    ) -> None:
+        self.scenario, self.folder, self.command = scenario, folder, command
         self.state = PartialState()
         self.progress = progress and self.state.is_main_process
         with self.state.main_process_first():  # which cuts a torn line before the others read
@@ -57,6 +64,7 @@ class Study:
         self._model: Classifier | LanguageModel | None = None
         self._adapters: dict[tuple[str, int], tuple[Adapter, Adapter]] = {}
         self._stages: dict[Setting, Stage] = {}
+        self._session: str | None = None
 
     def run(self) -> None:
         """Does what has not been done."""
@@ -98,7 +106,7 @@ class Study:
             run = identity({"format": FORMAT, "phase": "upstream", "adapter": adapter.folder.name})
             if run not in self.results:
                 facts = {key: adapter.facts[key] for key in ("examples", "steps", "accuracy", "seconds")}
-                self.results.append({"id": run, "phase": "upstream", "task": name, "rank": rank, **facts})
+                self._append({"id": run, "phase": "upstream", "task": name, "rank": rank, **facts})
 
     def _select(self, settings: list[Setting], bar: tqdm) -> dict[Key, dict[str, float]]:
         """The grid search: for every target and method the learning rate that validates best."""
@@ -134,13 +142,25 @@ class Study:
         if name not in self.results:
             known = self.results.by_outcome.get(outcome_id)
             if known is None:
-                done = describe(self._stage(setting).downstream.run(run))
-                done["date"] = time.strftime("%Y-%m-%d")
+                downstream = self._stage(setting).downstream
+                before = time.process_time()
+                done = describe(downstream.run(run))
+                done["cpu_seconds"] = round(time.process_time() - before, 3)
             else:
-                done = {**{key: known[key] for key in known if key not in ("id", *settings)}, "seconds": 0.0}
-            self.results.append({"id": name, "outcome": outcome_id, **settings, **done})
+                done = {**{key: known[key] for key in known if key not in ("id", *settings)}, **NO_COST}
+            self._append({"id": name, "outcome": outcome_id, **settings, **done})
         bar.update()
         return self.results[name]
+
+    def _append(self, record: Record) -> None:
+        """Adds a finished run; before the first one of this session, what it runs on."""
+        if self._session is None:
+            facts = machine.describe(self.state.device, SOURCES)
+            facts = {**facts, "processes": self.state.num_processes, "command": self.command}
+            self._session = identity({**facts, "lines before": len(self.results)})
+            self.results.append({"id": self._session, "phase": "session", **facts})
+        made = {"date": time.strftime("%Y-%m-%d"), "session": self._session}
+        self.results.append({**record, **{key: record.get(key, value) for key, value in made.items()}})
 
     def _settings(self, setting: Setting, run: Run) -> Record:
         return {
