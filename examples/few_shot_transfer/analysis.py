@@ -50,9 +50,13 @@ def by_setting(records: Iterable[Record]) -> dict[SettingKey, list[Record]]:
     groups: dict[SettingKey, list[Record]] = {}
     for record in records:
         if record["phase"] == "final":
-            key = SettingKey(record["target"], tuple(record["upstream"]), record["rank"], record["label"])
-            groups.setdefault(key, []).append(record)
+            groups.setdefault(_key(record), []).append(record)
     return groups
+
+
+def similarities_by_setting(records: Iterable[Record]) -> dict[SettingKey, dict[str, dict[str, float]]]:
+    """CKA of the upstream adapters with the new task's own, by module and adapter, for the settings that have it."""
+    return {_key(record): record["cka"] for record in records if record["phase"] == "similarity"}
 
 
 def scores(records: Sequence[Record]) -> Scores:
@@ -139,6 +143,10 @@ def by_adapter(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The mean weight of every adapter over all modules."""
     names = dict.fromkeys(name for of_module in weights.values() for name in of_module)
     return {name: float(np.mean([of_module[name] for of_module in weights.values()])) for name in names}
+
+
+def _key(record: Record) -> SettingKey:
+    return SettingKey(record["target"], tuple(record["upstream"]), record["rank"], record["label"])
 
 
 def _summed_up(singles: Mapping[str, Mapping[int, Record]], seeds: Sequence[int], k: Shots) -> Scores:

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from peft_composition.report import plot_weights
+from peft_composition.report import Similarities, plot_weights, plot_weights_and_similarity, rank_correlations
 
 from . import plots
 from .analysis import (
@@ -26,6 +26,7 @@ from .analysis import (
     difference,
     mean_weights,
     scores,
+    similarities_by_setting,
 )
 from .records import Record, read
 from .scenario import METHODS, Scenario
@@ -87,6 +88,7 @@ def _section(scenario: Scenario, records: Sequence[Record], folder: Path) -> str
     parts = [f"## {scenario.title}", f"`{scenario.name}`, {scenario.scale}. {scenario.notes}".strip()]
     parts.append(_upstream_table(records))
     several = len(groups) > 8  # all subsets of adapters: the plot says it better than a table each
+    similarities = similarities_by_setting(records)
     for key, own in groups.items():
         if several and len(key.upstream) < max(len(other.upstream) for other in groups):
             continue
@@ -94,8 +96,10 @@ def _section(scenario: Scenario, records: Sequence[Record], folder: Path) -> str
             [key.target, *([key.label] if key.label else []), f"N = {len(key.upstream)}", f"r = {key.rank}"]
         )
         parts += [f"### {title}", accuracy_table(scored[key], own, _paper_numbers(scenario, key))]
-        parts += [_questions_table(scored[key]), _weights_table(own)]
-    for name, figure in _figures(scenario, groups, scored):
+        parts += [_questions_table(scored[key]), _weights_table(own), _agreement_table(own, similarities.get(key))]
+    if len({key.rank for key in groups}) > 1:
+        parts += [f"### {title}\n\n{table}" for title, table in _rank_tables(scenario, scored)]
+    for name, figure in _figures(scenario, groups, scored, similarities):
         figure.savefig(folder / f"{name}.png")
         parts.append(f"![{name}]({name}.png)")
     parts += [_costs(records), _sessions(records)]
@@ -160,6 +164,42 @@ def _weights_table(records: Sequence[Record]) -> str:
     return "Mean weights over modules and seeds:\n\n" + _markdown(["Method", "K", *header], rows) if rows else ""
 
 
+def _agreement_table(records: Sequence[Record], similarities: Similarities | None) -> str:
+    """Whether learned weights, averaged over the seeds, follow CKA (section 6.5): Spearman's rho for every K."""
+    if similarities is None:
+        return ""
+    rows = []
+    for k in dict.fromkeys(record["k"] for record in records):
+        weights = mean_weights(records, "learned", k)
+        if weights and len(next(iter(weights.values()))) > 1:
+            by_module = rank_correlations(weights, similarities)[-1]
+            whole = rank_correlations(weights, similarities, by="model")[-1]
+            found = [f"{entry.rho:+.2f} (p={entry.p_value:.2f})" for entry in (by_module, whole)]
+            rows.append([str(k), *found])
+    means = ", ".join(f"{name} {value:.3f}" for name, value in by_adapter(similarities).items())
+    note = (
+        f"Mean CKA of the upstream adapters with a LoRA of all of the new task's data: {means}. Spearman's "
+        "correlation of the learned weights with it, and the p of permuting the adapters:"
+    )
+    return note + "\n\n" + _markdown(["K", "mean over modules", "of the means over the model"], rows) if rows else ""
+
+
+def _rank_tables(scenario: Scenario, scored: Mapping[SettingKey, Scores]) -> Iterator[tuple[str, str]]:
+    """Methods down, ranks across, as in table 5: a title and a table for every target and K."""
+    for target in dict.fromkeys(key.target for key in scored):
+        of_rank = {key.rank: own for key, own in scored.items() if key.target == target}
+        paper = PAPER["table5"].get(target, {}) if scenario.scale == "hub" else {}
+        for k in dict.fromkeys(k for own in of_rank.values() for _, k in own):
+            rows = []
+            for method in ROWS:
+                if any((method, k) in own for own in of_rank.values()):
+                    rows.append([NAMES[method], *(_cell(own, method, k, is_best=False) for own in of_rank.values())])
+                    if method in paper:
+                        cells = [_paper_cell(paper[method].get(rank)) for rank in of_rank]
+                        rows.append([f"*{NAMES[method]}, paper*", *cells])
+            yield f"{target}, K = {k}, by rank", _markdown(["Method", *(f"r={rank}" for rank in of_rank)], rows)
+
+
 def _upstream_table(records: Sequence[Record]) -> str:
     rows = [
         [
@@ -202,7 +242,10 @@ def _sessions(records: Sequence[Record]) -> str:
 
 
 def _figures(
-    scenario: Scenario, groups: Mapping[SettingKey, Sequence[Record]], scored: Mapping[SettingKey, Scores]
+    scenario: Scenario,
+    groups: Mapping[SettingKey, Sequence[Record]],
+    scored: Mapping[SettingKey, Scores],
+    similarities: Mapping[SettingKey, Similarities],
 ) -> Iterator[tuple[str, Figure]]:
     name, title = scenario.name, scenario.title
     largest = {key.target: key for key in sorted(scored, key=lambda key: len(key.upstream))}
@@ -224,7 +267,12 @@ def _figures(
     for target, key in largest.items():
         weights = mean_weights(groups[key], "learned", shots[-1])
         if weights and len(key.upstream) > 1:
-            yield f"{name}-{target}-weights", plot_weights(weights, title=f"{target}, K = {shots[-1]}")
+            title = f"{target}, K = {shots[-1]}"
+            if key in similarities:
+                figure = plot_weights_and_similarity(weights, similarities[key], title=title)
+            else:
+                figure = plot_weights(weights, title=title)
+            yield f"{name}-{target}-weights", figure
 
 
 def _paper_numbers(scenario: Scenario, key: SettingKey) -> Mapping[str, Any] | None:

@@ -200,6 +200,19 @@ class DownstreamSpec:
 
 
 @dataclass(frozen=True)
+class SimilaritySpec:
+    """Figures 7 and 8: CKA of every upstream adapter with a LoRA trained on all of the new task's data.
+
+    Args:
+        examples: of the new task's test split, equally many of each class.
+        part: what is compared, as in `peft_composition.similarity.layerwise_cka`.
+    """
+
+    examples: int = 256
+    part: Literal["output", "update"] = "output"
+
+
+@dataclass(frozen=True)
 class SplitSpec:
     """What is kept apart of a data set that comes without a test or a validation split, as shares of its rest."""
 
@@ -218,6 +231,7 @@ class Scenario:
         shift: what sets the downstream task apart from the upstream tasks.
         paper: the table or figure of arXiv 2402.15414 that it repeats, or None.
         plot: the figure's form: accuracy over K, over the number of adapters, gain at one shot, or none.
+        similarity: compares learned weights with CKA; default: does not.
         notes: what a reader of the results must know.
     """
 
@@ -235,6 +249,7 @@ class Scenario:
     methods: tuple[str, ...] = ()
     paper: str | None = None
     plot: Literal["shots", "adapters", "none"] = "shots"
+    similarity: SimilaritySpec | None = None
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -324,7 +339,7 @@ def smoke(scenario: Scenario) -> Scenario:
     downstream = replace(
         scenario.downstream,
         shots=scenario.downstream.shots[:1],
-        seeds=2,
+        seeds=min(2, scenario.downstream.seeds),
         warmup_epochs=2,
         epochs=2,
         max_steps=2,
@@ -340,7 +355,10 @@ def smoke(scenario: Scenario) -> Scenario:
         model = replace(model, pretraining=replace(model.pretraining, steps=4))
     first = scenario.rounds[0]
     rounds = (replace(first, target=first.target[:1], subsets=False),)
-    return replace(scenario, downstream=downstream, upstream=upstream, model=model, rounds=rounds)
+    similarity = scenario.similarity and replace(scenario.similarity, examples=16)
+    return replace(
+        scenario, downstream=downstream, upstream=upstream, model=model, rounds=rounds, similarity=similarity
+    )
 
 
 def class_indices(spec: Sequence[int | str] | None, class_names: Sequence[str]) -> list[int]:

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from benchmarks import machine
@@ -24,6 +25,7 @@ from .methods import Contender, contenders
 from .models import Classifier
 from .records import Record, Results, identity
 from .scenario import GRID_OF, Scenario, Setting
+from .similarity import upstream_cka
 from .upstream import Adapter, foundation, random_adapter, train_adapter
 
 
@@ -56,7 +58,8 @@ class Study:
         self, scenario: Scenario, folder: Path, progress: bool = True, command: str = "called from Python"
     ) -> None:
         self.scenario, self.folder, self.command = scenario, folder, command
-        self.state = PartialState()
+        # The Trainer heeds this variable; PartialState alone would make each of several processes on CPUs the first.
+        self.state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.progress = progress and self.state.is_main_process
         with self.state.main_process_first():  # which cuts a torn line before the others read
             self.results = Results(folder / "results" / f"{scenario.name}.jsonl", self.state.is_main_process)
@@ -81,6 +84,7 @@ class Study:
                         for seed in range(self.scenario.downstream.seeds):
                             rate = rates[setting.target, setting.label][contender.method]
                             self._once(setting, Run(contender, k, seed, rate, "test"), bar)
+                self._compare(setting)
                 self._stages.pop(setting)  # with the features it kept
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -97,7 +101,7 @@ class Study:
 
     def _upstream(self, settings: list[Setting]) -> None:
         """Phases 1 and 2."""
-        wanted = dict.fromkeys((name, setting.rank) for setting in settings for name in setting.upstream)
+        wanted = dict.fromkeys((name, setting.rank) for setting in settings for name in self._trained_for(setting))
         for name, rank in tqdm(wanted, desc="upstream adapters", unit="adapter", disable=not self.progress):
             adapter = train_adapter(
                 self.scenario, name, rank, self.tasks, self.model, self.folder / "upstream", self.progress
@@ -107,6 +111,28 @@ class Study:
             if run not in self.results:
                 facts = {key: adapter.facts[key] for key in ("examples", "steps", "accuracy", "seconds")}
                 self._append({"id": run, "phase": "upstream", "task": name, "rank": rank, **facts})
+
+    def _trained_for(self, setting: Setting) -> tuple[str, ...]:
+        """The tasks that a setting needs a LoRA of."""
+        return setting.upstream if self.scenario.similarity is None else (*setting.upstream, setting.target)
+
+    def _compare(self, setting: Setting) -> None:
+        """CKA of the setting's adapters with the target's own."""
+        if self.scenario.similarity is None or len(setting.upstream) < 2:
+            return
+        own = {name: self._adapters[name, setting.rank][0] for name in self._trained_for(setting)}
+        folders = {name: adapter.folder.name for name, adapter in own.items()}
+        settings = {"phase": "similarity", **asdict(setting), "upstream": list(setting.upstream)}
+        settings.update(asdict(self.scenario.similarity))
+        name = identity({"format": FORMAT, **settings, "adapters": folders})
+        if name in self.results:
+            return
+        started = time.perf_counter()
+        upstream = [own[task] for task in setting.upstream]
+        task = self.tasks[setting.target]
+        cka = upstream_cka(self.scenario, setting, task, self.model, upstream, own[setting.target])
+        seconds = round(time.perf_counter() - started, 3)
+        self._append({"id": name, **settings, "cka": cka, "seconds": seconds})
 
     def _select(self, settings: list[Setting], bar: tqdm) -> dict[Key, dict[str, float]]:
         """The grid search: for every target and method the learning rate that validates best."""

@@ -67,7 +67,7 @@ def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Class
     data = scenario.data[spec.data]
     recipe = {"pretraining": asdict(spec), "data": asdict(data), "splits": asdict(scenario.splits)}
     home = folder / f"{scenario.name}-{identity(recipe)}"
-    if not (home / FACTS).exists():
+    if _is_missing(home):
         own = task(data, spec.classes, scenario.splits)
         side = own.train[0]["input"].size[0]
         torch.manual_seed(0)
@@ -112,7 +112,7 @@ def train_adapter(
         "rank": rank,
     }
     home = folder / f"{name.replace('/', '-')}-r{rank}-{identity(recipe)}"
-    if not (home / FACTS).exists():
+    if _is_missing(home):
         own = tasks[name]
         config = LoraConfig(
             r=rank,
@@ -156,7 +156,7 @@ def peft_options(scenario: Scenario) -> dict[str, Any]:
 def random_adapter(adapter: Adapter, folder: Path) -> Adapter:
     """A control: a copy of an adapter whose A and B are random, with the norm of every product B A kept."""
     home = folder / adapter.folder.name
-    if not (home / FACTS).exists():
+    if _is_missing(home):
         draft = _draft(home)
         generator = torch.Generator().manual_seed(int(identity({"random": adapter.folder.name})[:8], 16))
         tensors = load_file(adapter.folder / WEIGHTS)
@@ -184,6 +184,13 @@ def _accuracy(model: nn.Module, examples: Foundation, data: Any, scratch: Path) 
         return round(100 * float(np.mean(examples.correct(model, sample))), 2)
     logits = predict(model, examples.encode(sample), scratch, examples.collate)
     return round(100 * float((logits.argmax(axis=-1) == np.asarray(labels_of(sample))).mean()), 2)
+
+
+def _is_missing(home: Path) -> bool:
+    """Whether all processes must make it; none starts before all have looked."""
+    missing = not (home / FACTS).exists()
+    PartialState().wait_for_everyone()
+    return missing
 
 
 def _scratch(home: Path) -> Path:
