@@ -12,6 +12,7 @@ import transformers
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer import sources
 from few_shot_transfer.data import task
+from few_shot_transfer.language_model import normal
 from few_shot_transfer.records import read
 from few_shot_transfer.report import write
 from few_shot_transfer.scenario import DataSpec, Scenario
@@ -87,6 +88,14 @@ def test_domains_are_told_apart(look_alike: Replacing) -> None:
 )
 def test_questions(row: dict[str, object], spec: dict[str, object], expected: dict[str, object]) -> None:
     assert question_of(row, spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "is_right"),
+    [("Barn owl.", True), (" barn owl\nIt is a bird.", True), ("an owl", False), ("(A) barn owl", False), ("", False)],
+)
+def test_answers_match_exactly_but_for_case_and_full_stop(said: str, is_right: bool) -> None:
+    assert (normal(said) == normal("barn owl")) == is_right
 
 
 def test_a_wrong_column_is_an_error_that_names_those_there_are(look_alike: Replacing) -> None:

@@ -36,6 +36,8 @@ class LanguageModel:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.is_causal:
+            self.tokenizer.truncation_side = "left"  # the end of a prompt is what asks for the answer
         kind = transformers.AutoModelForCausalLM if self.is_causal else transformers.AutoModelForSeq2SeqLM
         self._model: transformers.PreTrainedModel = kind.from_pretrained(path, dtype=torch.float32)
         for module in self._model.modules():  # small support sets; and a frozen model answers alike in training
@@ -64,7 +66,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def correct(self, model: Any, data: Dataset) -> list[bool]:
-        """Whether the generated answers match exactly, but for case and outer spaces; shared among processes.
+        """Whether the generated answers match exactly, but for what `normal` leaves out; shared among processes.
 
         Args:
             model: anything with `generate`: the model, or a PEFT model of it.
@@ -74,20 +76,19 @@ class LanguageModel:
         rows: Any = list(enumerate(data["input"][:]))
         loader = accelerator.prepare(DataLoader(rows, batch_size=EVALUATION_BATCH, collate_fn=self._prompts))
         model = model.to(accelerator.device).eval()
-        answers = [answer.strip().lower() for answer in data["answer"][:]]
+        answers = [normal(answer) for answer in data["answer"][:]]
         found: list[bool] = []
         for indices, prompts in loader:
             tokens = model.generate(**prompts, do_sample=False, max_new_tokens=self.spec.max_new_tokens)
             if self.is_causal:
                 tokens = tokens[:, prompts["input_ids"].shape[1] :]
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            given = [text.strip().split("\n")[0].strip().lower() for text in texts]
-            right = torch.tensor([text == answers[row] for text, row in zip(given, indices.tolist())])
+            right = torch.tensor([normal(text) == answers[row] for text, row in zip(texts, indices.tolist())])
             found += accelerator.gather_for_metrics(right.to(accelerator.device)).tolist()
         return found
 
     def _example(self, question: str, answer: str) -> dict[str, Any]:
-        asked = self.tokenizer(question, truncation=True, max_length=self.spec.max_length)["input_ids"]
+        asked = self._tokens([question])["input_ids"][0]
         if not self.is_causal:
             return {"input_ids": asked, "labels": self.tokenizer(answer)["input_ids"]}
         told = self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
@@ -95,13 +96,21 @@ class LanguageModel:
 
     def _prompts(self, rows: Sequence[tuple[int, str]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         side = "left" if self.is_causal else "right"
-        encoded = self.tokenizer(
-            [text for _, text in rows],
-            truncation=True,
-            max_length=self.spec.max_length,
-            padding=True,
-            padding_side=side,
-            return_tensors="pt",
-        )
+        encoded = self._tokens([text for _, text in rows], padding=True, padding_side=side, return_tensors="pt")
         tensors = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         return torch.tensor([row for row, _ in rows]), tensors
+
+    def _tokens(self, questions: Sequence[str], **options: Any) -> Any:
+        """The questions as a causal model with a chat template was tuned to be asked; other models get them bare."""
+        is_chat = self.is_causal and self.tokenizer.chat_template is not None
+        asked: Any = list(questions)
+        if is_chat:
+            chats = [[{"role": "user", "content": question}] for question in questions]
+            asked = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        length = self.spec.max_length
+        return self.tokenizer(asked, truncation=True, max_length=length, add_special_tokens=not is_chat, **options)
+
+
+def normal(answer: str) -> str:
+    """An answer as it is compared: its first line, without case, outer spaces and a full stop at the end."""
+    return answer.strip().split("\n")[0].strip().removesuffix(".").lower()

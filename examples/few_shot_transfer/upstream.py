@@ -33,7 +33,7 @@ from .training import Plan, fit, predict
 
 
 WEIGHTS, CONFIG, FACTS = "adapter_model.safetensors", "adapter_config.json", "study.json"
-HELD_OUT = 200  # test examples that tell whether an adapter has learned its own task
+HELD_OUT = 200  # test examples at most that tell whether an adapter has learned its own task
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Class
             spec.learning_rate, _epochs_of(spec.steps), spec.batch_size, max_steps=spec.steps, checkpoint_steps=200
         )
         fit(model, examples.encode(own.train), plan, _scratch(home), examples.collate, progress)
-        accuracy = _accuracy(model, examples, own.test, _scratch(home))
+        accuracy = _accuracy(model, examples, own.test, scenario.downstream.test_size, _scratch(home))
         facts = {**recipe, "accuracy": accuracy, "seconds": round(time.perf_counter() - started, 1)}
         _finish(draft, home, facts, model)
     return Classifier(scenario.model, home)
@@ -133,7 +133,7 @@ def train_adapter(
         train = own.train.select(balanced(labels_of(own.train), how.limit))
         started = time.perf_counter()
         fit(lora, model.encode(train), plan, _scratch(home), model.collate, progress)
-        accuracy = _accuracy(lora, model, own.test, _scratch(home))
+        accuracy = _accuracy(lora, model, own.test, scenario.downstream.test_size, _scratch(home))
         facts = {
             **recipe,
             "task": name,
@@ -177,9 +177,10 @@ def _epochs_of(steps: int) -> float:
     return float(steps)
 
 
-def _accuracy(model: nn.Module, examples: Foundation, data: Any, scratch: Path) -> float:
-    """In percent, on up to `HELD_OUT` test examples."""
-    sample = examples.sort_by_length(data.select(balanced(labels_of(data), HELD_OUT)))
+def _accuracy(model: nn.Module, examples: Foundation, data: Any, test_size: int | None, scratch: Path) -> float:
+    """In percent, on as many test examples as downstream, but no more than `HELD_OUT`."""
+    size = min(HELD_OUT, test_size or HELD_OUT)
+    sample = examples.sort_by_length(data.select(balanced(labels_of(data), size)))
     if isinstance(examples, LanguageModel):
         return round(100 * float(np.mean(examples.correct(model, sample))), 2)
     logits = predict(model, examples.encode(sample), scratch, examples.collate)

@@ -1,6 +1,7 @@
 """Multiple choice questions from WordNet 3.0, as the Debian package wordnet-base installs it.
 
-Which word has this gloss? Three other words of the same lexicographer file are the wrong options.
+Which word has this gloss? Three other words of the same lexicographer file are the wrong options; the label is the
+place of the right one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import Splits
 
 
 FOLDER = "/usr/share/wordnet"
-LETTERS = "ABCD"
+OPTIONS = 4
 # The numbers of wninput(5WN) and lexnames(5WN).
 LEXICOGRAPHER_FILES = {
     "noun.act": 4,
@@ -59,22 +60,29 @@ def load(files: Sequence[str], limit: int = 2000, folder: str = FOLDER) -> Split
     questions = [question for name in files for question in _questions(Path(folder), name, generator)]
     chosen = generator.sample(questions, min(limit, len(questions)))
     features = Features(
-        {"input": Value("string"), "answer": Value("string"), "label": ClassLabel(names=list(LETTERS))}
+        {
+            "input": Value("string"),
+            "answer": Value("string"),
+            "label": ClassLabel(names=[str(place + 1) for place in range(OPTIONS)]),
+        }
     )
-    columns = {"input": [text for text, _ in chosen], "answer": [LETTERS[right] for _, right in chosen]}
-    return {"train": Dataset.from_dict({**columns, "label": [right for _, right in chosen]}, features=features)}
+    texts, answers, labels = zip(*chosen)
+    columns = {"input": list(texts), "answer": list(answers), "label": list(labels)}
+    return {"train": Dataset.from_dict(columns, features=features)}
 
 
-def _questions(folder: Path, name: str, generator: random.Random) -> list[tuple[str, int]]:
+def _questions(folder: Path, name: str, generator: random.Random) -> list[tuple[str, str, int]]:
+    """Questions, their answers, and the places of these among the options."""
     entries = _entries(folder / f"data.{name.split('.')[0]}", LEXICOGRAPHER_FILES[name])
     words = sorted({word for word, _ in entries})
     questions = []
     for word, gloss in entries:
-        wrong = [other for other in generator.sample(words, len(LETTERS)) if other != word][: len(LETTERS) - 1]
-        right = generator.randrange(len(LETTERS))
+        wrong = [other for other in generator.sample(words, OPTIONS) if other != word][: OPTIONS - 1]
+        right = generator.randrange(OPTIONS)
         options = [*wrong[:right], word, *wrong[right:]]
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-        questions.append((f"Which word means: {gloss}?\n{listed}\nAnswer:", right))
+        questions.append(
+            (f"Which word means: {gloss}? Answer with one of these words: {', '.join(options)}.", word, right)
+        )
     return questions
 
 
