@@ -15,8 +15,13 @@ import torch
 import peft_composition
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge the figures of a run."""
+def describe(device: torch.device, sources: tuple[str, ...] = ("peft_composition",)) -> dict[str, Any]:
+    """What a reader needs to judge the figures of a run.
+
+    Args:
+        device: where it ran.
+        sources: folders of this working tree that decide the figures: the commit is marked where they have changed.
+    """
     described: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False),
@@ -27,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
         "peft-composition": peft_composition.__version__,
-        "commit": _commit(),
+        "commit": _commit(sources),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     if device.type == "cuda":
@@ -43,16 +48,16 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    """The commit of this working tree, marked where the library in it is another."""
+def _commit(sources: tuple[str, ...]) -> str:
+    """The commit of this working tree, marked where the sources in it are others."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "../peft_composition")
+        changed = _git("status", "--porcelain", "--", *sources)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{commit}, library changed" if changed else commit
+    return f"{commit}, sources changed" if changed else commit
 
 
 def _git(*arguments: str) -> str:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

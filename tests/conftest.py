@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 
+# Data sets that tests write and read again belong into no cache of the user's. Subprocesses inherit this.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait let go of the core: test processes side by side would slow each other down many times.
@@ -21,6 +26,9 @@ from torch import nn
 import peft_composition  # noqa: F401  (registers the method)
 
 from . import tiny
+
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,6 @@ def run(
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
-        "HF_DATASETS_CACHE": str(output.parent / "datasets"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         **variables,

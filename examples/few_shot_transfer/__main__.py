@@ -1,0 +1,92 @@
+"""The command line: `python -m examples.few_shot_transfer run | list | report`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Output = Annotated[Path, typer.Option(help="Folder for models, adapters and results.")]
+
+
+@app.command()
+def run(
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Names (see list) or YAML files.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="All scenarios that need no Hub.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="All scenarios at the paper's scale.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Default: the scenario's.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: the scenario's.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="See that it runs; the figures mean nothing.")] = False,
+    output: Output = Path("study-output"),
+) -> None:
+    """Run scenarios. A study that was stopped goes on where it was: give the same command again."""
+    from . import scenario
+    from .study import Study, limited
+
+    names = list(scenarios or [])
+    names += scenario.names("offline") if offline else []
+    names += scenario.names("hub") if hub else []
+    if not names:
+        raise typer.BadParameter("name a scenario, or give --offline or --hub")
+    be_quiet()
+    chosen = tuple(methods.split(",")) if methods else None
+    try:
+        specs = [limited(scenario.load(name), seeds, chosen) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    for name, spec in zip(names, specs):
+        options = [f"--seeds {seeds}"] * bool(seeds) + [f"--methods {methods}"] * bool(methods) + ["--smoke"] * smoke
+        command = " ".join(["python -m examples.few_shot_transfer run", Path(name).name, *options])
+        Study(scenario.smoke(spec) if smoke else spec, output, command=command).run()
+
+
+@app.command()
+def report(
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Default: all that have results.")] = None,
+    output: Output = Path("study-output"),
+    to: Annotated[Path, typer.Option(help="Folder for the page and its plots.")] = Path("study-report"),
+) -> None:
+    """Turn the results into Markdown tables and plots."""
+    from . import scenario
+    from .report import write
+
+    try:
+        specs = [scenario.load(name) for name in scenarios or scenario.names()]
+        typer.echo(write(specs, output / "results", to))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command("list")
+def list_scenarios() -> None:
+    """List the scenarios."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import scenario
+
+    table = Table("scenario", "scale", "shift", "repeats", "title")
+    for name in scenario.names():
+        spec = scenario.load(name)
+        table.add_row(name, spec.scale, spec.shift, spec.paper or "", spec.title)
+    Console().print(table)
+
+
+def be_quiet() -> None:
+    """Leaves the screen to the progress bars."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's to heed
+    # A packaged model is named by its id on the Hub, where PEFT does not find it; no vocabulary is changed here.
+    warnings.filterwarnings("ignore", message="Could not find a config file")
+
+
+if __name__ == "__main__":
+    app()
