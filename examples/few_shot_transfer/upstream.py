@@ -73,8 +73,10 @@ def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Class
         torch.manual_seed(0)
         model = small_vit(scenario.model, len(own.classes), side)
         draft = _draft(home)
-        ViTImageProcessor(size={"height": side, "width": side}, do_resize=False).save_pretrained(draft)
-        model.save_pretrained(draft)  # for `Classifier`, which turns images into pixel values
+        if PartialState().is_main_process:
+            ViTImageProcessor(size={"height": side, "width": side}, do_resize=False).save_pretrained(draft)
+            model.save_pretrained(draft)  # for `Classifier`, which turns images into pixel values
+        PartialState().wait_for_everyone()
         examples = Classifier(scenario.model, draft)
         started = time.perf_counter()
         plan = Plan(
