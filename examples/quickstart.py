@@ -38,16 +38,16 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_lora import with_random_factors
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from sentence_classifier import SentenceClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
-    BertModel,
-    BertPreTrainedModel,
     DataCollatorWithPadding,
     HfArgumentParser,
     PrinterCallback,
@@ -55,7 +55,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
 from vader import DOMAINS, Example, load_domain
 
 from peft_composition import CompositionConfig, CompositionModel
@@ -112,30 +111,6 @@ SMOKE = {"draws": 2, "steps": 2, "upstream_steps": 2, "test_size": 40}
 
 
 # The model: MiniLM with a linear head on the mean of its token vectors
-
-
-class SentenceClassifier(BertPreTrainedModel):
-    """MiniLM for classification.
-
-    `AutoModelForSequenceClassification` would put the head on BERT's pooler, which MiniLM's training left untouched:
-    every control that starts from the bare model would look worse than it is.
-    """
-
-    def __init__(self, config: transformers.BertConfig) -> None:
-        super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, 2)
-        self.post_init()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> SequenceClassifierOutput:
-        """Logits (batch, 2) from token ids and mask (batch, length); the loss too where labels (batch,) are given."""
-        states = self.bert(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        logits = self.classifier((states * mask).sum(dim=1) / mask.sum(dim=1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def pretrained(seed: int) -> SentenceClassifier:
@@ -273,13 +248,7 @@ def train_upstream(domain: str, settings: Settings, bar: tqdm) -> tuple[Path, fl
 
 def save_random_lora(adapter: Path, folder: Path, seed: int) -> None:
     """Saves a copy of an adapter whose A and B are random, with the size of every product B A kept."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    for name_a in [name for name in tensors if ".lora_A." in name]:
-        name_b = name_a.replace(".lora_A.", ".lora_B.")
-        size = torch.linalg.matrix_norm(tensors[name_b] @ tensors[name_a])
-        A, B = (torch.randn(tensors[name].shape, generator=generator) for name in (name_a, name_b))
-        tensors[name_a], tensors[name_b] = A, B * size / torch.linalg.matrix_norm(B @ A)
+    tensors = with_random_factors(load_file(adapter / "adapter_model.safetensors"), seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())

@@ -358,9 +358,9 @@ def _chosen_composition(base: Any, adapter_name: str | None) -> str:
 
 
 def _read_layer(layer: CompositionLayer, adapter_name: str) -> _Module:
-    weights = layer.mixing_weights(adapter_name)  # refuses factors that never came
     with layer.onloaded([adapter_name]):
-        factors = layer.whole_factors(adapter_name)
+        factors = layer.whole_factors(adapter_name)  # refuses factors that never came
+        weights = layer.mixing_weights(adapter_name)
         return _mixed(factors.A, factors.B, factors.bias, factors.ranks, weights, factors.has_experts)
 
 

@@ -330,9 +330,7 @@ def composed_parameter(
     Returns:
         Shape and dtype of `weight`.
     """
-    if u is None:
-        return _ComposedParameter.apply(weight, A, B, B.new_ones(B.shape[-1]), is_transposed)
-    return _ComposedParameter.apply(weight, A, B, u.to(B.dtype), is_transposed)
+    return _ComposedParameter.apply(weight, A, B, None if u is None else u.to(B.dtype), is_transposed)
 
 
 class _ComposedParameter(torch.autograd.Function):
@@ -341,8 +339,8 @@ class _ComposedParameter(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, A: Tensor, B: Tensor, u: Tensor, is_transposed: bool) -> Tensor:
-        scaled = B * u
+    def forward(weight: Tensor, A: Tensor, B: Tensor, u: Tensor | None, is_transposed: bool) -> Tensor:
+        scaled = B if u is None else B * u
         left, right = (A.mT, scaled.mT) if is_transposed else (scaled, A)
         with _without_autocast(weight.device.type):
             if weight.dim() == 2:

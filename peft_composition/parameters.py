@@ -62,7 +62,7 @@ class ParameterComposition(CompositionLayer):
                 "parameter needs it in memory. Load the model without offloading this module, or merge_and_unload."
             )
         if self._learns(adapter_name) or torch.compiler.is_compiling() or self._is_sharded:
-            u = functional.spread(self.mixing_weights(adapter_name), factors.rank_owner)
+            u = functional.spread(self._weights(adapter_name), factors.rank_owner)
             return self._add(weight, factors.A.detach(), factors.B.detach(), u)
         trains_base = type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled())
         folded = self.folded(adapter_name, into_base=is_only and not trains_base)
@@ -75,7 +75,7 @@ class ParameterComposition(CompositionLayer):
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
-        u = functional.spread(self.mixing_weights(adapter_name).detach(), factors.rank_owner)
+        u = functional.spread(self._weights(adapter_name).detach(), factors.rank_owner)
         A, B = factors.A.detach(), factors.B.detach()
         if into_base:
             return Folded(merged=self._add(self._parameter().detach(), A, B, u))
@@ -90,7 +90,7 @@ class ParameterComposition(CompositionLayer):
         return sources
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
-        factors = self._ready_factors(adapter_name)
+        factors = self.whole_factors(adapter_name)
         delta = functional.parameter_delta(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
         return delta.mT if self.is_transposed else delta
 

@@ -518,6 +518,28 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the log is `HubServer.requests`."""
 
 
+def environment_of(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
+    """The variables of a process for which the server is the Hub.
+
+    Args:
+        hub: the server.
+        home: folder of its Hub files, the cache among them.
+        **more: further variables.
+    """
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
 class Client:
     """A process that knows the server as its Hub, in which functions of a test's module run.
 
@@ -528,19 +550,7 @@ class Client:
     """
 
     def __init__(self, hub: HubServer, home: Path, **environment: str) -> None:
-        self.environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_TOKEN": "",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        }
+        self.environment = environment_of(hub, home, HF_HUB_DISABLE_PROGRESS_BARS="0", **environment)
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from peft_composition import CompositionConfig
 from peft_composition_cli import app
 
 from . import tiny
-from .hub_server import HubServer
+from .hub_server import HubServer, environment_of
 from .test_card import trained
 from .test_hub import files_of
 
@@ -98,20 +98,6 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def online(hub: HubServer, folder: Path, **more: str) -> dict[str, str]:
-    """The environment of a process for which the server is the Hub."""
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_CACHE": str(folder / "home" / "hub"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-        **more,
-    }
-
-
 def edit(folder: Path, **fields: Any) -> Path:
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -166,7 +152,14 @@ def test_inspect_gives_a_row_and_a_reason_for_each_of_ten_adapters(tmp_path: Pat
     expected = ten_adapters(tmp_path, base, hub)
     adapters = [adapter for adapter, _ in expected]
     result = run_process(
-        "-m", "peft_composition", "inspect", *adapters, "--base", "org/tiny-bert", "--json", **online(hub, tmp_path)
+        "-m",
+        "peft_composition",
+        "inspect",
+        *adapters,
+        "--base",
+        "org/tiny-bert",
+        "--json",
+        **environment_of(hub, tmp_path / "home"),
     )
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
@@ -263,7 +256,7 @@ def test_an_adapter_that_cannot_be_composed_is_one_line_and_leaves_nothing(tmp_p
 def test_compose_pushes_with_the_export(tmp_path: Path, hub: HubServer, loras: list[Path], base_folder: Path) -> None:
     result = run_process(
         "-m", "peft_composition", "compose", "--base", base_folder, "--adapters", *loras, "--out", tmp_path / "out",
-        "--push", "me/mix", "--json", **online(hub, tmp_path, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET="1"),
+        "--push", "me/mix", "--json", **environment_of(hub, tmp_path / "home", HF_TOKEN=hub.token),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     repository = hub.repositories["me/mix"]

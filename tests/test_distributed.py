@@ -23,7 +23,7 @@ from peft_composition.layer import Mixing
 
 from . import distributed_worker as worker
 from . import tiny
-from .hub_server import HubServer
+from .hub_server import HubServer, environment_of
 
 
 pytestmark = pytest.mark.xdist_group("distributed")  # two processes at a time are enough for two cores
@@ -264,10 +264,7 @@ def hub(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     server.push("me/bare", files)
     server.push("me/dora", {name: (dora / name).read_bytes() for name in (CONFIG, SAFETENSORS)})
     server.latency = 0.05  # so that processes that do not wait would overlap
-    home = str(folder / "home")
-    environment = {"HF_ENDPOINT": server.url, "HF_HOME": home, "HF_HUB_CACHE": f"{home}/hub", "HF_HUB_OFFLINE": "0"}
-    local = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
-    return launch("hub", folder, ACCELERATE, **environment, **local)
+    return launch("hub", folder, ACCELERATE, **environment_of(server, folder / "home"))
 
 
 def requests(server: HubServer, repo: str, rank: int) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from . import example_inputs
 from .example_inputs import QUESTION_TOKENS, TEST_EXAMPLES, TEXT_TOKENS, Inputs
-from .hub_server import HubServer
+from .hub_server import HubServer, environment_of
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -132,9 +132,7 @@ def test_controls_train_what_they_say_and_a_composition_is_pushed(texts: Inputs,
     assert (tmp_path / "base" / "model.safetensors").is_file()
     with HubServer() as hub:
         arguments = ["--push_to_hub", "--hub_model_id", "me/mix", "--hub_token", hub.token]
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        environment["HF_HUB_DISABLE_XET"] = "1"  # the server speaks git LFS
-        uniform = trained("uniform", *arguments, **environment, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+        uniform = trained("uniform", *arguments, **environment_of(hub, tmp_path / "home"))
         pushed = hub.repositories["me/mix"]
         files = pushed.commits[pushed.refs["main"]]
     assert uniform["trainable"] == head

@@ -49,7 +49,7 @@ from peft_composition import (
 )
 
 from . import tiny
-from .hub_server import HubServer
+from .hub_server import HubServer, environment_of
 from .reference import Reference, mixing_weights, read_lora, relative_error
 
 
@@ -336,12 +336,7 @@ save_file(outputs, sys.argv[2])
                     expected[key] = tiny.output(model, name)
             environment = {
                 **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-                "HF_ENDPOINT": hub.url,
-                "HF_HOME": str(tmp_path / "hf_home"),
-                "HF_HUB_OFFLINE": "0",
-                "NO_PROXY": "127.0.0.1",
-                "no_proxy": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
+                **environment_of(hub, tmp_path / "hf_home"),
             }
             subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", self.SCRIPT, json.dumps(jobs), str(tmp_path / "outputs")],

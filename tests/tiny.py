@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -330,3 +331,17 @@ def output(model: nn.Module, name: str) -> Tensor:
     with torch.no_grad():
         result = model(**TINY[name].inputs())
     return result if isinstance(result, Tensor) else result.logits
+
+
+def randomised(adapter: Path, folder: Path, seed: int) -> Path:
+    """A copy of a LoRA whose factors are noise of the same norms."""
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for key, tensor in factors.items():
+        if ".lora_" in key:
+            noise = torch.randn(tensor.shape, generator=generator)
+            factors[key] = noise * (tensor.norm() / noise.norm())
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    return folder

@@ -18,7 +18,7 @@ from torch import nn
 from . import lorahub
 from .data import Task, balanced, few_shot, labels_of
 from .methods import Contender, build, mixing_weights
-from .models import Classifier
+from .models import Classifier, Foundation
 from .scenario import Scenario, Setting
 from .training import Body, Plan, active_head, fit, fit_head, predict, trainable_outside_head
 
@@ -62,6 +62,16 @@ class Outcome:
     seconds: float
 
 
+def judged(scenario: Scenario, task: Task, model: Foundation) -> dict[str, Dataset]:
+    """The validation and test examples that methods are judged on, with similar lengths side by side."""
+    how = scenario.downstream
+    chosen = {
+        "validation": task.validation.select(balanced(labels_of(task.validation), how.validation_size)),
+        "test": task.test.select(balanced(labels_of(task.test), how.test_size)),
+    }
+    return {split: model.sort_by_length(data) for split, data in chosen.items()}
+
+
 class Downstream:
     """A downstream task and the foundation model that meets it; keeps what its runs share.
 
@@ -71,12 +81,7 @@ class Downstream:
 
     def __init__(self, scenario: Scenario, setting: Setting, task: Task, model: Classifier, scratch: Path) -> None:
         self.scenario, self.setting, self.task, self.model, self.scratch = scenario, setting, task, model, scratch
-        how = scenario.downstream
-        chosen = {
-            "validation": task.validation.select(balanced(labels_of(task.validation), how.validation_size)),
-            "test": task.test.select(balanced(labels_of(task.test), how.test_size)),
-        }
-        self._data = {split: model.sort_by_length(data) for split, data in chosen.items()}
+        self._data = judged(scenario, task, model)
         self._encoded = {split: model.encode(data) for split, data in self._data.items()}
         self._labels = {split: np.asarray(labels_of(data)) for split, data in self._data.items()}
         self._pool_labels = labels_of(task.train)

@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import nn
 
 from . import lorahub
-from .data import Task, balanced, few_shot, labels_of
-from .downstream import Outcome, Run, folder_name, percent
+from .data import Task, few_shot, labels_of
+from .downstream import Outcome, Run, folder_name, judged, percent
 from .language_model import LanguageModel
 from .methods import build, mixing_weights
 from .scenario import Scenario, Setting
@@ -24,12 +24,7 @@ class LanguageDownstream:
 
     def __init__(self, scenario: Scenario, setting: Setting, task: Task, model: LanguageModel, scratch: Path) -> None:
         self.scenario, self.setting, self.task, self.model, self.scratch = scenario, setting, task, model, scratch
-        how = scenario.downstream
-        chosen = {
-            "validation": task.validation.select(balanced(labels_of(task.validation), how.validation_size)),
-            "test": task.test.select(balanced(labels_of(task.test), how.test_size)),
-        }
-        self._data = {split: model.sort_by_length(data) for split, data in chosen.items()}
+        self._data = judged(scenario, task, model)
         self._answers: dict[tuple[tuple[str, ...], str], list[bool]] = {}
 
     def run(self, run: Run) -> Outcome:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from torch import Tensor, nn
-from transformers import AutoTokenizer, BertModel, BertPreTrainedModel, ViTConfig, ViTForImageClassification
-from transformers.modeling_outputs import SequenceClassifierOutput
+from sentence_classifier import SentenceClassifier
+from torch import nn
+from transformers import AutoTokenizer, ViTConfig, ViTForImageClassification
 
 from .scenario import ModelSpec
 
@@ -51,31 +51,6 @@ class Foundation(Protocol):
     @property
     def collate(self) -> Collate:
         """Makes a batch of encoded rows."""
-
-
-class SentenceClassifier(BertPreTrainedModel):
-    """A BERT encoder with a linear head on the mean of its token vectors.
-
-    `AutoModelForSequenceClassification` would put the head on BERT's pooler, which a sentence encoder's training
-    leaves untouched: every control that starts from the bare model would look worse than it is.
-    """
-
-    def __init__(self, config: transformers.BertConfig) -> None:
-        super().__init__(config)
-        assert config.num_labels is not None
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> SequenceClassifierOutput:
-        """Logits (batch, classes) from token ids and mask (batch, length); the loss too where labels are given."""
-        states = self.bert(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        logits = self.classifier((states * mask).sum(dim=1) / mask.sum(dim=1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class Classifier:

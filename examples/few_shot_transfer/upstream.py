@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_lora import with_random_factors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, ViTImageProcessor
@@ -160,13 +161,8 @@ def random_adapter(adapter: Adapter, folder: Path) -> Adapter:
     home = folder / adapter.folder.name
     if _is_missing(home):
         draft = _draft(home)
-        generator = torch.Generator().manual_seed(int(identity({"random": adapter.folder.name})[:8], 16))
-        tensors = load_file(adapter.folder / WEIGHTS)
-        for name_a in sorted(name for name in tensors if ".lora_A." in name):
-            name_b = name_a.replace(".lora_A.", ".lora_B.")
-            size = torch.linalg.matrix_norm(tensors[name_b] @ tensors[name_a])
-            A, B = (torch.randn(tensors[name].shape, generator=generator) for name in (name_a, name_b))
-            tensors[name_a], tensors[name_b] = A, B * size / torch.linalg.matrix_norm(B @ A)
+        seed = int(identity({"random": adapter.folder.name})[:8], 16)
+        tensors = with_random_factors(load_file(adapter.folder / WEIGHTS), seed)
         if PartialState().is_main_process:
             save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
             shutil.copy(adapter.folder / CONFIG, draft / CONFIG)
