@@ -67,7 +67,7 @@ def foundation(scenario: Scenario, folder: Path, progress: bool = True) -> Class
         return Classifier(scenario.model)
     data = scenario.data[spec.data]
     recipe = {"pretraining": asdict(spec), "data": asdict(data), "splits": asdict(scenario.splits)}
-    home = folder / f"{scenario.name}-{identity(recipe)}"
+    home = folder / f"{spec.data}-{identity(recipe)}"
     if _is_missing(home):
         own = task(data, spec.classes, scenario.splits)
         side = own.train[0]["input"].size[0]
