@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .analysis import BEST_SINGLE, Scores, Shots
+from .analysis import BEST_SINGLE, Difference, Scores, Shots
 
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; markers and dashes say the same once more.
@@ -96,6 +96,34 @@ def gain_over_classifier(title: str, by_target: Mapping[str, Scores], k: Shots) 
     return _with_legend(figure, axes)
 
 
+def differences(panels: Mapping[str, Mapping[Shots, Sequence[tuple[str, Difference]]]]) -> Figure:
+    """Differences between two methods over K, a panel for each pair: a dot and its 95% interval for every case.
+
+    Args:
+        panels: by title, then by K, the name of the case's scenario and the difference.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure((3.4 * columns + 1.6, 2.7 * rows), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    every = figure.subplots(rows, columns, squeeze=False)
+    names = list(dict.fromkeys(name for by_k in panels.values() for own in by_k.values() for name, _ in own))
+    for axes, (title, by_k) in zip(every.flat, panels.items()):
+        axes.axhline(0, color="black", linewidth=0.8)
+        for x, own in enumerate(by_k.values()):
+            for offset, (name, found) in zip(np.linspace(-0.3, 0.3, len(own)) if len(own) > 1 else [0.0], own):
+                interval = [[found.mean - found.low], [found.high - found.mean]]
+                axes.errorbar(x + offset, found.mean, interval, **_case_style(names.index(name)))
+        axes.set_xticks(range(len(by_k)), [str(k) for k in by_k])
+        _label(axes, title, "K", "points")
+        axes.title.set_fontsize(8)
+    for axes in list(every.flat)[len(panels) :]:
+        axes.set_axis_off()
+    handles = [every[0, 0].errorbar([], [], [], label=name, **_case_style(i)) for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
+    return figure
+
+
 def mean_and_deviation(scores: np.ndarray) -> tuple[float, float]:
     """Mean accuracy over the seeds and its standard deviation (0 with one seed), from scores (seeds, examples)."""
     by_seed = scores.mean(axis=1)
@@ -112,6 +140,20 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure((width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
+
+
+def _case_style(number: int) -> dict[str, Any]:
+    colors = [
+        style["color"] for name, style in STYLES.items() if name not in ("zero-shot", "lorahub", "random-uniform")
+    ]
+    markers = "osD^vPXh*<>d"
+    return {
+        "color": colors[number % len(colors)],
+        "marker": markers[number % len(markers)],
+        "linestyle": "none",
+        "markersize": 4,
+        "elinewidth": 0.8,
+    }
 
 
 def _line(method: str) -> dict[str, Any]:

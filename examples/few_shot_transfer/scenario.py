@@ -284,6 +284,14 @@ class Scenario:
                         for chosen in combinations(names, size):
                             yield Setting(target, chosen, rank, spec.label)
 
+    def shared_classes(self, target: str, other: str) -> float:
+        """The share of a task's classes that another task has, too; 0 for tasks that do not list their classes."""
+        own, others = self.tasks[target], self.tasks[other]
+        if own.data != others.data or own.classes is None or others.classes is None:
+            return 0.0
+        classes = set(_listed(target, own))
+        return len(classes & set(_listed(other, others))) / len(classes)
+
     def _upstream(self, entry: str, target: str) -> list[str]:
         if entry == OTHERS:
             return [name for name in self.tasks if name != target]

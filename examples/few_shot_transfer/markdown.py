@@ -1,0 +1,30 @@
+"""Tables in Markdown, and what the methods are called in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE
+
+
+NAMES = {
+    "zero-shot": "Zero-shot",
+    "classifier": "Classifier tuning",
+    "full": "Full fine-tuning",
+    "lora": "LoRA",
+    "uniform": "Uniform composition",
+    "learned": "Learned composition",
+    "learned-free": "Learned, free weights",
+    MEAN_SINGLE: "Mean single adapter",
+    BEST_SINGLE: "Best single adapter (by validation)",
+    ORACLE_SINGLE: "Best single adapter (oracle, by test)",
+    "random-uniform": "Random LoRAs, uniform",
+    "random-learned": "Random LoRAs, learned",
+    "lorahub": "LoraHub",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column holds names, the others numbers."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
