@@ -25,10 +25,11 @@ from few_shot_transfer.analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE, 
 from few_shot_transfer.data import balanced, few_shot, task
 from few_shot_transfer.downstream import Outcome, correct_answers, describe
 from few_shot_transfer.models import SentenceClassifier
+from few_shot_transfer.plan import Plan
 from few_shot_transfer.records import Results, identity, read
 from few_shot_transfer.report import write
 from few_shot_transfer.scenario import DataSpec, SplitSpec
-from few_shot_transfer.training import Body, HeadOnFeatures, Plan, Rows, fit, fit_head, predict
+from few_shot_transfer.training import Body, HeadOnFeatures, Rows, fit, fit_head, predict
 from torch import nn
 
 from peft_composition.training import last_complete_checkpoint

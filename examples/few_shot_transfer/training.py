@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +16,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 from peft_composition.training import last_complete_checkpoint
 
 from .models import HEAD, Collate
+from .plan import Plan
 
 
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast to train.
-
-    Args:
-        learning_rate: of everything but the head; linear decay to zero.
-        head_learning_rate: of the head, where it differs.
-        epochs: passes over the data.
-        max_steps: at most so many steps; -1: no limit.
-        batch_size: over all processes.
-        seed: of the order of the examples.
-        checkpoint_steps: how often to save, so that a killed training goes on; None: never.
-    """
-
-    learning_rate: float
-    epochs: float
-    batch_size: int
-    head_learning_rate: float | None = None
-    max_steps: int = -1
-    seed: int = 0
-    checkpoint_steps: int | None = None
-
-    def steps(self, examples: int) -> int:
-        """The number of optimizer steps on so many examples."""
-        wanted = math.ceil(self.epochs * math.ceil(examples / self.batch_size))
-        return wanted if self.max_steps < 0 else min(wanted, self.max_steps)
 
 
 class GroupedTrainer(Trainer):
