@@ -124,6 +124,12 @@ def test_flops_are_those_of_the_formula() -> None:
     assert lora.step < 2 * forward + 3 * factors
 
 
+def test_parameters_are_those_of_the_whole_model() -> None:
+    t5 = scenarios.load("question-answering").model
+    # Of Flan-T5 large, 783,150,080 with its own output matrix, which `T5Config` ties to the embedding.
+    assert footprint(t5, Body("full"), 2, (8, 4)).trainable == 783_150_080 - 32128 * 1024
+
+
 def test_what_trains_is_counted_for_every_method() -> None:
     head = 768 * 100 + 100
     full, lora = (footprint(VIT, body, 8, (0, 0)) for body in (Body("full"), Body("lora", 16)))

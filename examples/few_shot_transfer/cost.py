@@ -34,9 +34,10 @@ class Assumptions:
 
     def __str__(self) -> str:
         return (
-            f"{self.tflops:g} TFLOP/s sustained (float32 with TF32 on an A100); {self.images:g} images/s read, decoded "
-            f"and resized (one CPU core: the Trainer's loader has no workers here); at least {self.step:g} s a step, "
-            f"{self.head_step:g} s a step of a head alone, {self.token:g} s a token of {ANSWER_BATCH} answers"
+            f"{self.tflops:g} TFLOP/s sustained (float32 with TF32 on an A100); {self.images:g} images/s read, "
+            "decoded and resized (one CPU core: the Trainer's loader has no workers here); at least "
+            f"{self.step:g} s a step, {self.head_step:g} s a step of a head alone, and {self.token:g} s for a token "
+            f"of {ANSWER_BATCH} answers"
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ from .scenario import LANGUAGE, ModelSpec
 
 SIDE = 28  # of the images that small models are pretrained on
 CLASSES = 100  # of a head; how many there are hardly matters beside the body
-# As the config.json of each says that counts here.
-SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
-    "google/vit-base-patch32-224-in21k": lambda: _from(ViTForImageClassification, ViTConfig(patch_size=32)),
-    "google/flan-t5-large": lambda: _from(
+# What the config.json of each says that counts here.
+SHAPES: dict[str, tuple[Any, Any]] = {
+    "google/vit-base-patch32-224-in21k": (ViTForImageClassification, ViTConfig(patch_size=32)),
+    "google/flan-t5-large": (
         T5ForConditionalGeneration,
         T5Config(
             vocab_size=32128,
@@ -55,11 +56,11 @@ SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
             tie_word_embeddings=False,
         ),
     ),
-    "minilm": lambda: _from(
+    "minilm": (
         SentenceClassifier,
         BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **NO_DROPOUT),
     ),
-    "smollm2": lambda: _from(
+    "smollm2": (
         LlamaForCausalLM,
         LlamaConfig(
             vocab_size=49152,
@@ -111,7 +112,16 @@ def footprint(spec: ModelSpec, body: Body, batch: int, tokens: tuple[int, int]) 
     Raises:
         ValueError: if the model's shape is not known.
     """
-    model = build(spec, body).train()
+    if body.kind == "bare":
+        return footprint(spec, Body("full"), batch, tokens)
+    # All layers are alike, so models of one and of two tell what every further one adds.
+    one, two = (astuple(_counted(spec, body, batch, tokens, layers)) for layers in (1, 2))
+    further = _layers(spec) - 1
+    return Footprint(*(first + further * (second - first) for first, second in zip(one, two)))
+
+
+def _counted(spec: ModelSpec, body: Body, batch: int, tokens: tuple[int, int], layers: int) -> Footprint:
+    model = build(spec, body, layers).train()
     kept = SavedStorages(model)
     with FlopCounterMode(display=False) as counter:
         with kept.counting():
@@ -123,20 +133,20 @@ def footprint(spec: ModelSpec, body: Body, batch: int, tokens: tuple[int, int]) 
     return Footprint(forward / batch, step / batch, _bytes(model), trainable, kept.total)
 
 
-def build(spec: ModelSpec, body: Body) -> nn.Module:
-    """The model on the meta device, as `methods.build` makes it of real weights.
+def build(spec: ModelSpec, body: Body, layers: int) -> nn.Module:
+    """The model, with so many layers, on the meta device, as `methods.build` makes it of real weights.
 
     Raises:
         ValueError: if the model's shape is not known.
     """
-    base = _bare(spec)
+    base = _bare(spec, layers)
     if body.kind in ("bare", "full"):
         return base
     if body.kind == "lora":
         return _lora(base, spec, body.rank)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the upstream head, which is not used
-        lora = _lora(_bare(spec), spec, body.rank)
+        lora = _lora(_bare(spec, layers), spec, body.rank)
         zeros = {name: torch.zeros(tensor.shape) for name, tensor in get_peft_model_state_dict(lora).items()}
         save_file(zeros, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
         lora.peft_config["default"].save_pretrained(folder)
@@ -175,22 +185,31 @@ class SavedStorages:
         return tensor
 
 
-def _bare(spec: ModelSpec) -> PreTrainedModel:
+def _layers(spec: ModelSpec) -> int:
     if spec.pretraining is not None:
-        with torch.device("meta"):
-            return small_vit(spec, CLASSES, SIDE)
+        return spec.pretraining.layers
+    layers: int = _shape(spec)[1].num_hidden_layers
+    return layers
+
+
+def _shape(spec: ModelSpec) -> tuple[Any, Any]:
     if spec.path not in SHAPES:
         raise ValueError(f"the shape of {spec.path!r} is not known: add it to SHAPES of {Path(__file__).name}")
-    model = SHAPES[spec.path]()
-    if spec.kind not in LANGUAGE:
-        model.classifier = nn.Linear(model.config.hidden_size, CLASSES, device="meta")
-        model.config.num_labels = CLASSES
-    return model
+    return SHAPES[spec.path]
 
 
-def _from(kind: Any, config: Any) -> PreTrainedModel:
-    # Written-out attention keeps more than a fused one: what is counted is the upper bound, on every device.
+def _bare(spec: ModelSpec, layers: int) -> PreTrainedModel:
     with torch.device("meta"):
+        if spec.pretraining is not None:
+            return small_vit(replace(spec, pretraining=replace(spec.pretraining, layers=layers)), CLASSES, SIDE)
+        kind, shape = _shape(spec)
+        config = copy.deepcopy(shape)
+        config.num_hidden_layers = layers
+        if spec.kind == "text-to-text":
+            config.num_decoder_layers = layers
+        if spec.kind not in LANGUAGE:
+            config.num_labels = CLASSES
+        # Written-out attention keeps more than a fused one: what is counted is the upper bound, on every device.
         model: PreTrainedModel = kind._from_config(config, attn_implementation="eager")
     return model
 
