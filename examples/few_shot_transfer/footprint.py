@@ -38,6 +38,7 @@ from .scenario import LANGUAGE, ModelSpec
 
 SIDE = 28  # of the images that small models are pretrained on
 CLASSES = 100  # of a head; how many there are hardly matters beside the body
+FLAN: dict[str, Any] = {"decoder_start_token_id": 0, "tie_word_embeddings": False}
 # What the config.json of each says that counts here.
 SHAPES: dict[str, tuple[Any, Any]] = {
     "google/vit-base-patch32-224-in21k": (ViTForImageClassification, ViTConfig(patch_size=32)),
@@ -52,8 +53,7 @@ SHAPES: dict[str, tuple[Any, Any]] = {
             num_heads=16,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
-            decoder_start_token_id=0,
-            tie_word_embeddings=False,
+            **FLAN,
         ),
     ),
     "minilm": (
