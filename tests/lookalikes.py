@@ -18,6 +18,7 @@ from PIL import Image as PillowImage
 ROWS = 24  # of every split of questions
 PER_CLASS = 6
 SIDE = 8
+MODES = ("RGB", "RGB", "L", "RGBA")
 PACS_DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
 CHOICES = {"text": Sequence(Value("string")), "label": Sequence(Value("string"))}
 
@@ -44,7 +45,9 @@ def _images(classes: int, image: str, label: str, **more: Any) -> Callable[[np.r
             np.clip(generator.normal(40 + 170 * own / classes, 20, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
             for own in labels
         ]
-        columns = {image: [PillowImage.fromarray(own) for own in pixels], label: labels}
+        # Data sets of photographs have some in grey or with transparency.
+        images = [PillowImage.fromarray(own).convert(MODES[row % len(MODES)]) for row, own in enumerate(pixels)]
+        columns = {image: images, label: labels}
         features = {image: Image(), label: ClassLabel(names=[f"class {own}" for own in range(classes)])}
         for column, (feature, value) in more.items():
             columns[column], features[column] = [value(row) for row in range(len(labels))], feature
@@ -75,14 +78,19 @@ def _sciq(generator: np.random.Generator) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _choices(labels: str, **more: str) -> Callable[[np.random.Generator], Dataset]:
+def _choices(*labels: str, **more: str) -> Callable[[np.random.Generator], Dataset]:
+    """Questions whose options are labelled in each of these ways in turn."""
+
     def make(generator: np.random.Generator) -> Dataset:
         columns: dict[str, list[Any]] = {"id": [str(row) for row in range(ROWS)]}
         columns["question"] = [f"Which of them is {row}?" for row in range(ROWS)]
         columns.update({column: [value] * ROWS for column, value in more.items()})
-        texts = [[f"option {label} {row}" for label in labels] for row in range(ROWS)]
-        columns["choices"] = [{"text": own, "label": list(labels)} for own in texts]
-        columns["answerKey"] = [labels[row % len(labels)] for row in range(ROWS)]
+        own = [labels[row % len(labels)] for row in range(ROWS)]
+        columns["choices"] = [
+            {"text": [f"option {label} {row}" for label in letters], "label": list(letters)}
+            for row, letters in enumerate(own)
+        ]
+        columns["answerKey"] = [letters[row // len(labels) % len(letters)] for row, letters in enumerate(own)]
         features = {column: Value("string") for column in columns}
         return Dataset.from_dict(columns, features=Features({**features, "choices": CHOICES}))
 
@@ -91,11 +99,12 @@ def _choices(labels: str, **more: str) -> Callable[[np.random.Generator], Datase
 
 def _quail(generator: np.random.Generator) -> Dataset:
     columns: dict[str, list[Any]] = {"id": [f"f{row}" for row in range(ROWS)]}
+    columns["question_type"] = ["Unanswerable" if row % 4 == 3 else "Factual" for row in range(ROWS)]
     columns["context"] = [f"It was {row}." for row in range(ROWS)]
     columns["question"] = [f"What was {row}?" for row in range(ROWS)]
     columns["answers"] = [[f"this {row}", f"that {row}", f"it {row}", "not enough information"] for row in range(ROWS)]
     columns["correct_answer_id"] = [row % 4 for row in range(ROWS)]
-    features = {"id": Value("string"), "context": Value("string"), "question": Value("string")}
+    features = {column: Value("string") for column in columns}
     more = {"answers": Sequence(Value("string")), "correct_answer_id": Value("int32")}
     return Dataset.from_dict(columns, features=Features({**features, **more}))
 
@@ -111,15 +120,16 @@ MAKERS: dict[str, Callable[[np.random.Generator], Dataset]] = {
     "flwrlabs/pacs": _pacs,
     "allenai/sciq": _sciq,
     "tau/commonsense_qa": _choices("ABCDE", question_concept="thing"),
-    "allenai/ai2_arc": _choices("1234"),  # most of its rows have letters, some have digits
+    # Most of its rows have four letters; a few have digits, three options or five.
+    "allenai/ai2_arc": _choices("ABCD", "1234", "ABC", "ABCDE"),
     "textmachinelab/quail": _quail,
 }
 SPLITS: dict[str, tuple[str, ...]] = {
     "uoft-cs/cifar100": ("train", "test"),
     "ethz/food101": ("train", "validation"),
-    "tanganke/stanford_cars": ("train", "test"),
+    "tanganke/stanford_cars": ("train", "test", "contrast"),  # and six more, disturbed copies of "test"
     "tanganke/sun397": ("train", "test"),
-    "tanganke/eurosat": ("train", "test"),
+    "tanganke/eurosat": ("train", "test", "contrast"),  # and six more, disturbed copies of "test"
     "dpdl-benchmark/oxford_flowers102": ("train", "validation", "test"),
     "flwrlabs/pacs": ("train",),
     "allenai/sciq": ("train", "validation", "test"),

@@ -20,15 +20,18 @@ import pytest
 import torch
 import transformers
 import yaml
+from datasets import Dataset
 from few_shot_transfer import scenario as scenarios
+from few_shot_transfer import training
 from few_shot_transfer.analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE, difference, scores
 from few_shot_transfer.data import balanced, few_shot, task
 from few_shot_transfer.downstream import Outcome, correct_answers, describe
 from few_shot_transfer.models import SentenceClassifier
+from few_shot_transfer.plan import Plan
 from few_shot_transfer.records import Results, identity, read
 from few_shot_transfer.report import write
 from few_shot_transfer.scenario import DataSpec, SplitSpec
-from few_shot_transfer.training import Body, HeadOnFeatures, Plan, Rows, fit, fit_head, predict
+from few_shot_transfer.training import Body, HeadOnFeatures, Rows, fit, fit_head, loaders, predict
 from torch import nn
 
 from peft_composition.training import last_complete_checkpoint
@@ -294,6 +297,35 @@ def test_a_head_trained_on_features_is_the_head_trained_in_the_model(tmp_path: P
 
     one, other = whole.classifier.weight.detach(), parts.classifier.weight.detach()
     assert float((one - other).norm()) < 1e-4 * float((one - start).norm())
+
+
+def test_loading_processes_give_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = task(DataSpec("mnist", {"variant": "digits"}), ["0", "1"], SplitSpec()).test
+    processor = transformers.ViTImageProcessor(size={"height": 14, "width": 14})
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=14, patch_size=7, **shape))
+
+    def pixels(rows: dict[str, Any]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in rows["input"]]
+        return {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]), "labels": rows["label"]}
+
+    encoded = digits.with_transform(pixels)
+    alone = predict(model, encoded, tmp_path)
+    assert alone.std(axis=0).min() > 0
+    asked = []
+    monkeypatch.setattr(training, "loaders", lambda data, has_gpu: asked.append(len(data)) or 2)
+    assert np.array_equal(predict(model, encoded, tmp_path), alone)
+    assert asked == [len(digits)]
+
+
+def test_a_gpu_gets_loading_processes_where_there_are_many_images() -> None:
+    data = Dataset.from_dict({"label": [0] * 1000})
+    images = data.with_transform(dict)
+    found = [loaders(images, True), loaders(images, False), loaders(images.select(range(999)), True)]
+    assert found == [8, 0, 0]
+    assert loaders(data, True) == 0
+    assert loaders(Rows(np.zeros((2000, 2), np.float32), [0] * 2000), True) == 0
 
 
 # From end to end

@@ -8,16 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from datasets import Dataset
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer import sources
 from few_shot_transfer.data import task
-from few_shot_transfer.language_model import normal
+from few_shot_transfer.language_model import LanguageModel, normal
+from few_shot_transfer.models import Classifier
 from few_shot_transfer.records import read
 from few_shot_transfer.report import write
 from few_shot_transfer.scenario import DataSpec, Scenario
 from few_shot_transfer.sources.hub import question_of
 from few_shot_transfer.study import Study
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from . import lookalikes
@@ -79,12 +83,22 @@ def test_domains_are_told_apart(look_alike: Replacing) -> None:
             {"input": "Why?\n(A) x (B) y", "answer": "y", "label": 1},
         ),
         (
+            {"q": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "key": "C"},
+            {"question": "q", "options": "choices.text", "labels": "choices.label", "key": "key"},
+            {"input": "Why?\n(A) x (B) y (C) z", "answer": "z", "label": 2},
+        ),
+        (
+            {"q": "Why?", "choices": {"text": list("vwxyz"), "label": list("12345")}, "key": "5"},
+            {"question": "q", "options": "choices.text", "labels": "choices.label", "key": "key"},
+            {"input": "Why?\n(A) v (B) w (C) x (D) y (E) z", "answer": "z", "label": 4},
+        ),
+        (
             {"text": "Once.", "q": "Why?", "options": ["x", "y"], "key": 0},
             {"context": "text", "question": "q", "options": "options", "key": "key"},
             {"input": "Once.\nWhy?\n(A) x (B) y", "answer": "x", "label": 0},
         ),
     ],
-    ids=["columns", "labelled", "indexed"],
+    ids=["columns", "labelled", "of three", "of five", "indexed"],
 )
 def test_questions(row: dict[str, object], spec: dict[str, object], expected: dict[str, object]) -> None:
     assert question_of(row, spec) == expected
@@ -128,9 +142,7 @@ def test_images_from_end_to_end(tmp_path: Path, look_alike: Replacing) -> None:
     assert "| *Learned composition, paper* | *57.21 ± 11.56* |" in page
 
 
-def test_questions_from_end_to_end(tmp_path: Path, look_alike: Replacing) -> None:
-    spec = scenarios.smoke(look_alike(scenarios.load("question-answering")))
-    folder = tmp_path / "t5"
+def _small_t5(folder: Path) -> Path:
     known = ["Which", "option", "of", "them", "is", "?", "(", ")", *"ABCDE", *map(str, range(24))]
     words = ["<pad>", "</s>", "<unk>", *known]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
@@ -142,6 +154,37 @@ def test_questions_from_end_to_end(tmp_path: Path, look_alike: Replacing) -> Non
         vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
     )
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
-    spec = replace(spec, model=replace(spec.model, path=str(folder), max_new_tokens=3))
+    return folder
+
+
+def test_questions_from_end_to_end(tmp_path: Path, look_alike: Replacing) -> None:
+    spec = scenarios.smoke(look_alike(scenarios.load("question-answering")))
+    spec = replace(spec, model=replace(spec.model, path=str(_small_t5(tmp_path / "t5")), max_new_tokens=3))
     finished = _finished(spec, tmp_path / "out")
     assert finished == {**dict.fromkeys(spec.methods, 2), "single": 6}
+
+
+def test_a_question_that_is_too_long_keeps_its_options(tmp_path: Path) -> None:
+    spec = scenarios.load("question-answering").model
+    model = LanguageModel(replace(spec, path=str(_small_t5(tmp_path)), max_length=4))
+    rows = Dataset.from_dict({"input": ["Which of them is 3 ? ( A ) 1 ( B ) 2"], "answer": ["2"]})
+    assert model.tokenizer.decode(model.encode(rows)[0]["input_ids"]) == "( B ) 2"
+
+
+def test_an_image_checkpoint_as_the_hub_has_it_is_read_whole(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    bare = transformers.ViTModel(config).eval()
+    bare.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    named = load_file(tmp_path / "model.safetensors")
+    assert "encoder.layer.1.attention.attention.query.weight" in named, "no longer the form of the Hub's checkpoints"
+    spec = scenarios.load("pacs").model
+    model = Classifier(replace(spec, path=str(tmp_path))).build(7, seed=0).eval()
+    targets = [name for name, _ in model.named_modules() if name.split(".")[-1] in spec.target_modules]
+    assert len(targets) == 6
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = bare(pixels).last_hidden_state[:, 0] @ model.classifier.weight.T
+        assert torch.allclose(model(pixels).logits, expected, atol=1e-6)

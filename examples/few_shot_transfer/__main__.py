@@ -1,4 +1,4 @@
-"""The command line: `python -m examples.few_shot_transfer run | list | report`."""
+"""The command line: `python -m examples.few_shot_transfer run | list | report | cost`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def run(
     from . import scenario
     from .study import Study, limited
 
-    names = list(scenarios or [])
-    names += scenario.names("offline") if offline else []
-    names += scenario.names("hub") if hub else []
-    if not names:
-        raise typer.BadParameter("name a scenario, or give --offline or --hub")
+    names = _chosen(scenarios, offline, hub)
     be_quiet()
     chosen = tuple(methods.split(",")) if methods else None
     try:
@@ -61,6 +57,26 @@ def report(
         raise typer.BadParameter(str(error)) from error
 
 
+@app.command()
+def cost(
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Names (see list) or YAML files.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="All scenarios that need no Hub.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="All scenarios at the paper's scale.")] = False,
+    tflops: Annotated[float, typer.Option(min=0.001, help="10^12 operations a second that the GPU sustains.")] = 20.0,
+    images: Annotated[float, typer.Option(min=0.001, help="Images that are read and decoded in a second.")] = 1600.0,
+) -> None:
+    """Estimate GPU hours and memory, without data or weights. Nothing is run."""
+    from . import scenario
+    from .cost import Assumptions, write
+
+    be_quiet()
+    try:
+        specs = [scenario.load(name) for name in _chosen(scenarios, offline, hub)]
+        typer.echo(write(specs, Assumptions(tflops=tflops, images=images)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command("list")
 def list_scenarios() -> None:
     """List the scenarios."""
@@ -74,6 +90,17 @@ def list_scenarios() -> None:
         spec = scenario.load(name)
         table.add_row(name, spec.scale, spec.shift, spec.paper or "", spec.title)
     Console().print(table)
+
+
+def _chosen(scenarios: list[str] | None, offline: bool, hub: bool) -> list[str]:
+    from . import scenario
+
+    names = list(scenarios or [])
+    names += scenario.names("offline") if offline else []
+    names += scenario.names("hub") if hub else []
+    if not names:
+        raise typer.BadParameter("name a scenario, or give --offline or --hub")
+    return names
 
 
 def be_quiet() -> None:

@@ -19,8 +19,9 @@ from . import lorahub
 from .data import Task, balanced, few_shot, labels_of
 from .methods import Contender, build, mixing_weights
 from .models import Classifier, Foundation
+from .plan import Plan
 from .scenario import Scenario, Setting
-from .training import Body, Plan, active_head, fit, fit_head, predict, trainable_outside_head
+from .training import Body, active_head, fit, fit_head, predict, trainable_outside_head
 
 
 HEAD_FIT_STEPS = 50  # of the head for every combination that LoraHub tries

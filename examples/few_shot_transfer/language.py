@@ -15,8 +15,9 @@ from .data import Task, few_shot, labels_of
 from .downstream import Outcome, Run, folder_name, judged, percent
 from .language_model import LanguageModel
 from .methods import build, mixing_weights
+from .plan import Plan
 from .scenario import Scenario, Setting
-from .training import Plan, fit, trainable_outside_head
+from .training import fit, trainable_outside_head
 
 
 class LanguageDownstream:

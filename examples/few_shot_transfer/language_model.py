@@ -36,8 +36,7 @@ class LanguageModel:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.is_causal:
-            self.tokenizer.truncation_side = "left"  # the end of a prompt is what asks for the answer
+        self.tokenizer.truncation_side = "left"  # the question and its options come last
         kind = transformers.AutoModelForCausalLM if self.is_causal else transformers.AutoModelForSeq2SeqLM
         self._model: transformers.PreTrainedModel = kind.from_pretrained(path, dtype=torch.float32)
         for module in self._model.modules():  # small support sets; and a frozen model answers alike in training

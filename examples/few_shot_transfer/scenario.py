@@ -30,6 +30,7 @@ METHODS = (
     "lorahub",
 )
 LANGUAGE = ("text-to-text", "causal")
+Key = tuple[str, str | None]  # a target and the label of its round
 # Which learning rates a method's grid is about; what trains besides a head.
 GRID_OF = {
     "classifier": "head",
@@ -291,6 +292,29 @@ class Scenario:
             return 0.0
         classes = set(_listed(target, own))
         return len(classes & set(_listed(other, others))) / len(classes)
+
+    def judges(self) -> dict[Key, Setting]:
+        """For every target the setting with most adapters, on which its grid search judges."""
+        judges: dict[Key, Setting] = {}
+        for setting in self.settings():
+            key = (setting.target, setting.label)
+            if key not in judges or len(setting.upstream) > len(judges[key].upstream):
+                judges[key] = setting
+        return judges
+
+    def grid(self, method: str) -> tuple[float, ...]:
+        """The learning rates that are searched for a method."""
+        if self.is_language and GRID_OF.get(method, "head") == "head":
+            return (0.0,)  # nothing is trained
+        return self.downstream.grid[GRID_OF[method]]
+
+    def trained_for(self, setting: Setting) -> tuple[str, ...]:
+        """The tasks that a setting needs a LoRA of."""
+        return setting.upstream if self.similarity is None else (*setting.upstream, setting.target)
+
+    def wanted(self) -> dict[tuple[str, int], None]:
+        """The LoRAs that all settings need, by task and rank, in the order in which they are trained."""
+        return dict.fromkeys((name, own.rank) for own in self.settings() for name in self.trained_for(own))
 
     def _upstream(self, entry: str, target: str) -> list[str]:
         if entry == OTHERS:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from .language_model import LanguageModel
 from .methods import Contender, contenders
 from .models import Classifier
 from .records import Record, Results, identity
-from .scenario import GRID_OF, Scenario, Setting
+from .scenario import Key, Scenario, Setting
 from .similarity import upstream_cka
 from .upstream import Adapter, foundation, random_adapter, train_adapter
 
@@ -32,7 +33,6 @@ from .upstream import Adapter, foundation, random_adapter, train_adapter
 SOURCES = ("peft_composition", "examples")
 NO_COST = {"seconds": 0.0, "cpu_seconds": 0.0}
 FORMAT = 1  # raised when the same settings would no longer give the same result
-Key = tuple[str, str | None]  # a target and the label of its round
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Study:
         self.scenario, self.folder, self.command = scenario, folder, command
         # The Trainer heeds this variable; PartialState alone would make each of several processes on CPUs the first.
         self.state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it; nothing changes on a CPU
         self.progress = progress and self.state.is_main_process
         with self.state.main_process_first():  # which cuts a torn line before the others read
             self.results = Results(folder / "results" / f"{scenario.name}.jsonl", self.state.is_main_process)
@@ -72,12 +73,12 @@ class Study:
     def run(self) -> None:
         """Does what has not been done."""
         settings = list(self.scenario.settings())
-        self._upstream(settings)
+        self._upstream()
         # The Trainer collects garbage before and after every training. What is there by now stays to the end: looking
         # through it each time would take longer than many a run.
         gc.freeze()
         with tqdm(total=self._count(settings), desc=self.scenario.name, unit="run", disable=not self.progress) as bar:
-            rates = self._select(settings, bar)
+            rates = self._select(bar)
             for setting in settings:
                 for contender in self._stage(setting).contenders:
                     for k in self.scenario.downstream.shots:
@@ -99,9 +100,9 @@ class Study:
     def _scratch(self) -> Path:
         return self.folder / "scratch" / self.scenario.name
 
-    def _upstream(self, settings: list[Setting]) -> None:
+    def _upstream(self) -> None:
         """Phases 1 and 2."""
-        wanted = dict.fromkeys((name, setting.rank) for setting in settings for name in self._trained_for(setting))
+        wanted = self.scenario.wanted()
         for name, rank in tqdm(wanted, desc="upstream adapters", unit="adapter", disable=not self.progress):
             adapter = train_adapter(
                 self.scenario, name, rank, self.tasks, self.model, self.folder / "upstream", self.progress
@@ -112,15 +113,11 @@ class Study:
                 facts = {key: adapter.facts[key] for key in ("examples", "steps", "accuracy", "seconds")}
                 self._append({"id": run, "phase": "upstream", "task": name, "rank": rank, **facts})
 
-    def _trained_for(self, setting: Setting) -> tuple[str, ...]:
-        """The tasks that a setting needs a LoRA of."""
-        return setting.upstream if self.scenario.similarity is None else (*setting.upstream, setting.target)
-
     def _compare(self, setting: Setting) -> None:
         """CKA of the setting's adapters with the target's own."""
         if self.scenario.similarity is None or len(setting.upstream) < 2:
             return
-        own = {name: self._adapters[name, setting.rank][0] for name in self._trained_for(setting)}
+        own = {name: self._adapters[name, setting.rank][0] for name in self.scenario.trained_for(setting)}
         folders = {name: adapter.folder.name for name, adapter in own.items()}
         settings = {"phase": "similarity", **asdict(setting), "upstream": list(setting.upstream)}
         settings.update(asdict(self.scenario.similarity))
@@ -134,13 +131,13 @@ class Study:
         seconds = round(time.perf_counter() - started, 3)
         self._append({"id": name, **settings, "cka": cka, "seconds": seconds})
 
-    def _select(self, settings: list[Setting], bar: tqdm) -> dict[Key, dict[str, float]]:
+    def _select(self, bar: tqdm) -> dict[Key, dict[str, float]]:
         """The grid search: for every target and method the learning rate that validates best."""
         rates: dict[Key, dict[str, float]] = {}
-        for key, setting in _judges(settings).items():
+        for key, setting in self.scenario.judges().items():
             rates[key] = {}
             for method in dict.fromkeys(contender.method for contender in self._stage(setting).contenders):
-                grid = self._grid(method)
+                grid = self.scenario.grid(method)
                 means = (
                     [self._mean_validation(setting, method, rate, bar) for rate in grid] if len(grid) > 1 else [0.0]
                 )
@@ -232,21 +229,16 @@ class Study:
             return LanguageDownstream(self.scenario, setting, task, self.model, self._scratch)
         return Downstream(self.scenario, setting, task, self.model, self._scratch)
 
-    def _grid(self, method: str) -> tuple[float, ...]:
-        if self.scenario.is_language and GRID_OF.get(method, "head") == "head":
-            return (0.0,)  # nothing is trained
-        return self.scenario.downstream.grid[GRID_OF[method]]
-
     def _count(self, settings: list[Setting]) -> int:
         """How many runs there are in all, finished or not."""
         how = self.scenario.downstream
         total = 0
         for setting in settings:
             total += len(list(self._methods_of(setting))) * len(how.shots) * how.seeds
-        for setting in _judges(settings).values():
+        for setting in self.scenario.judges().values():
             for method in self._methods_of(setting):
-                if how.selection is not None and len(self._grid(method)) > 1:
-                    total += len(self._grid(method)) * len(how.selection.shots) * how.selection.seeds
+                if how.selection is not None and len(self.scenario.grid(method)) > 1:
+                    total += len(self.scenario.grid(method)) * len(how.selection.shots) * how.selection.seeds
         return total
 
     def _methods_of(self, setting: Setting) -> Iterator[str]:
@@ -259,13 +251,3 @@ def limited(scenario: Scenario, seeds: int | None, methods: tuple[str, ...] | No
     if seeds is not None:
         scenario = replace(scenario, downstream=replace(scenario.downstream, seeds=seeds))
     return scenario if methods is None else replace(scenario, methods=methods)
-
-
-def _judges(settings: list[Setting]) -> dict[Key, Setting]:
-    """For every target the setting with most adapters, on which its grid search judges."""
-    judges: dict[Key, Setting] = {}
-    for setting in settings:
-        key = (setting.target, setting.label)
-        if key not in judges or len(setting.upstream) > len(judges[key].upstream):
-            judges[key] = setting
-    return judges

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
@@ -18,37 +17,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 from peft_composition.training import last_complete_checkpoint
 
 from .models import HEAD, Collate
+from .plan import Plan
 
 
 EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast to train.
-
-    Args:
-        learning_rate: of everything but the head; linear decay to zero.
-        head_learning_rate: of the head, where it differs.
-        epochs: passes over the data.
-        max_steps: at most so many steps; -1: no limit.
-        batch_size: over all processes.
-        seed: of the order of the examples.
-        checkpoint_steps: how often to save, so that a killed training goes on; None: never.
-    """
-
-    learning_rate: float
-    epochs: float
-    batch_size: int
-    head_learning_rate: float | None = None
-    max_steps: int = -1
-    seed: int = 0
-    checkpoint_steps: int | None = None
-
-    def steps(self, examples: int) -> int:
-        """The number of optimizer steps on so many examples."""
-        wanted = math.ceil(self.epochs * math.ceil(examples / self.batch_size))
-        return wanted if self.max_steps < 0 else min(wanted, self.max_steps)
+LOADERS, MANY_IMAGES = 8, 1000  # processes that decode images for a GPU, where there are enough to start them for
 
 
 class GroupedTrainer(Trainer):
@@ -167,6 +140,7 @@ def fit(
         model,
         folder,
         collate,
+        loaders(data, torch.cuda.is_available()),
         train_dataset=data,
         head_learning_rate=plan.head_learning_rate,
         per_device_train_batch_size=plan.batch_size // processes,
@@ -192,14 +166,22 @@ def predict(model: nn.Module, data: Any, folder: Path, collate: Collate | None =
     def without_labels(rows: list[Any]) -> dict[str, Any]:
         return batch([{name: value for name, value in row.items() if name != "labels"} for row in rows])
 
-    trainer = _trainer(model, folder, without_labels, per_device_eval_batch_size=EVALUATION_BATCH)
+    workers = loaders(data, torch.cuda.is_available())
+    trainer = _trainer(model, folder, without_labels, workers, per_device_eval_batch_size=EVALUATION_BATCH)
     return np.asarray(trainer.predict(data).predictions)
+
+
+def loaders(data: Any, has_gpu: bool) -> int:
+    """How many processes read the examples: one core that decodes images would be what a GPU waits for."""
+    are_images = isinstance(data, Dataset) and data.format["type"] == "custom"  # decoded when they are asked for
+    return LOADERS if has_gpu and are_images and len(data) >= MANY_IMAGES else 0
 
 
 def _trainer(
     model: nn.Module,
     folder: Path,
     collate: Collate | None,
+    workers: int,
     train_dataset: Any = None,
     head_learning_rate: float | None = None,
     **arguments: Any,
@@ -213,6 +195,8 @@ def _trainer(
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         **arguments,
     )
     trainer = GroupedTrainer(

@@ -28,13 +28,13 @@ from transformers import PreTrainedModel, ViTImageProcessor
 from .data import Tasks, balanced, labels_of, task
 from .language_model import LanguageModel
 from .models import HEAD, Classifier, Foundation, small_vit
+from .plan import HELD_OUT, Plan
 from .records import identity
 from .scenario import Scenario
-from .training import Plan, fit, predict
+from .training import fit, predict
 
 
 WEIGHTS, CONFIG, FACTS = "adapter_model.safetensors", "adapter_config.json", "study.json"
-HELD_OUT = 200  # test examples at most that tell whether an adapter has learned its own task
 
 
 @dataclass(frozen=True)
