@@ -75,7 +75,8 @@ def _section(scenario: Scenario, records: Sequence[Record], scored: Mapping[Sett
             [key.target, *([key.label] if key.label else []), f"N = {len(key.upstream)}", f"r = {key.rank}"]
         )
         parts += [f"### {title}", accuracy_table(scored[key], own, _paper_numbers(scenario, key))]
-        parts += [questions_table(scored[key]), weights_table(own), agreement_table(own, similarities.get(key))]
+        parts += [_rates(own), questions_table(scored[key])]
+        parts += [weights_table(own), agreement_table(own, similarities.get(key))]
     if len({key.rank for key in groups}) > 1:
         parts += [f"### {title}\n\n{content}" for title, content in rank_tables(scenario, scored)]
     parts += [gap_table(scored), overlap_table(scenario, groups, scored)]
@@ -84,6 +85,12 @@ def _section(scenario: Scenario, records: Sequence[Record], scored: Mapping[Sett
         parts.append(f"![{name}]({name}.png)")
     parts += [_costs(records), _sessions(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _rates(records: Sequence[Record]) -> str:
+    """What the grid search chose. Single adapters share one rate."""
+    chosen = {record["method"]: record["learning_rate"] for record in records if record["learning_rate"]}
+    return "Learning rates: " + ", ".join(f"{method} {rate:g}" for method, rate in chosen.items()) + "."
 
 
 def _costs(records: Sequence[Record]) -> str:
