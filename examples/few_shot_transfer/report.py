@@ -83,6 +83,11 @@ def _section(scenario: Scenario, records: Sequence[Record], scored: Mapping[Sett
     for name, figure in _figures(scenario, groups, scored, similarities):
         figure.savefig(folder / f"{name}.png")
         parts.append(f"![{name}]({name}.png)")
+    if scenario.plot == "adapters":
+        parts.append(
+            "Bars are standard deviations over the sets of adapters of one size, or over the seeds where there is one "
+            "set; dots are single sets."
+        )
     parts += [_costs(records), _sessions(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
