@@ -1,6 +1,6 @@
 """Emoji as four sets of artists drew them, out of npm packages of Iconify: one drawing style is one data set.
 
-Only emoji that all styles have, so that the styles differ in nothing but the drawing; their classes are Unicode's groups.
+Only emoji that all styles have, so that the styles differ in nothing but the drawing. Classes are Unicode's groups.
 """
 
 from __future__ import annotations
