@@ -213,6 +213,36 @@ def test_drawings_are_centred_on_white_and_not_stretched() -> None:
     assert inked["round"].sum() == pytest.approx(np.pi * 9**2, rel=0.15)
 
 
+@pytest.mark.usefixtures("drawn")
+def test_further_views_are_of_training_emoji_alone() -> None:
+    plain, viewed = (sources.load("emoji", {"style": "square", "side": 36, "views": views}) for views in (1, 4))
+    for split in ("validation", "test"):
+        assert (_pixels(viewed[split]) == _pixels(plain[split])).all()
+    count = len(plain["train"])
+    assert viewed["train"]["label"][:] == plain["train"]["label"][:] * 4
+    pixels = _pixels(viewed["train"])
+    assert (pixels[:count] == _pixels(plain["train"])).all()
+    again = _pixels(sources.load("emoji", {"style": "square", "side": 36, "views": 4})["train"])
+    assert (pixels == again).all()
+    inked = (pixels < 255).any(axis=3)
+    # Were places and sizes drawn once for all emoji, or once for all views, there would be 3 or `count` of them.
+    assert len({image.tobytes() for image in inked[count:]}) > 2 * count
+    sides = np.sqrt(inked[count:].sum(axis=(1, 2)))
+    assert sides.min() >= 20 / 1.25 - 1
+    assert sides.max() <= 20 / 0.75 + 2
+    assert (pixels[np.arange(4 * count), 18, 18] == np.tile(pixels[:count, 18, 18], (4, 1))).all()
+
+
+def test_some_views_are_mirrored() -> None:
+    image = np.full((20, 20, 3), 255, np.uint8)
+    image[:, :10] = 0
+    left = [
+        emoji.moved(image, str(seed))[10, 3].mean() < emoji.moved(image, str(seed))[10, 16].mean()
+        for seed in range(20)
+    ]
+    assert 0 < sum(left) < 20
+
+
 @pytest.mark.parametrize(
     ("code_point", "split"),
     [

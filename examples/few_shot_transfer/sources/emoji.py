@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import tarfile
 from functools import cache
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Drawings(NamedTuple):
     category: dict[str, str]
 
 
-def load(style: str, side: int = 32) -> Splits:
+def load(style: str, side: int = 32, views: int = 1) -> Splits:
     """Renders one style on white.
 
     Emoji of several code points are left out: they are variants of others in skin, hair or gender, keycaps and flags.
@@ -74,6 +75,8 @@ def load(style: str, side: int = 32) -> Splits:
     Args:
         style: one of `STYLES`.
         side: of the images, in pixels.
+        views: of each training emoji; those after the first are mirrored, scaled and moved at random. For pretraining:
+            in a pool that support sets are drawn from each emoji should be there once.
 
     Raises:
         ValueError: for an unknown style.
@@ -82,15 +85,15 @@ def load(style: str, side: int = 32) -> Splits:
     """
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}: choose one of {', '.join(STYLES)}")
-    svg = _drawings(STYLES[style]).svg
-    by_split: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    labels = _labels()
-    for emoji in labels:
-        by_split[split_of(emoji)].append(emoji)
+    svg, labels = _drawings(STYLES[style]).svg, _labels()
     splits = {}
-    for split, chosen in by_split.items():
-        images = np.stack([render(svg[emoji], side) for emoji in chosen])
-        splits[split] = image_dataset(images, np.array([labels[emoji] for emoji in chosen]), list(GROUPS.values()))
+    for split in ("train", "validation", "test"):
+        chosen = [emoji for emoji in labels if split_of(emoji) == split]
+        first = [render(svg[emoji], side) for emoji in chosen]
+        further = range(1, views if split == "train" else 1)
+        images = first + [moved(image, f"{emoji} {view}") for view in further for emoji, image in zip(chosen, first)]
+        numbers = np.array([labels[emoji] for emoji in chosen] * (1 + len(further)))
+        splits[split] = image_dataset(np.stack(images), numbers, list(GROUPS.values()))
     return splits
 
 
@@ -113,6 +116,18 @@ def render(svg: str, side: int) -> np.ndarray:
     # Without the system's fonts an image is the same everywhere.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="#ffffff", skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def moved(image: np.ndarray, seed: str) -> np.ndarray:
+    """The image mirrored or not, up to a quarter smaller or larger, up to an eighth of its side off its place."""
+    generator, side = random.Random(seed), len(image)
+    mirror, scale = generator.choice((-1, 1)), generator.uniform(0.75, 1.25)
+    across, down = (side * (0.5 + generator.uniform(-0.125, 0.125)) for _ in range(2))
+    # Where a pixel of the new image is found in the old one.
+    affine = (mirror * scale, 0, across - mirror * scale * side / 2, 0, scale, down - scale * side / 2)
+    old = Image.fromarray(image)
+    new = old.transform(old.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
+    return np.asarray(new)
 
 
 def _labels() -> dict[str, int]:
