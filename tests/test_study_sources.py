@@ -116,7 +116,7 @@ SHAPES = {
 }
 CATEGORIES = ("Smileys & Emotion", "Objects", "Activities")  # of which the last is left out
 FIRST, COUNT = 0x1F600, 60
-LACKING = FIRST + 7  # one style has no such drawing
+LACKING = FIRST + 6  # one style has no such drawing
 
 
 def _color(code_point: int) -> tuple[int, int, int]:
