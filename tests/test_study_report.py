@@ -12,7 +12,7 @@ from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.analysis import by_setting, scores
 from few_shot_transfer.downstream import Outcome, describe
 from few_shot_transfer.report import write
-from few_shot_transfer.summary import cases, comparisons_table
+from few_shot_transfer.summary import agreement_table, agreements, cases, comparisons_table
 from few_shot_transfer.tables import gap_table, overlap_table, rank_tables
 
 
@@ -112,6 +112,26 @@ def test_all_scenarios_at_a_glance() -> None:
     assert [case.target for case in found] == ["first", "second", "third"]
     row = _row(comparisons_table(found), "Learned composition minus LoRA")
     assert row[1] == "-0.2 (1 / 1 / 1)"  # 20, -0.5 and -20 points: the first is met with all adapters, not with one
+
+
+def test_agreement_with_cka_over_all_tasks() -> None:
+    def runs(target: str, k: int, row: tuple[float, float, float]) -> list[dict[str, Any]]:
+        weights = {QUERY: dict(zip("abc", row)), VALUE: dict(zip("abc", (0.5, 0.3, 0.2)))}
+        return [_final("learned", 100, seed, ["a", "b", "c"], target, k=k, weights=weights) for seed in range(2)]
+
+    groups = by_setting(
+        [*runs("one", 1, (0.25, 0.3, 0.45)), *runs("one", 5, (0.4, 0.35, 0.25)), *runs("two", 1, (0, 0, 1))]
+    )
+    one, two = groups
+    values = dict(zip("abc", (0.9, 0.8, 0.7)))
+    found = agreements("x", groups, {one: {QUERY: values, VALUE: values}})
+    assert [(own.target, own.k, own.rho, own.is_same_adapter) for own in found] == [
+        ("one", 1, pytest.approx(0.0), True),  # opposite in the query, the same in the value
+        ("one", 5, pytest.approx(1.0), True),
+    ]
+    table = agreement_table([*found, *agreements("x", groups, {two: {QUERY: values, VALUE: values}})])
+    assert _row(table, "x: one") == ["x: one", "+0.00 (same)", "+1.00 (same)"]
+    assert "(2 of 3)" in table
 
 
 def test_the_page_and_its_figures_come_from_the_results_alone(tmp_path: Path) -> None:

@@ -45,11 +45,14 @@ def write(scenarios: Sequence[Scenario], results: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sections: list[str] = []
     found: list[summary.Case] = []
+    agreed: list[summary.Agreement] = []
     for scenario in scenarios:
         records = read(results / f"{scenario.name}.jsonl")
         if any(record["phase"] == "final" for record in records):
-            scored = {key: scores(own) for key, own in by_setting(records).items()}
+            groups = by_setting(records)
+            scored = {key: scores(own) for key, own in groups.items()}
             found += summary.cases(scenario.name, scored)
+            agreed += summary.agreements(scenario.name, groups, similarities_by_setting(records))
             sections.append(_section(scenario, records, scored, folder))
     if not sections:
         raise ValueError(f"no finished runs in {results}")
@@ -58,7 +61,7 @@ def write(scenarios: Sequence[Scenario], results: Path, folder: Path) -> Path:
         "# Results of the study\n\nAccuracy in percent on test examples, mean ± standard deviation over the seeds; "
         "the best of each column bold, without the oracle. |Θ|: trainable parameters besides the head.\n"
     )
-    page.write_text("\n".join([head, summary.write(found, folder), *sections]), encoding="utf-8")
+    page.write_text("\n".join([head, summary.write(found, agreed, folder), *sections]), encoding="utf-8")
     return page
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_composition.report import Similarities, rank_correlations
+
 from . import plots
-from .analysis import BEST_SINGLE, Difference, Scores, SettingKey, Shots, difference
+from .analysis import BEST_SINGLE, Difference, Scores, SettingKey, Shots, by_adapter, difference, mean_weights
 from .markdown import NAMES, table
+from .records import Record
 from .scenario import ALL
 
 
@@ -45,6 +48,40 @@ class Case:
     scores: Scores
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Whether learned weights, averaged over the seeds, follow CKA in one case at one K.
+
+    Attributes:
+        scenario: the scenario's name.
+        target: the downstream task.
+        k: examples per class.
+        rho: Spearman's correlation over the adapters, averaged over the modules.
+        is_same_adapter: whether the adapter with the largest mean weight has the largest mean CKA.
+    """
+
+    scenario: str
+    target: str
+    k: Shots
+    rho: float
+    is_same_adapter: bool
+
+
+def agreements(
+    scenario: str, groups: Mapping[SettingKey, Sequence[Record]], similar: Mapping[SettingKey, Similarities]
+) -> list[Agreement]:
+    """One entry for every setting that has CKA, at every K."""
+    found = []
+    for key, of_modules in similar.items():
+        closest = _largest(by_adapter(of_modules))
+        for k in dict.fromkeys(record["k"] for record in groups[key]):
+            weights = mean_weights(groups[key], "learned", k)
+            if weights:
+                rho = rank_correlations(weights, of_modules)[-1].rho
+                found.append(Agreement(scenario, key.target, k, rho, _largest(by_adapter(weights)) == closest))
+    return found
+
+
 def cases(scenario: str, scored: Mapping[SettingKey, Scores]) -> list[Case]:
     """One case for every downstream task: the one with most adapters, of the largest rank."""
     chosen: dict[str, SettingKey] = {}
@@ -54,7 +91,7 @@ def cases(scenario: str, scored: Mapping[SettingKey, Scores]) -> list[Case]:
     return [Case(scenario, target, scored[key]) for target, key in chosen.items()]
 
 
-def write(found: Sequence[Case], folder: Path) -> str:
+def write(found: Sequence[Case], agreed: Sequence[Agreement], folder: Path) -> str:
     """The section's Markdown; its figure goes into the folder."""
     panels = {}
     for pair in DRAWN:
@@ -72,6 +109,7 @@ def write(found: Sequence[Case], folder: Path) -> str:
             "seeds and test examples; not corrected for their number).",
             comparisons_table(found),
             *(["![summary](summary.png)"] if panels else []),
+            *([agreement_table(agreed)] if agreed else []),
         ]
     )
 
@@ -87,6 +125,26 @@ def comparisons_table(found: Sequence[Case]) -> str:
     return table(["Difference", *(f"K={k}" for k in shots)], rows)
 
 
+def agreement_table(agreed: Sequence[Agreement]) -> str:
+    """Claim 5 over all downstream tasks: tasks down, K across."""
+    shots = _sorted_shots(entry.k for entry in agreed)
+    rows = []
+    for scenario, target in dict.fromkeys((entry.scenario, entry.target) for entry in agreed):
+        own = {entry.k: entry for entry in agreed if (entry.scenario, entry.target) == (scenario, target)}
+        cells = [
+            f"{round(own[k].rho, 2) + 0.0:+.2f}{' (same)' if own[k].is_same_adapter else ''}" if k in own else ""
+            for k in shots
+        ]
+        rows.append([f"{scenario}: {target}", *cells])
+    mean = sum(entry.rho for entry in agreed) / len(agreed)
+    same = sum(entry.is_same_adapter for entry in agreed)
+    note = (
+        "Spearman's correlation of learned weights with CKA, averaged over the modules; (same) where the adapter with "
+        f"the largest mean weight has the largest mean CKA, too ({same} of {len(agreed)}). Mean: {mean:+.2f}."
+    )
+    return note + "\n\n" + table(["Task", *(f"K={k}" for k in shots)], rows)
+
+
 def _differences(found: Sequence[Case], pair: tuple[str, str]) -> dict[Shots, list[tuple[Case, Difference]]]:
     ours, theirs = pair
     by_k: dict[Shots, list[tuple[Case, Difference]]] = {}
@@ -96,6 +154,10 @@ def _differences(found: Sequence[Case], pair: tuple[str, str]) -> dict[Shots, li
                 own = difference(case.scores[ours, k], case.scores[theirs, k])
                 by_k.setdefault(k, []).append((case, own))
     return {k: by_k[k] for k in _sorted_shots(by_k)}
+
+
+def _largest(values: Mapping[str, float]) -> str:
+    return max(values, key=lambda name: values[name])
 
 
 def _name(pair: tuple[str, str]) -> str:
