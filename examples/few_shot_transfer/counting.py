@@ -194,7 +194,7 @@ def _documented(data: DataSpec) -> dict[str, int]:
     name = " ".join([name, *map(str, options.get("where", {}).values())])
     entries = _all_documented().get(data.source, {})
     if name not in entries:
-        raise ValueError(f"how large {name!r} of source {data.source!r} is is not known: add it to {FILE.name}")
+        raise ValueError(f"the size of {name!r} of source {data.source!r} is not known: add it to {FILE.name}")
     known = dict(entries[name])
     if data.source == "hub":
         named = {"train": ["train"], **options}
