@@ -53,17 +53,19 @@ def over_adapters(title: str, by_count: Mapping[int, Sequence[Scores]], k: Shots
         k: the shots.
     """
     figure, axes = _figure(6.0, 4.0)
-    for method in (*MAIN, BEST_SINGLE):
+    step = 0.015 * (max(by_count) - min(by_count))  # side by side, so that no bar hides another
+    for position, method in enumerate((*MAIN, BEST_SINGLE)):
         counts = [count for count in sorted(by_count) if any((method, k) in own for own in by_count[count])]
         if not counts:
             continue
         means = [[mean_and_deviation(own[method, k])[0] for own in by_count[count]] for count in counts]
         spread = [_spread(by_count[count], method, k) for count in counts]
-        axes.errorbar(counts, [np.mean(values) for values in means], spread, label=method, **_line(method))
+        x = np.array(counts) + step * (position - 2.5)
+        axes.errorbar(x, [np.mean(values) for values in means], spread, label=method, **_line(method))
         if any(len(values) > 1 for values in means):
-            x = [count for count, values in zip(counts, means) for _ in values]
+            at = [place for place, values in zip(x, means) for _ in values]
             dots = [value for values in means for value in values]
-            axes.scatter(x, dots, s=9, alpha=0.4, color=str(STYLES[method]["color"]))
+            axes.scatter(at, dots, s=9, alpha=0.4, color=str(STYLES[method]["color"]))
     axes.set_xticks(sorted(by_count))
     _label(axes, title, "number of upstream adapters, N", "accuracy (%)")
     return _with_legend(figure, axes)
