@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .counting import Body, Sizes, Tally, Work, sizes_of, tally
 from .footprint import footprint
+from .markdown import table
 from .scenario import Scenario
 
 
@@ -128,10 +129,10 @@ def write(scenarios: Sequence[Scenario], assumed: Assumptions) -> str:
         total += downstream + cost_of(scenario, new.values(), assumed)
         rows.append(_row(scenario, counted, downstream + cost_of(scenario, counted.upstream.values(), assumed)))
     together = ["**all, LoRAs shared**", str(len(upstream)), *[""] * 5, *_hours(total), "", "", ""]
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows, together)]
     commands = [f"accelerate launch -m examples.few_shot_transfer run {scenario.name}" for scenario in scenarios]
-    return "\n".join([*lines, "", f"An estimate. Assumed: {assumed}.", "", "```", *commands, "```"])
+    return "\n".join(
+        [table(columns, [*rows, together]), "", f"An estimate. Assumed: {assumed}.", "", "```", *commands, "```"]
+    )
 
 
 def _row(scenario: Scenario, counted: Tally, cost: Cost) -> list[str]:

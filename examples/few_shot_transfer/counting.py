@@ -13,15 +13,13 @@ from typing import Any, Literal
 import yaml
 
 from .plan import HELD_OUT, Plan
-from .scenario import ALL, DataSpec, Scenario, Setting, SplitSpec
+from .scenario import ALL, BASELINES, FROZEN, DataSpec, Scenario, Setting, SplitSpec
 
 
 FILE = Path(__file__).parent / "sizes.yaml"
 NAMING = ("path", "corpus", "domain", "variant")  # the option that names a data set, by source
 SPLITS = ("train", "validation", "test")
 ABOUT = ("classes", "question", "answer")
-BASELINES = ("zero-shot", "classifier", "full", "lora")
-FROZEN = ("zero-shot", "classifier", "uniform", "random-uniform", "single")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from peft_composition import CompositionConfig, CompositionModel
 
 from .models import HEAD, Foundation
-from .scenario import Scenario
+from .scenario import BASELINES, FROZEN, Scenario
 from .upstream import Adapter, peft_options
 
 
@@ -35,7 +35,7 @@ class Contender:
     @property
     def is_frozen(self) -> bool:
         """Whether nothing but a head is trained."""
-        return self.method in ("zero-shot", "classifier", "uniform", "random-uniform", "single")
+        return self.method in FROZEN
 
     @property
     def body(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def contenders(
     for method in methods:
         if method == "single":
             found += [Contender(method, (adapter,), adapter.name) for adapter in adapters]
-        elif method in ("zero-shot", "classifier", "full", "lora"):
+        elif method in BASELINES:
             found.append(Contender(method))
         else:
             chosen = random_adapters if method.startswith("random") else adapters

@@ -30,6 +30,8 @@ METHODS = (
     "lorahub",
 )
 LANGUAGE = ("text-to-text", "causal")
+BASELINES = ("zero-shot", "classifier", "full", "lora")  # methods without upstream adapters
+FROZEN = ("zero-shot", "classifier", "uniform", "random-uniform", "single")  # nothing but a head is trained
 Key = tuple[str, str | None]  # a target and the label of its round
 # Which learning rates a method's grid is about; what trains besides a head.
 GRID_OF = {
