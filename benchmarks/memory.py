@@ -28,7 +28,8 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        own = (*model.parameters(), *model.buffers())
+        self._own = {self._identity(tensor.untyped_storage()) for tensor in own}
         self._kept: dict[int, int] = {}
 
     @property
@@ -43,9 +44,14 @@ class SavedBytes:
 
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._kept[storage.data_ptr()] = storage.nbytes()
+        identity = self._identity(storage)
+        if identity not in self._own:
+            self._kept[identity] = storage.nbytes()
         return tensor
+
+    def _identity(self, storage: torch.UntypedStorage) -> int:
+        """What tells two storages apart."""
+        return storage.data_ptr()
 
 
 def expected_growth(forward: Callable[[int], object], batch_size: int, device: torch.device) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from benchmarks.memory import SavedBytes
 from peft_composition import CompositionConfig
 
 from .counting import Body
@@ -154,35 +153,19 @@ def build(spec: ModelSpec, body: Body, layers: int) -> nn.Module:
         return get_peft_model(base, CompositionConfig(adapters=adapters, **_peft_options(spec))).to("meta")
 
 
-class SavedStorages:
-    """Counts the bytes that autograd keeps for the backward pass, each storage once; the model's own do not count.
+class SavedStorages(SavedBytes):
+    """Counts what autograd keeps on any device.
 
     Storages are told apart by what they are, not by where their data lie: on the meta device these lie nowhere.
-
-    Args:
-        model: whose parameters and buffers are there anyway.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        own = (*model.parameters(), *model.buffers())
-        self._own = {tensor.untyped_storage()._cdata for tensor in own}
-        self._kept: dict[int, torch.UntypedStorage] = {}
+        self._seen: list[torch.UntypedStorage] = []  # a storage that is gone would give its place to the next one
+        super().__init__(model)
 
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self._kept.values())
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what forward passes inside the block keep."""
-        with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
-            yield
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._kept[storage._cdata] = storage
-        return tensor
+    def _identity(self, storage: torch.UntypedStorage) -> int:
+        self._seen.append(storage)
+        return storage._cdata
 
 
 def _layers(spec: ModelSpec) -> int:

@@ -53,7 +53,7 @@ def write(scenarios: Sequence[Scenario], results: Path, folder: Path) -> Path:
             scored = {key: scores(own) for key, own in groups.items()}
             found += summary.cases(scenario.name, scored)
             agreed += summary.agreements(scenario.name, groups, similarities_by_setting(records))
-            sections.append(_section(scenario, records, scored, folder))
+            sections.append(_section(scenario, records, groups, scored, folder))
     if not sections:
         raise ValueError(f"no finished runs in {results}")
     page = folder / "results.md"
@@ -65,8 +65,13 @@ def write(scenarios: Sequence[Scenario], results: Path, folder: Path) -> Path:
     return page
 
 
-def _section(scenario: Scenario, records: Sequence[Record], scored: Mapping[SettingKey, Scores], folder: Path) -> str:
-    groups = by_setting(records)
+def _section(
+    scenario: Scenario,
+    records: Sequence[Record],
+    groups: Mapping[SettingKey, Sequence[Record]],
+    scored: Mapping[SettingKey, Scores],
+    folder: Path,
+) -> str:
     parts = [f"## {scenario.title}", f"`{scenario.name}`, {scenario.scale}. {scenario.notes}".strip()]
     parts.append(upstream_table(records))
     several = len(groups) > 8  # all subsets of adapters: the plot says it better than a table each
