@@ -209,7 +209,15 @@ def export(
         Optional[float],  # noqa: UP045
         typer.Option(help="Instead of --rank: share of the squared norm that is kept, up to 1.", show_default=False),
     ] = None,
-    round_rank: Annotated[bool, typer.Option("--round-rank", help="One rank for all that vLLM accepts.")] = False,
+    round_rank: Annotated[
+        bool, typer.Option("--round-rank", help="Round the rank up to one that vLLM accepts.")
+    ] = False,
+    own_ranks: Annotated[
+        bool,
+        typer.Option(
+            "--own-ranks", help="Every module keeps its own rank: smaller, but wrong in llama.cpp and diffusers."
+        ),
+    ] = False,
     head: Annotated[Head, typer.Option(help="Whether the trained head goes with it, or into a file of its own.")] = (
         Head.included
     ),
@@ -219,12 +227,22 @@ def export(
     """Write a saved composition as a plain LoRA that needs no plugin."""
     if rank is not None and energy is not None:
         raise typer.BadParameter("Give --rank or --energy, not both.")
+    if round_rank and own_ranks:
+        raise typer.BadParameter("Give --round-rank or --own-ranks, not both.")
     _require_empty(out)
     with _reported():
         from peft_composition import cli
 
         cli.export(
-            folder, out, head.value, dtype=dtype, as_json=as_json, rank=rank, energy=energy, round_rank=round_rank
+            folder,
+            out,
+            head.value,
+            dtype=dtype,
+            as_json=as_json,
+            rank=rank,
+            energy=energy,
+            round_rank=round_rank,
+            one_rank=not own_ranks,
         )
 
 

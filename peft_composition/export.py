@@ -6,6 +6,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,8 @@ class LoraExport:
     """A plain LoRA adapter made from a composition; every module has scale 1 (alpha = rank).
 
     Attributes:
-        config: its `LoraConfig`; `r` is the largest rank, other ranks are in `rank_pattern` and `alpha_pattern`.
+        config: its `LoraConfig`; `r` is the rank of all modules. With `one_rank=False` it is the largest, and other
+            ranks are in `rank_pattern` and `alpha_pattern`.
         state_dict: its tensors by the keys of an `adapter_model.safetensors`, on the CPU.
         ranks: rank of every module, in the model's order; of a parameter of several matrices, that of each.
         errors: for every module the relative error of the truncation, ||Delta - Delta'|| / ||Delta|| in the Frobenius
@@ -140,6 +142,7 @@ def to_lora(
     rank: int | None = None,
     energy: float | None = None,
     round_rank: bool = False,
+    one_rank: bool = True,
     include_head: bool | Literal["separate"] = True,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
@@ -152,12 +155,17 @@ def to_lora(
         model: a `PeftModel`, a transformers model or any model that a composition was injected into; merged or not.
         adapter_name: name of the composition. Default: the active one.
         rank: highest rank per module; where more are stacked, the nearest update of that rank is exported. Default:
-            exact, every module with the sum of the ranks of its upstream adapters.
+            exact, with the largest sum of the ranks of the upstream adapters of one module.
         energy: instead of `rank`, the share of the squared Frobenius norm of its update that every module keeps, above
             0 and at most 1, with the least rank that does. With 1 only what rounding hides is left out.
-        round_rank: give all modules one rank, the highest rounded up to what servers accept (`SERVED_RANKS`). What was
-            truncated fills the room; beyond the rank of the update there are zeros. vLLM allocates by such a rank;
-            servers that stack the factors of several modules (SGLang) refuse ranks that differ.
+        round_rank: round the rank of all modules up to one that servers accept (`SERVED_RANKS`); vLLM allocates by
+            such a rank.
+        one_rank: give all modules the rank of the largest (default). What was truncated fills the room; beyond the
+            rank of the update there are zeros. Readers scale by different rules: alpha / r of the config (vLLM),
+            alpha / rank of every tensor (llama.cpp, diffusers), `alpha_pattern` / `rank_pattern` (PEFT). With one rank
+            all of them give 1, and servers that stack the factors of several modules (SGLang) take the adapter.
+            `False` keeps every module's own rank: a smaller file that PEFT and vLLM scale rightly, and llama.cpp and
+            diffusers wrongly; a warning says so where ranks differ.
         include_head: `True` (default) puts what the composition trains or saves besides (`modules_to_save`) into the
             adapter, as PEFT does; `"separate"` puts it into a file of its own, `head.safetensors`, with the names of
             the base model: `base.load_state_dict(load_file(...), strict=False)`. `False` leaves it out. vLLM refuses
@@ -171,7 +179,7 @@ def to_lora(
         ValueError: there is no such composition or more than one is active; an option has no meaning; a value is not
             finite, also once rounded to `dtype`; or the export has no form that PEFT can load.
     """
-    options = _Options(rank, energy, round_rank, include_head, dtype)
+    options = _Options(rank, energy, round_rank, one_rank, include_head, dtype)
     base = _composed_base(model)
     adapter_name = _chosen_composition(base, adapter_name)
     config = cast(CompositionConfig, base.peft_config[adapter_name])
@@ -196,6 +204,7 @@ def lora_from_checkpoint(
     rank: int | None = None,
     energy: float | None = None,
     round_rank: bool = False,
+    one_rank: bool = True,
     include_head: bool | Literal["separate"] = True,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
@@ -206,6 +215,7 @@ def lora_from_checkpoint(
         rank: as in `to_lora`.
         energy: as in `to_lora`.
         round_rank: as in `to_lora`.
+        one_rank: as in `to_lora`.
         include_head: as in `to_lora`.
         dtype: as in `to_lora`.
 
@@ -215,7 +225,7 @@ def lora_from_checkpoint(
     Raises:
         ValueError: the folder holds no composition, or not its factors; or as in `to_lora`.
     """
-    options = _Options(rank, energy, round_rank, include_head, dtype)
+    options = _Options(rank, energy, round_rank, one_rank, include_head, dtype)
     folder = Path(folder)
     config = _read_config(folder)
     weights = _open_weights(folder)
@@ -237,7 +247,8 @@ def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = LORA_SUBF
     Args:
         folder: of the saved composition.
         subfolder: where to, inside `folder`.
-        **options: as in `to_lora`: `rank`, `energy`, `round_rank`, `include_head`, `dtype`.
+        **options: as in `to_lora`: `rank`, `energy`, `round_rank`, `one_rank`, `include_head`,
+            `dtype`.
 
     Returns:
         The adapter that was saved.
@@ -261,6 +272,7 @@ class _Options:
     rank: int | None
     energy: float | None
     round_rank: bool
+    one_rank: bool
     include_head: bool | Literal["separate"]
     dtype: torch.dtype | None
 
@@ -271,6 +283,8 @@ class _Options:
             raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
         if self.energy is not None and not (isinstance(self.energy, (int, float)) and 0 < self.energy <= 1):
             raise ValueError(f"energy must be a share above 0 and at most 1, got {self.energy!r}")
+        if self.round_rank and not self.one_rank:
+            raise ValueError("round_rank gives all modules one rank: it cannot go with one_rank=False")
         if self.include_head not in (True, False, "separate"):
             raise ValueError(f'include_head must be True, False or "separate", got {self.include_head!r}')
         if self.dtype is not None and not (self.dtype.is_floating_point and self.dtype.itemsize >= 2):
@@ -511,7 +525,17 @@ def _choose_ranks(modules: _Modules, layout: LoraLayout, options: _Options) -> d
     for name, chosen in ranks.items():
         shared[target_of(name, layout)] = max(chosen, shared.get(target_of(name, layout), 0))
     ranks = {name: shared[target_of(name, layout)] for name in ranks}
-    return dict.fromkeys(ranks, _served_rank(max(ranks.values()))) if options.round_rank else ranks
+    highest = max(ranks.values())
+    if options.one_rank:
+        return dict.fromkeys(ranks, _served_rank(highest) if options.round_rank else highest)
+    if min(ranks.values()) < highest:
+        warnings.warn(
+            f"The modules of this LoRA have ranks {min(ranks.values())} to {highest}, each with an alpha of its own. "
+            "PEFT and vLLM scale them rightly; llama.cpp and diffusers divide one alpha by the rank of a tensor and "
+            "scale the smaller ones wrongly. For those export with one_rank=True.",
+            stacklevel=4,
+        )
+    return ranks
 
 
 def _served_rank(rank: int) -> int:

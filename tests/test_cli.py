@@ -286,6 +286,12 @@ def test_export_is_read_by_stock_peft(tmp_path: Path, composed: Path, base_folde
     assert all(0 < error < 1 for error in cut["errors"].values())
     tensors = load_file(tmp_path / "1" / WEIGHTS)
     assert all(".lora_" in key and tensor.dtype == torch.bfloat16 for key, tensor in tensors.items())
+    own = run_json("export", composed, "--energy", 0.9, "--own-ranks", "--out", tmp_path / "own")
+    one = run_json("export", composed, "--energy", 0.9, "--out", tmp_path / "one")
+    assert set(one["ranks"].values()) == {max(own["ranks"].values())}
+    both = run("export", composed, "--round-rank", "--own-ranks", "--out", tmp_path / "both")
+    assert both.exit_code == 2
+    assert "not both" in both.output
     table = run("export", composed, "--rank", 1, "--out", tmp_path / "2").stdout
     assert f"{cut['total_error']:.2g}" in table
     assert all(module in table for module in cut["errors"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,13 @@ def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 class TestExact:
     @every_model
-    def test_products_are_the_formula_and_stock_peft_gives_the_same_logits(self, name, pair, tmp_path) -> None:
+    @pytest.mark.parametrize("one_rank", [True, False])
+    def test_products_are_the_formula_and_stock_peft_gives_the_same_logits(
+        self, name, one_rank, pair, tmp_path
+    ) -> None:
         model = composed(name, pair(name))
-        export = to_lora(model)
+        with nullcontext() if one_rank else pytest.warns(UserWarning, match=r"ranks 2 to 5.*llama\.cpp and diffusers"):
+            export = to_lora(model, one_rank=one_rank)
         folder = saved(export, tmp_path / "lora")
 
         deltas = composed_deltas(model, pair(name))
@@ -184,7 +189,9 @@ class TestExact:
         ranks = {
             module: sum(read_lora(f)[module].rank for f in pair(name) if module in read_lora(f)) for module in deltas
         }
-        assert len(set(ranks.values())) == 2
+        assert set(ranks.values()) == {2, 5}
+        if one_rank:
+            ranks = dict.fromkeys(ranks, 5)
         plain = loaded(name, folder)
         assert lora_ranks(plain) == ranks == export.ranks
         expected = tiny.output(model, name)
@@ -195,19 +202,31 @@ class TestExact:
         assert set(export.errors.values()) == {0}
 
     @served_model
-    def test_servers_that_read_no_patterns_get_it_right_too(self, name, pair) -> None:
-        """vLLM scales all modules by lora_alpha / r and takes the rank of a module from its factors."""
+    @pytest.mark.parametrize("options", [{}, {"rank": 4}, {"energy": 0.9}, {"round_rank": True}, {"one_rank": False}])
+    def test_every_rule_of_scaling_gives_the_formula(self, name, options, pair, tmp_path) -> None:
+        """PEFT reads patterns; vLLM divides alpha by r of the config, llama.cpp and diffusers by a tensor's rank."""
         model = composed(name, pair(name))
-        export = to_lora(model)
-        assert export.config.lora_alpha == export.config.r == max(export.ranks.values())
-        for module, delta in composed_deltas(model, pair(name)).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            folder = saved(to_lora(model, **options), tmp_path / "lora")
+        config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+        tolerance = 1.0 if {"rank", "energy"} & options.keys() else 1e-6  # a scale of 5 / 2 is off by more than 1
+        wrong: dict[str, list[str]] = {"vllm": [], "llama.cpp": []}
+        exact = composed_deltas(model, pair(name))
+        for module, delta in exported_deltas(folder).items():
+            assert relative_error(delta, exact[module]) < tolerance
             prefix = f"base_model.model.{module}.lora_"
-            B, A = (
-                next(tensor for key, tensor in export.state_dict.items() if key.startswith(prefix) and factor in key)
-                for factor in (f"{factor}" for factor in ("_B", "_A"))
+            A, B = (
+                next(tensor for key, tensor in tensors.items() if key.startswith(prefix) and f"_{factor}" in key)
+                for factor in "AB"
             )
-            product = (B.flatten(1) @ A.flatten(1)).reshape(delta.shape)
-            assert relative_error(product, delta) < 1e-6, module
+            product = (B.double().flatten(1) @ A.double().flatten(1)).reshape(delta.shape)
+            rules = {"vllm": config["lora_alpha"] / config["r"], "llama.cpp": config["lora_alpha"] / A.shape[0]}
+            for reader, scale in rules.items():
+                if relative_error(scale * product, delta) > 1e-6:
+                    wrong[reader].append(module)
+        assert not wrong["vllm"]
+        assert bool(wrong["llama.cpp"]) == ("one_rank" in options)  # what the warning says
 
     @pytest.mark.parametrize(
         ("name", "auto"),
@@ -231,17 +250,19 @@ class TestExact:
         plain.load_adapter(str(folder))
         assert largest_difference(tiny.output(plain, name), tiny.output(model, name)) <= LOGITS
 
-    def test_all_modules_of_a_deep_model(self, tmp_path) -> None:
+    @pytest.mark.parametrize("one_rank", [True, False])
+    @pytest.mark.filterwarnings("ignore:The modules of this LoRA have ranks")
+    def test_all_modules_of_a_deep_model(self, one_rank, tmp_path) -> None:
         """PEFT condenses lists of 20 and more target modules; the export must still select the composed alone."""
         base = nn.ModuleDict({f"layer{n}": tiny.MLP() for n in range(15)})
         base["other"] = nn.ModuleDict({"lin0": nn.Linear(2, 2)})
         targets = [f"layer{n}.lin{k}" for n in range(15) for k in (0, 1) if (n, k) != (3, 1)]
         lora = tiny.save_lora(tmp_path / "a", base, targets, seed=1, rank_pattern={"layer7.lin0": 2})
         model = get_peft_model(copy.deepcopy(base), CompositionConfig(adapters=[str(lora)]))
-        folder = saved(to_lora(model), tmp_path / "lora")
+        folder = saved(to_lora(model, one_rank=one_rank), tmp_path / "lora")
         plain = PeftModel.from_pretrained(base, str(folder))
         assert lora_ranks(plain) == {
-            target: 2 if target == "layer7.lin0" else 4
+            target: 4 if one_rank or target != "layer7.lin0" else 2
             for target in sorted(targets, key=lambda target: list(dict(base.named_modules())).index(target))
         }
         expected = read_lora(lora)
@@ -351,6 +372,7 @@ save_file(outputs, sys.argv[2])
             assert largest_difference(outputs[key], logits) <= LOGITS, key
 
 
+@pytest.mark.filterwarnings("ignore:The modules of this LoRA have ranks")
 class TestTruncated:
     """In float64, against numpy's SVD of the dense update (Eckart and Young)."""
 
@@ -372,7 +394,7 @@ class TestTruncated:
     def test_is_the_nearest_of_its_rank(self, name, kind, rank, request, tmp_path) -> None:
         adapters = request.getfixturevalue(kind)(name)
         model = composed(name, adapters, base_of(name).double())
-        export = to_lora(model, rank=rank)
+        export = to_lora(model, rank=rank, one_rank=False)
         actual = exported_deltas(saved(export, tmp_path / "lora"))
         lost, norms = [], []
         for module, delta in composed_deltas(model, adapters).items():
@@ -390,7 +412,7 @@ class TestTruncated:
     @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])
     def test_energy_takes_the_least_rank_that_reaches_it(self, name, energy, wide_pair) -> None:
         model = composed(name, wide_pair(name), base_of(name).double())
-        export = to_lora(model, energy=energy)
+        export = to_lora(model, energy=energy, one_rank=False)
         for module, delta in composed_deltas(model, wide_pair(name)).items():
             share = np.cumsum(np.linalg.svd(matrix(delta), compute_uv=False) ** 2)
             expected = 1 + int((share < energy * share[-1] * (1 - 1e-13)).sum())
@@ -413,7 +435,7 @@ class TestTruncated:
 
     def test_reloads_in_stock_peft_with_its_ranks(self, wide_pair, tmp_path) -> None:
         model = composed("bert", wide_pair("bert"))
-        export = to_lora(model, energy=0.9)
+        export = to_lora(model, energy=0.9, one_rank=False)
         assert len(set(export.ranks.values())) > 1
         plain = loaded("bert", saved(export, tmp_path / "lora"))
         assert lora_ranks(plain) == export.ranks
@@ -466,6 +488,23 @@ class TestServedRanks:
             assert export.ranks == {"lin1": 8}
             assert export.errors["lin1"] == pytest.approx(error)
         assert to_lora(model, rank=9, round_rank=True).errors == {"lin1": 0}
+        with pytest.raises(ValueError, match=r"round_rank.*one_rank=False"):
+            to_lora(model, round_rank=True, one_rank=False)
+
+    def test_the_room_of_a_smaller_module_is_used(self, tmp_path) -> None:
+        """With an energy modules need different ranks; given that of the largest, none loses more than alone."""
+        base = tiny.build("mlp").double()
+        adapters = [str(tiny.save_lora(tmp_path / "a", base, ["lin0", "lin1"], seed=1, r=10))]
+        model = composed("mlp", adapters, base)
+        with pytest.warns(UserWarning, match="ranks"):
+            own = to_lora(model, energy=0.8, one_rank=False)
+        export = to_lora(model, energy=0.8)
+        assert export.ranks == dict.fromkeys(own.ranks, max(own.ranks.values()))
+        for module, delta in composed_deltas(model, adapters).items():
+            S = np.linalg.svd(matrix(delta), compute_uv=False)
+            expected = np.linalg.norm(S[export.ranks[module] :]) / np.linalg.norm(S)
+            assert export.errors[module] == pytest.approx(expected, abs=1e-9)
+        assert export.total_error < own.total_error
 
     @pytest.mark.parametrize(("rank", "served"), [(8, 8), (9, 16), (65, 128), (257, 320), (321, 512)])
     def test_are_those_of_vllm(self, rank, served, tmp_path) -> None:
@@ -494,9 +533,11 @@ class TestNames:
     def export(self, base: nn.Module, folder: Path, **lora: Any) -> tuple[Path, PeftModel]:
         adapter = str(tiny.save_lora(folder / "a", base, seed=1, **lora))
         model = get_peft_model(copy.deepcopy(base), CompositionConfig(adapters=[adapter]))
-        return Path(adapter), PeftModel.from_pretrained(base, str(saved(to_lora(model), folder / "lora")))
+        export = to_lora(model, one_rank=False)
+        return Path(adapter), PeftModel.from_pretrained(base, str(saved(export, folder / "lora")))
 
     @pytest.mark.parametrize("ranks", [(2, 3), (3, 2)])
+    @pytest.mark.filterwarnings("ignore:The modules of this LoRA have ranks")
     def test_each_keeps_its_rank(self, ranks, nested, tmp_path) -> None:
         pattern = {"^lin": ranks[0], r"^block\.lin": ranks[1]}
         adapter, plain = self.export(nested, tmp_path, targets=["lin"], rank_pattern=pattern)
@@ -682,7 +723,7 @@ class TestFromACheckpoint:
         assert after == before
         assert lora_ranks(loaded("mlp", tmp_path / "lora")) == export.ranks == {"lin0": 2, "lin1": 2}
         add_to_checkpoint(str(tmp_path), "plain/exact")
-        assert lora_ranks(loaded("mlp", tmp_path / "plain" / "exact")) == {"lin0": 2, "lin1": 5}
+        assert lora_ranks(loaded("mlp", tmp_path / "plain" / "exact")) == {"lin0": 5, "lin1": 5}
         again = PeftModel.from_pretrained(base_of("mlp"), str(tmp_path))
         torch.testing.assert_close(tiny.output(again, "mlp"), tiny.output(model, "mlp"), rtol=0, atol=0)
 
@@ -887,7 +928,9 @@ class TestSaving:
 
     def test_says_what_it_is(self, pair) -> None:
         model = composed("mlp", pair("mlp"))
-        assert str(to_lora(model)) == "Plain LoRA of 2 modules, ranks 2 to 5: exact"
+        assert str(to_lora(model)) == "Plain LoRA of 2 modules, rank 5: exact"
+        with pytest.warns(UserWarning, match="ranks 2 to 5"):
+            assert str(to_lora(model, one_rank=False)) == "Plain LoRA of 2 modules, ranks 2 to 5: exact"
         export = to_lora(model, rank=2)
         assert str(export) == (
             f"Plain LoRA of 2 modules, rank 2: relative error {export.total_error:.3g}, "
