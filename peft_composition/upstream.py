@@ -41,6 +41,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import AdapterReference, Provenance
+from .text import LONG, one_line, quoted
 
 
 # Initialisations after which the base model is the one that everybody has; the others (PiSSA, OLoRA, CorDA, LoftQ,
@@ -75,7 +76,8 @@ class AdapterError(ValueError):
     """An upstream adapter cannot be composed; the message names the adapter, the module and the values."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"adapter {name!r}: {reason}")
+        reason = one_line(reason, LONG)  # whatever it quotes
+        super().__init__(f"adapter {quoted(name)}: {reason}")
         self.adapter_name = name
         self.reason = reason
 
