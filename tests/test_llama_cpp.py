@@ -25,6 +25,7 @@ from . import tiny
 
 
 llama_cpp = pytest.importorskip("llama_cpp")
+F32 = 0  # ggml_type of the key-value cache, which is float16 by default
 SOURCE = os.environ.get("LLAMA_CPP", "")
 pytestmark = pytest.mark.skipif(not Path(SOURCE, "convert_lora_to_gguf.py").is_file(), reason="LLAMA_CPP is not set")
 
@@ -50,7 +51,15 @@ def logits_of(base: Path, lora: Path | None, ids: list[int]) -> np.ndarray:
     """Logits of all positions as llama.cpp computes them."""
     path = None if lora is None else str(lora)
     llama = llama_cpp.Llama(
-        str(base), lora_path=path, logits_all=True, verbose=False, n_ctx=64, n_threads=1, n_batch=64
+        str(base),
+        lora_path=path,
+        logits_all=True,
+        verbose=False,
+        n_ctx=64,
+        n_threads=1,
+        n_batch=64,
+        type_k=F32,
+        type_v=F32,
     )
     llama.eval(ids)
     return np.array(llama.scores[: len(ids)])
