@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from . import __version__
+from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_list, as_text
 
 
 MIXINGS = ("learned", "uniform", "fixed")
@@ -169,8 +170,13 @@ class CompositionConfig(PeftConfig):
         self.weights = self._checked_weights()
         if self.gain is None:
             self.gain = DEFAULT_GAIN[self.normalization]
-        if not (_is_number(self.gain) and math.isfinite(self.gain) and self.gain > 0):
-            raise ValueError(f"gain must be a positive number, got {self.gain!r}")
+        gain = as_float(self.gain)
+        if gain is None or not SMALLEST_FLOAT32 <= gain <= LARGEST_FLOAT32:
+            raise ValueError(
+                f"gain must be a positive number that float32 holds ({SMALLEST_FLOAT32:.2g} to "
+                f"{LARGEST_FLOAT32:.2g}), got {as_text(self.gain)}"
+            )
+        self.gain = gain
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names (or none), not a regex")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -241,21 +247,31 @@ class CompositionConfig(PeftConfig):
             return None
         if self.mixing == "uniform":
             raise ValueError('weights are given but mixing="uniform" ignores them; use "fixed" or "learned"')
-        if isinstance(self.weights, str) or not isinstance(self.weights, Sequence):
+        given = as_list(self.weights)
+        if given is None:
             raise ValueError(f"weights must be a list of numbers, got {self.weights!r}")
-        if len(self.weights) != count:
+        if len(given) != count:
             raise ValueError(
-                f"weights has {len(self.weights)} entries for {count} adapters ({', '.join(self.adapter_names)})"
+                f"weights has {len(given)} entries for {count} adapters ({', '.join(self.adapter_names)})"
             )
-        for name, weight in zip(self.adapter_names, self.weights):
-            if not _is_number(weight) or not math.isfinite(weight):
-                raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+        weights = []
+        for name, entry in zip(self.adapter_names, given):
+            weight = as_float(entry)
+            if weight is None or not math.isfinite(weight):
+                raise ValueError(
+                    f"weights: the weight of adapter {name!r} must be a finite number, got {as_text(entry)}"
+                )
+            if abs(weight) > LARGEST_FLOAT32:
+                raise ValueError(
+                    f"weights: the weight of adapter {name!r} is {as_text(entry)}; float32, in which weights are "
+                    f"kept, ends at {LARGEST_FLOAT32:.2g}"
+                )
+            weights.append(weight)
             if self.normalization == "softmax" and weight < 0:
                 raise ValueError(
                     f'the weight of adapter {name!r} is {weight}; normalization="softmax" keeps weights non-negative, '
                     'use normalization="none" for free weights'
                 )
-        weights = [float(weight) for weight in self.weights]
         if self.normalization == "none":
             return weights
         total = math.fsum(weights)
@@ -265,10 +281,6 @@ class CompositionConfig(PeftConfig):
                 'use normalization="none" for free weights'
             )
         return [weight / total for weight in weights]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _require(name: str, value: object, choices: Sequence[str]) -> None:

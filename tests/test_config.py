@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from peft import PeftConfig
 
 from peft_composition import CompositionConfig
@@ -80,9 +82,21 @@ def test_unnamed_adapters_get_the_shortest_name_that_tells_them_apart(adapters: 
         ({"weights": [1.5, -0.5]}, "the weight of adapter 'b' is -0.5"),
         ({"weights": [0.5, 0.4]}, "weights sum to 0.9"),
         ({"weights": [0.5, 0.4], "mixing": "fixed"}, "weights sum to 0.9"),
-        ({"gain": 0}, "gain must be a positive number, got 0"),
-        ({"gain": float("inf")}, "gain must be a positive number, got inf"),
-        ({"gain": "40"}, "gain must be a positive number, got '40'"),
+        ({"weights": [1e39, 0.5], "normalization": "none"}, "weights: the weight of adapter 'a' is 1e+39; float32"),
+        ({"weights": [0.5, -1e39], "normalization": "none"}, "weights: the weight of adapter 'b' is -1e+39; float32"),
+        ({"weights": [10**5000, 1]}, "weights: the weight of adapter 'a' must be a finite number, got an integer of"),
+        ({"weights": [0.5, True]}, "the weight of adapter 'b' must be a finite number, got True"),
+        ({"weights": torch.tensor(0.5)}, "weights must be a list of numbers, got tensor(0.5000)"),
+        ({"weights": torch.eye(2)}, "the weight of adapter 'a' must be a finite number, got [1.0, 0.0]"),
+        ({"gain": 0}, "gain must be a positive number that float32 holds (1.2e-38 to 3.4e+38), got 0"),
+        ({"gain": -1.0}, "gain must be a positive number that float32 holds (1.2e-38 to 3.4e+38), got -1.0"),
+        ({"gain": float("inf")}, "that float32 holds (1.2e-38 to 3.4e+38), got inf"),
+        ({"gain": float("nan")}, "that float32 holds (1.2e-38 to 3.4e+38), got nan"),
+        ({"gain": 1e39}, "that float32 holds (1.2e-38 to 3.4e+38), got 1e+39"),
+        ({"gain": 1e-50}, "that float32 holds (1.2e-38 to 3.4e+38), got 1e-50"),
+        ({"gain": 10**400}, "that float32 holds (1.2e-38 to 3.4e+38), got an integer of about 401 digits"),
+        ({"gain": True}, "that float32 holds (1.2e-38 to 3.4e+38), got True"),
+        ({"gain": "40"}, "that float32 holds (1.2e-38 to 3.4e+38), got '40'"),
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "layers_to_transform needs target_modules"),
         ({"layers_pattern": "layers"}, "layers_pattern means nothing without layers_to_transform"),
         ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
@@ -96,6 +110,14 @@ def test_bad_fields_are_refused_with_the_value(fields: dict[str, Any], message: 
 def test_free_weights_may_be_negative_and_need_no_sum() -> None:
     config = CompositionConfig(adapters=["a", "b"], weights=[2, -1], normalization="none", mixing="fixed")
     assert config.weights == [2.0, -1.0]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    for weights in (np.array([0.25, 0.75]), torch.tensor([0.25, 0.75]), [np.float32(0.25), torch.tensor(0.75)]):
+        config = CompositionConfig(adapters=["a", "b"], weights=weights, gain=np.float32(8))
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (saved["weights"], saved["gain"]) == ([0.25, 0.75], 8.0)
 
 
 def test_rounded_softmax_weights_are_brought_to_sum_one() -> None:
