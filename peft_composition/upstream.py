@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -40,6 +39,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import pickled
 from .config import AdapterReference, Provenance
 from .text import LONG, one_line, quoted
 
@@ -69,7 +69,16 @@ _MAPPED_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
 }
+# Powers of two and pairs of values, with which others are scaled and packed.
+_NO_NUMBERS = tuple(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
 
 
 class AdapterError(ValueError):
@@ -227,11 +236,12 @@ class StackedFactors:
 
 
 class _Entry(NamedTuple):
-    """One tensor of a safetensors file; `start` is its first byte, None where safetensors has to read it."""
+    """One tensor of a weights file; `start` is its first byte, None where it cannot be taken from there."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     start: int | None
+    dtype_name: str
 
 
 class WeightsFile:
@@ -249,11 +259,16 @@ class WeightsFile:
         self._entries: dict[str, _Entry] = {}
         self._mapping: mmap.mmap | None = None
         try:
-            self.nbytes = path.stat().st_size
             if self._is_pickled:
-                self._entries = {key: _Entry(tuple(t.shape), None, None) for key, t in _unpickle(name, path).items()}
+                self.nbytes = pickled.content_nbytes(path)
+                self._entries = {
+                    key: _Entry(*entry, None, str(entry[1])) for key, entry in pickled.index(path).items()
+                }
             else:
+                self.nbytes = path.stat().st_size
                 self._entries = _entries(path)
+        except pickled.UnreadablePickleError as error:
+            raise AdapterError(name, f"{path} {error}") from error
         except (SafetensorError, OSError) as error:
             raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
 
@@ -263,13 +278,20 @@ class WeightsFile:
     def shape(self, key: str) -> tuple[int, ...]:
         return self._entries[key].shape
 
+    def dtype(self, key: str) -> str:
+        """The dtype by its name in PyTorch or, where that has none, in the file."""
+        return self._entries[key].dtype_name
+
+    def is_floating_point(self, key: str) -> bool:
+        """Whether the values are real numbers, each with an element of its own."""
+        dtype = self._entries[key].dtype
+        return dtype is not None and dtype.is_floating_point and dtype not in _NO_NUMBERS
+
     def read(self, key: str) -> Tensor:
         """The values of one tensor: a view of the mapped file, a private one."""
         if self._is_pickled:
-            if self._pickled is None:
-                self._pickled = _unpickle(self._name, self._path)
-            return self._pickled[key]
-        shape, dtype, start = self._entries[key]
+            return self._unpickled()[key]
+        shape, dtype, start, _ = self._entries[key]
         try:
             if dtype is None or start is None or 0 in shape:
                 with safe_open(self._path, framework="pt", device="cpu") as file:
@@ -282,6 +304,14 @@ class WeightsFile:
         """Let go of the mapped file; the memory is free once the tensors that were read are gone, too."""
         self._mapping = None
         self._pickled = None
+
+    def _unpickled(self) -> dict[str, Tensor]:
+        if self._pickled is None:
+            try:
+                self._pickled = pickled.load(self._path)
+            except (pickled.UnreadablePickleError, OSError) as error:
+                raise AdapterError(self._name, f"{self._path} {error}") from error
+        return self._pickled
 
     def _mapped(self) -> mmap.mmap:
         if self._mapping is None:
@@ -302,25 +332,11 @@ def _entries(path: Path) -> dict[str, _Entry]:
     end: int | None = path.stat().st_size
     entries: dict[str, _Entry] = {}
     for key, view in reversed(views.items()):
-        shape, dtype = tuple(view.get_shape()), _MAPPED_DTYPES.get(view.get_dtype())
+        stored = view.get_dtype()
+        shape, dtype = tuple(view.get_shape()), _MAPPED_DTYPES.get(stored)
         end = None if end is None or dtype is None else end - math.prod(shape) * dtype.itemsize
-        entries[key] = _Entry(shape, dtype, end if is_native else None)
+        entries[key] = _Entry(shape, dtype, end if is_native else None, str(dtype or stored))
     return dict(sorted(entries.items()))
-
-
-def _unpickle(name: str, path: Path) -> dict[str, Tensor]:
-    try:
-        # Mapped like a safetensors file, except the kind of before PyTorch 1.6, which is no zip file.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it trips over
-        raise AdapterError(
-            name,
-            f"{path} is a pickle that holds more than tensors, or is damaged, and is not loaded: {error}. Save the "
-            "adapter again as safetensors from a machine that trusts it",
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(name, f"{path} does not hold a state dict of tensors")
-    return state
 
 
 # Finding the files
@@ -697,6 +713,13 @@ def _factors(
             raise AdapterError(name, f"module {module!r} has lora_{other} but no lora_{factor}")
     if "A.bias" in parts:
         raise AdapterError(name, f"module {module!r} has a bias on lora_A, which is not part of a plain product B A")
+    for key in parts.values():
+        if not weights.is_floating_point(key):
+            raise AdapterError(
+                name,
+                f"module {module!r}: tensor {key!r} has dtype {weights.dtype(key)}; LoRA factors are real floating-"
+                "point numbers. Save them as float32, bfloat16 or float16 (quantized codes must be dequantized first)",
+            )
     rows = next(iter(weights.shape(parts["A"])), 0)
     factors = Factors(rows, math.nan, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
     if config.get("target_parameters") or ".base_layer" in module:
