@@ -33,6 +33,7 @@ from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
 from .layer import Mixing
 from .model import block_of
 from .parameters import name_in_checkpoint
+from .text import SHORT, in_code, in_markdown, in_python
 from .upstream import WeightsFile, is_hub_id
 
 
@@ -56,8 +57,11 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _BEGIN, _END = "<!-- peft-composition:begin", "<!-- peft-composition:end -->"
-# A begin mark whose end somebody deleted must not swallow the text up to the end mark of a later section.
-_SECTION = re.compile(rf"{_BEGIN}(?P<fields>[^>\n]*)-->(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
+# A mark is a line of its own, which text from others never is. A begin mark whose end somebody deleted must not
+# swallow the text up to the end mark of a later section.
+_SECTION = re.compile(
+    rf"^{_BEGIN}(?P<fields>[^>\n]*)-->[ \t]*$(?:(?!^{_BEGIN}).)*?^{_END}[ \t]*$", re.DOTALL | re.MULTILINE
+)
 _NOTE = "<!-- Replaced whenever the adapter is saved: write your own text above or below. -->"
 _FIELD = re.compile(r"(\w+)=(\S+)")
 _LICENSE_ID = re.compile(r"(?!other$|unknown$)[a-z0-9][a-z0-9.+-]*")
@@ -393,14 +397,20 @@ def _before_first_heading(text: str) -> int:
 
 def _subfolder_in(section: re.Match[str]) -> str | None:
     """The subfolder of the composition that a section is about."""
-    return unquote(dict(_FIELD.findall(section["fields"])).get("subfolder", "")) or None
+    return _fields_of(section).get("subfolder")
+
+
+def _fields_of(section: re.Match[str]) -> dict[str, str]:
+    """What the begin mark of a section says."""
+    found = _FIELD.findall(section["fields"])
+    return {name: unquote(value, errors="surrogatepass") for name, value in found}
 
 
 def _repository_of(text: str, subfolder: str | None) -> str | None:
     """The repository that a card names in the section of a composition."""
     for section in _SECTION.finditer(text):
         if _subfolder_in(section) == subfolder:
-            return dict(_FIELD.findall(section["fields"])).get("repository")
+            return _fields_of(section).get("repository")
     return None
 
 
@@ -414,9 +424,13 @@ def _complete_metadata(data: ModelCardData, compositions: list[_Saved]) -> None:
     tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:") or is_hub_id(tag.split(":", 2)[-1])]
     data.tags = [*tags, TAG] if TAG not in tags else tags
     entries = [entry for composition in compositions for entry in composition.provenance]
-    data["upstream_adapters"] = [*dict.fromkeys(e["path"] for e in entries if e["commit"] is not None)] or None
+    data["upstream_adapters"] = [*dict.fromkeys(entry["path"] for entry in entries if _is_on_hub(entry))] or None
     if data.license is None:
         data.license = _shared_license(entries)
+
+
+def _is_on_hub(entry: Provenance) -> bool:
+    return entry["commit"] is not None and is_hub_id(entry["path"])
 
 
 def _hub_ids(names: str | list[str] | None) -> str | list[str] | None:
@@ -432,7 +446,7 @@ def _shared_license(entries: Iterable[Provenance]) -> str | None:
     shared = stated.pop() if len(stated) == 1 else None
     if shared is None or not _LICENSE_ID.fullmatch(shared):
         return None
-    return shared if any(entry["commit"] is not None for entry in entries) else None
+    return shared if any(map(_is_on_hub, entries)) else None
 
 
 def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -> str:
@@ -444,7 +458,7 @@ def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -
     blocks: dict[str, list[str]] = {}
     for module in weights:
         blocks.setdefault(block_of(module, saved.config.layers_pattern) or module, []).append(module)
-    fields = {"subfolder": quote(saved.subfolder or ""), "repository": repo_id}
+    fields = {"subfolder": saved.subfolder, "repository": repo_id}
     lora_subfolder = f"{saved.subfolder}/{LORA_SUBFOLDER}" if saved.subfolder else LORA_SUBFOLDER
     text = _template().render(
         config=saved.config,
@@ -462,7 +476,7 @@ def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -
         licenses=sorted({row.license for row in adapters}),
         metrics=metrics,
     )
-    begin = " ".join([_BEGIN, *(f"{name}={value}" for name, value in fields.items() if value)])
+    begin = " ".join([_BEGIN, *(f"{name}={_in_address(value)}" for name, value in fields.items() if value)])
     return f"{begin} -->\n{_NOTE}\n{text.strip()}\n{_END}"
 
 
@@ -470,17 +484,17 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["cell"] = _cell
+    environment.filters.update(cell=_cell, text=in_markdown, code=in_code)
     return environment.get_template(TEMPLATE)
 
 
 def _cell(value: object) -> str:
-    """A value as it stands in a table: numbers with few digits, no text that would end the cell."""
+    """A value as it stands in a table: numbers with few digits, and text as itself."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return in_markdown(value)
 
 
 class _Row:
@@ -490,10 +504,10 @@ class _Row:
         entry = saved.provenance[number]
         ranks = {module: row[number] for module, row in saved.ranks.items() if row[number]}
         base = entry["base_model_name_or_path"]
-        self.name = f"`{entry['name']}`"
-        self.source = (
-            _link(entry["path"], entry["commit"], entry["subfolder"]) if entry["commit"] else "a local folder"
-        )
+        self.name = in_code(entry["name"])
+        self.source = "a local folder"
+        if _is_on_hub(entry):
+            self.source = _link(entry["path"], entry["commit"], entry["subfolder"])
         self.ranks = ", ".join(map(str, sorted(set(ranks.values()))))
         self.base_model = _link(base) if base and is_hub_id(base) else "a local folder" if base else "not stated"
         self.license = entry.get("license") or "not stated"
@@ -512,18 +526,24 @@ class _Row:
 
 def _link(repo_id: str, commit: str | None = None, subfolder: str | None = None) -> str:
     """A link to a repository on the Hub, at a commit."""
+    address = f"https://huggingface.co/{_in_address(repo_id)}"
     if commit is None:
-        return f"[{repo_id}](https://huggingface.co/{repo_id})"
-    place = f"/{quote(subfolder)}" if subfolder else ""
-    return f"[{repo_id}{place}](https://huggingface.co/{repo_id}/tree/{commit}{place}) at `{commit[:12]}`"
+        return f"[{in_markdown(repo_id)}]({address})"
+    place = f"/{subfolder}" if subfolder else ""
+    at = in_code(commit[:12])
+    return f"[{in_markdown(repo_id + place)}]({address}/tree/{_in_address(commit + place)}) at {at}"
+
+
+def _in_address(path: str) -> str:
+    return quote(path, errors="surrogatepass")
 
 
 def _loading_code(saved: _Saved, repo_id: str | None, subfolder: str | None, *first_lines: str) -> str:
     """Python that loads the base model and the adapter, to be pasted."""
     config = saved.config
-    where = [json.dumps(repo_id or ".")]
+    where = [in_python(repo_id or ".")]
     if subfolder:
-        where.append(f"subfolder={json.dumps(subfolder)}")
+        where.append(f"subfolder={in_python(subfolder)}")
     note = "" if repo_id else "  # this folder, or the repository that it was pushed to"
     imported, base_model = _base_model_code(config)
     lines = [*first_lines, "from peft import PeftModel", *imported, "", base_model]
@@ -533,18 +553,20 @@ def _loading_code(saved: _Saved, repo_id: str | None, subfolder: str | None, *fi
 def _base_model_code(config: CompositionConfig) -> tuple[list[str], str]:
     """The import and the line that load the base model, as far as the config tells."""
     mapping = config.auto_mapping or {}
+    stated = str(mapping.get("base_model_class") or "")
+    stated = stated if stated.isidentifier() and len(stated) <= SHORT else ""  # it becomes code that people run
     auto_class = AUTO_CLASSES.get(config.task_type or "")
-    if auto_class is None and (mapping.get("parent_library") or "").startswith("transformers."):
-        auto_class = mapping["base_model_class"]
+    if auto_class is None and str(mapping.get("parent_library")).startswith("transformers."):
+        auto_class = stated
     name = config.base_model_name_or_path
-    if auto_class is None or not name:
-        kind = f", a {mapping['base_model_class']}" if mapping.get("base_model_class") else ""
+    if not auto_class or not name or len(config.revision or "") > SHORT:
+        kind = f", a {stated}" if stated else ""
         return [], f"base_model = ...  # the model that the adapters were trained on{kind}"
-    arguments = [json.dumps(name)]
+    arguments = [in_python(name)]
     if config.revision:
-        arguments.append(f"revision={json.dumps(config.revision)}")
+        arguments.append(f"revision={in_python(config.revision)}")
     if config.num_labels is not None:
-        arguments.append(f"num_labels={config.num_labels}")
+        arguments.append(f"num_labels={int(config.num_labels)}")
     note = "" if is_hub_id(name) else "  # a local folder: put your own here"
     line = f"base_model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
     return [f"from transformers import {auto_class}"], line

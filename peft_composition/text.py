@@ -1,6 +1,6 @@
 """Text that others wrote (names, licences, module names, keys) as one short line that cannot act on what shows it.
 
-`one_line` and `quoted` are for terminals, logs and error messages, `in_markdown` and `in_code` for model cards.
+`one_line` and `quoted` are for terminals, logs and error messages, the others for model cards.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def in_code(text: object, limit: int = SHORT) -> str:
     if _HARMLESS_CODE.fullmatch(line):
         return f"`{line}`"
     return f"<code>{in_markdown(line, limit)}</code>"
+
+
+def in_python(text: str) -> str:
+    """Foreign text as a literal of Python that stands in a card: a whole one, in double quotes, on one line."""
+    marks = {"\\": r"\\", '"': r"\"", "<": r"\x3c"}  # without "<" no mark of our own, no HTML
+    return '"' + "".join(marks.get(character) or _printable(character) for character in text) + '"'
 
 
 def _printable(character: str) -> str:

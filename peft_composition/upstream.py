@@ -395,7 +395,7 @@ def _looks_like_path(path: str) -> bool:
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a name is that of a repository on the Hub and not a folder, as far as can be told without asking."""
-    if not name or _is_local(name) or _looks_like_path(name):
+    if not name or name != name.strip() or _is_local(name) or _looks_like_path(name):
         return False
     try:
         validate_repo_id(name)

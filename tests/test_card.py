@@ -181,7 +181,7 @@ def test_every_upstream_adapter_is_named_with_what_is_known_of_it(pair: Any, tmp
     sha256 = [entry["sha256"] for entry in json.loads((tmp_path / CONFIG).read_text())["provenance"]]
     assert rows == {
         "first": [
-            f"[me/lora-a/runs/best%20one]({link}) at `{'a' * 12}`",
+            f"[me/lora-a/runs/best one]({link}) at `{'a' * 12}`",
             "2",
             "[org/base](https://huggingface.co/org/base)",
             "mit",
@@ -229,7 +229,7 @@ def test_the_table_of_blocks_stays_readable(pair: Any, tmp_path: Path) -> None:
 def test_a_name_with_a_bar_does_not_break_the_tables(pair: Any, tmp_path: Path) -> None:
     adapters = [{"path": path, "name": name} for path, name in zip(pair("bert"), ["a|b", "plain"])]
     card = saved(trained(adapters), tmp_path)
-    assert list(table(card, "adapter", "mean", "min")) == [r"a\|b", "plain"]
+    assert list(table(card, "adapter", "mean", "min")) == ["<code>a&#124;b</code>", "plain"]
 
 
 def test_weights_saved_as_pickle_are_read(pair: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import unicodedata
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from peft_composition.text import LONG, SHORT, in_code, in_markdown, one_line, quoted
+from peft_composition.text import LONG, SHORT, in_code, in_markdown, in_python, one_line, quoted
 from peft_composition.upstream import AdapterError
 
 
@@ -118,3 +119,11 @@ def test_an_error_about_an_adapter_is_one_line_whatever_it_quotes() -> None:
     assert r": module a\u202e\ud800 Error: forged\x07yy" in message
     assert len(message) < 2 * LONG
     assert error.adapter_name == "evil\x1b[2J" + "x" * 10_000
+
+
+@given(st.one_of(MARKUP, ANYTHING))
+def test_a_literal_of_python_means_the_text(text: str) -> None:
+    literal = in_python(text)
+    assert ast.literal_eval(literal) == text
+    assert literal.isprintable()
+    assert "<" not in literal
