@@ -41,7 +41,8 @@ def value_for(pattern: Mapping[str, Any] | None, module: str, default: Any) -> A
     """The value that a `rank_pattern` or `alpha_pattern` has for a module.
 
     Args:
-        pattern: values by key; the first key that matches the end of the name counts, as in PEFT's `get_pattern_key`.
+        pattern: values by key; the first key that matches the end of the name counts, as in PEFT's `get_pattern_key`,
+            or else one that is the name to the letter.
         module: name of the module.
         default: the value where no key matches.
 
@@ -51,7 +52,7 @@ def value_for(pattern: Mapping[str, Any] | None, module: str, default: Any) -> A
     if not pattern:
         return default
     key = _table(tuple(pattern)).find(module)
-    return default if key is None else pattern[key]
+    return pattern.get(module if key is None else key, default)
 
 
 def require_patterns(pattern: Mapping[str, Any]) -> None:
@@ -161,6 +162,7 @@ class _Name:
         self.text = text
         self.steps = 0
         self._characters: dict[str, int] = {}
+        self._places: dict[str, int] = {}
         for place, char in enumerate(text):
             self._characters[char] = self._characters.get(char, 0) | 1 << place
         self.starts = 1 | self._characters.get(".", 0) << 1
@@ -174,10 +176,10 @@ class _Name:
         return self._characters.get(char, 0)
 
     def places_matching(self, source: str) -> int:
-        places = 0
-        for char, where in self._characters.items():
-            if _matches(source, char):
-                places |= where
+        places = self._places.get(source)
+        if places is None:
+            places = sum(where for char, where in self._characters.items() if _matches(source, char))
+            self._places[source] = places
         return places
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import yaml
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, metadata_load, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -35,12 +33,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm, validate_repo_id
 from peft import LoraConfig
+from peft import __version__ as peft_version
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import pickled
 from .config import AdapterReference, Provenance
+from .front_matter import stated_license
+from .patterns import PatternError, value_for
+from .scalars import LARGEST_FLOAT32
+from .schema import read_adapter_config, shown
 from .text import LONG, one_line, quoted
 
 
@@ -552,35 +555,12 @@ def read_config(files: AdapterFiles) -> dict[str, Any]:
     """The `adapter_config.json` of an adapter of any kind.
 
     Raises:
-        AdapterError: it is damaged, or describes no PEFT adapter.
+        AdapterError: it is damaged, describes no PEFT adapter, or has a field with a value that it cannot have.
     """
-    name, path = files.name, files.config
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(name, f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise AdapterError(name, f"{path} does not describe a PEFT adapter: it has no peft_type")
-    return config
-
-
-def stated_license(card: Path | None) -> str | None:
-    """The licence that a card states: its Hub identifier, or `other (name)`; None where it states none."""
-    if card is None:
-        return None
-    try:
-        if b"license" not in card.read_bytes():  # most cards say nothing, and YAML takes longer than the weights
-            return None
-        metadata = metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # a card is text that people write; no adapter is refused for it
-        return None
-    stated = metadata.get("license")
-    if isinstance(stated, list):
-        stated = ", ".join(map(str, stated))
-    if not stated:
-        return None
-    name = metadata.get("license_name")
-    return f"{stated} ({name})" if name else str(stated)
+        return read_adapter_config(files.config)
+    except ValueError as error:
+        raise AdapterError(files.name, str(error)) from error
 
 
 def _sha256(path: Path) -> str:
@@ -610,27 +590,34 @@ def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
         )
     for variant in _variant_fields():
         if config.get(variant):
-            raise AdapterError(name, f"{variant}={config[variant]!r}: this LoRA variant is not a plain product B A")
+            raise AdapterError(
+                name, f"{variant}={shown(config[variant])}: this LoRA variant is not a plain product B A"
+            )
+    for setting, value in config.items():
+        if value and _may_be_a_variant(setting, value):
+            raise AdapterError(
+                name,
+                f"{shown(setting)}={shown(value)}: this PEFT ({peft_version}) does not know what that is, and it may "
+                "be a variant that is not a plain product B A; upgrade PEFT to the version that it was saved with",
+            )
     if config.get("bias", "none") != "none":
         raise AdapterError(
             name,
-            f"bias={config['bias']!r}: it trained biases of the base model, which a mix of products cannot hold",
+            f"bias={shown(config['bias'])}: it trained biases of the base model, which a mix of products cannot hold",
         )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in BASE_PRESERVING_INITS:
         raise AdapterError(
             name,
-            f"init_lora_weights={init!r} changes the weights of the base model, so that the adapter does not fit the "
-            "original; where PEFT offers it, save it converted, with "
+            f"init_lora_weights={shown(init)} changes the weights of the base model, so that the adapter does not fit "
+            "the original; where PEFT offers it, save it converted, with "
             "save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(pattern) or {}, dict):
-            raise AdapterError(name, f"{pattern} must be a dict of module names, got {config[pattern]!r}")
     unknown = sorted(key for key, value in config.items() if key not in _known_fields() and value)
     if unknown:
+        names = one_line(", ".join(map(one_line, unknown)), LONG)
         warnings.warn(
-            f"adapter {name!r} has settings that this PEFT does not know and that are ignored: {', '.join(unknown)}. "
+            f"adapter {quoted(name)} has settings that this PEFT does not know and that are ignored: {names}. "
             "It was saved by a newer PEFT; an upgrade may be needed to read it rightly.",
             stacklevel=2,
         )
@@ -645,6 +632,14 @@ def _known_fields() -> set[str]:
 def _variant_fields() -> list[str]:
     marked = [config_field.name for config_field in fields(LoraConfig) if config_field.metadata.get("is_lora_variant")]
     return [*dict.fromkeys([*marked, *OTHER_VARIANTS])]
+
+
+def _may_be_a_variant(setting: str, value: Any) -> bool:
+    """Whether a setting of a newer PEFT could mean another update than B A: by PEFT's way of naming its variants."""
+    if setting == "use_rslora":
+        return False
+    is_unknown = setting not in _known_fields()
+    return setting.startswith("use_") or (is_unknown and setting.endswith("_config") and isinstance(value, dict))
 
 
 _FACTOR_KEY = re.compile(
@@ -746,7 +741,7 @@ def ranked(
     """
     rows = next(iter(weights.shape(factors.A)), 0)
     rank = rows // experts
-    expected = _pattern_value(config.get("rank_pattern"), module, config.get("r"))
+    expected = _by_pattern(name, config, "rank_pattern", module, config.get("r"))
     if (expected is not None and rank != expected) or rows != rank * experts:
         of_experts = f" for {experts} experts" if experts > 1 else ""
         raise AdapterError(
@@ -758,27 +753,18 @@ def ranked(
 
 
 def _scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise AdapterError(name, f"module {module!r}: lora_alpha is {alpha!r}")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    alpha = float(_by_pattern(name, config, "alpha_pattern", module, config.get("lora_alpha", 8)))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    if abs(scale) > LARGEST_FLOAT32:
+        raise AdapterError(name, f"module {quoted(module)}: lora_alpha is {alpha:g}, more than float32 holds")
+    return scale
 
 
-def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    if not pattern:
-        return default
-    return pattern.get(_pattern_key(tuple(pattern), module), default)
-
-
-@lru_cache(maxsize=1 << 16)
-def _pattern_key(patterns: tuple[str, ...], module: str) -> str:
-    """As PEFT's `get_pattern_key`, which with more than 512 patterns compiles them anew for every module."""
-    return next((pattern for pattern in patterns if _compiled(pattern).match(module)), module)
-
-
-@lru_cache(maxsize=1 << 16)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
+def _by_pattern(name: str, config: Mapping[str, Any], pattern: str, module: str, default: Any) -> Any:
+    try:
+        return value_for(config.get(pattern), module, default)
+    except PatternError as error:
+        raise AdapterError(name, f"{pattern}: {error}") from error
 
 
 # Matching adapters to a model
