@@ -27,14 +27,13 @@ from .config import CompositionConfig, LoraLayout
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
 from .parameters import name_in_checkpoint
-from .upstream import WeightsFile
+from .upstream import LORA_SUBFOLDER, WeightsFile
 from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
 
 
 # What vLLM takes as `max_lora_rank`.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 HEAD_NAME = "head.safetensors"
-LORA_SUBFOLDER = "lora"
 # PEFT looks for a head in every adapter of these task types, and fails where there is none.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _PREFIX = "base_model.model."

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from . import upstream
+from . import misfits, upstream
 from .config import AdapterReference, CompositionConfig
 from .model import require_composable
 from .upstream import AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
@@ -196,10 +196,12 @@ class _Agreement:
         for module, shape in shapes.items():
             wanted, other = self._shapes[module]
             if shape != wanted:
+                is_embedding = shape.is_embedding and wanted.is_embedding
+                has, needs = (misfits.Sizes(s.in_shape, s.out_features) for s in (shape, wanted))
                 raise AdapterError(
                     adapter.name,
                     f"module {module!r} has the factors of {_words(shape)}, but {_words(wanted)} in {other.name!r}. "
-                    "Was it trained on another base model?",
+                    + misfits.why_another_shape(module, is_embedding, has, needs),
                 )
         plan = upstream.match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
         upstream.stack(plan, dict.fromkeys(plan.factors, torch.float32))

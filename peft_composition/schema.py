@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import formats
 from .patterns import PatternError, require_patterns
 from .scalars import as_float
 from .text import one_line
@@ -41,12 +42,17 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{one_line(path)} cannot be read: {error.strerror or error}") from error
     if len(content) > MAX_CONFIG_BYTES:
         raise ValueError(f"{one_line(path)} is larger than {MAX_CONFIG_BYTES} bytes, too large for a config")
+    placeholder = formats.placeholder(content)
+    if placeholder is not None:
+        raise ValueError(f"{one_line(path)} {placeholder}")
     try:
         config = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{one_line(path)} is not valid JSON: {one_line(error)}") from error
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise ValueError(f"{one_line(path)} does not describe a PEFT adapter: it has no peft_type")
+        found = formats.of_config(config) if isinstance(config, dict) else None
+        detail = f"; {found}" if found else ""
+        raise ValueError(f"{one_line(path)} does not describe a PEFT adapter: it has no peft_type{detail}")
     _require(config, _FIELDS)
     if config["peft_type"] == "LORA":
         _require(config, _LORA_FIELDS)

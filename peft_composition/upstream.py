@@ -11,18 +11,25 @@ import math
 import mmap
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    constants,
+    hf_hub_download,
+    list_repo_files,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -38,12 +45,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import pickled
+from . import formats, misfits, pickled
 from .config import AdapterReference, Provenance
 from .front_matter import stated_license
 from .patterns import PatternError, value_for
 from .scalars import LARGEST_FLOAT32
-from .schema import read_adapter_config, shown
+from .schema import read_adapter_config, read_bytes, shown
 from .text import LONG, one_line, quoted
 
 
@@ -52,7 +59,10 @@ from .text import LONG, one_line, quoted
 BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
 OTHER_VARIANTS = ("use_qalora", "layer_replication", "megatron_config", "enable_lora")
+# Where a saved composition keeps its export as a plain LoRA.
+LORA_SUBFOLDER = "lora"
 PARALLEL_DOWNLOADS = 8
+FILES_LOOKED_AT = 10_000
 PARALLEL_HASHES = 2
 # How much of the adapters is mapped at once while they are stacked, in bytes and in files.
 MAPPED_BYTES = 32 << 20
@@ -262,6 +272,9 @@ class WeightsFile:
         self._entries: dict[str, _Entry] = {}
         self._mapping: mmap.mmap | None = None
         try:
+            placeholder = formats.placeholder(read_bytes(path, formats.ENOUGH_BYTES))
+            if placeholder is not None:
+                raise AdapterError(name, f"{path} {placeholder}")
             if self._is_pickled:
                 self.nbytes = pickled.content_nbytes(path)
                 self._entries = {
@@ -381,7 +394,8 @@ def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFi
     if _is_local(reference["path"]):
         return _locate_in_folder(reference)
     if _looks_like_path(reference["path"]):
-        raise AdapterError(reference["name"], f"there is no folder {reference['path']}")
+        is_file = ": it is a file; give the folder that it is in" if os.path.isfile(reference["path"]) else ""
+        raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}")
     files = _locate_on_hub(reference)
     return replace(files, card=_download_card(reference, files.commit)) if with_card else files
 
@@ -411,18 +425,64 @@ def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
     folder = Path(reference["path"], reference.get("subfolder") or "")
     config = folder / CONFIG_NAME
     if not config.is_file():
-        raise AdapterError(reference["name"], f"{folder} is not an adapter: it has no {CONFIG_NAME}")
+        raise AdapterError(reference["name"], _no_config(str(folder), _files_in(folder), folder))
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / filename).is_file():
             card = Path(reference["path"], constants.REPOCARD_NAME)
             return AdapterFiles(reference, config, folder / filename, None, card if card.is_file() else None)
-    raise AdapterError(reference["name"], f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
+    raise AdapterError(reference["name"], _no_weights(str(folder), _files_in(folder)))
+
+
+def _no_config(where: str, names: Collection[str], folder: Path | None = None) -> str:
+    """Why a folder or repository that has these files is no adapter; `folder` if they can be looked into."""
+    found = formats.of_files(names)
+    if folder is not None:
+        files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+        found = next(filter(None, (formats.of_keys(_keys_of(folder / name)) for name in files)), found)
+    return f"{where} is not an adapter: it has no {CONFIG_NAME}" + (f"; {found}" if found else "")
+
+
+def _no_weights(where: str, names: Collection[str]) -> str:
+    found = formats.of_files(names)
+    missing = f"{where} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
+    return missing + (f"; {found}" if found else "")
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The names of the files in a folder, and the configs of adapters in its folders; empty if it cannot be read."""
+    try:
+        entries = [*islice(folder.iterdir(), FILES_LOOKED_AT)]
+    except OSError:
+        return []
+    inner = [f"{entry.name}/{CONFIG_NAME}" for entry in entries if (entry / CONFIG_NAME).is_file()]
+    return sorted([*inner, *(entry.name for entry in entries if entry.is_file())])
+
+
+def _files_on_hub(reference: AdapterReference, commit: str | None) -> list[str]:
+    """As `_files_in`, of a repository; empty where the Hub cannot be asked."""
+    if reference.get("local_files_only"):
+        return []
+    try:
+        names = list_repo_files(reference["path"], revision=commit or reference.get("revision"))
+    except Exception:  # it is only asked to explain an error, and its client has errors of its own
+        return []
+    inner = f"{reference['subfolder']}/" if reference.get("subfolder") else ""
+    return [name.removeprefix(inner) for name in names if name.startswith(inner)]
+
+
+def _keys_of(path: Path) -> list[str]:
+    """The keys of a safetensors file; none if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return [*file.keys()]
+    except (SafetensorError, OSError):
+        return []
 
 
 def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     config = _download(reference, CONFIG_NAME, reference.get("revision"))
     if config is None:
-        raise AdapterError(reference["name"], f"{reference['path']} is not an adapter: it has no {CONFIG_NAME}")
+        raise AdapterError(reference["name"], _no_config(reference["path"], _files_on_hub(reference, None)))
     commit = _commit_of(config)
     not_cached: _NotCachedError | None = None
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
@@ -437,9 +497,7 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
             return AdapterFiles(reference, config, weights, commit)
     if not_cached is not None:
         raise not_cached
-    raise AdapterError(
-        reference["name"], f"{reference['path']} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
-    )
+    raise AdapterError(reference["name"], _no_weights(reference["path"], _files_on_hub(reference, commit)))
 
 
 def _download_card(reference: AdapterReference, commit: str | None) -> Path | None:
@@ -540,6 +598,8 @@ def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str |
 def _read_adapter(files: AdapterFiles, sha256: Future[str], expected_sha256: str | None) -> UpstreamAdapter:
     name = files.name
     config = read_config(files)
+    if config["peft_type"] == "COMPOSITION":
+        raise AdapterError(name, _of_composition(files))
     _require_plain_lora(name, config)
     if expected_sha256 is not None and sha256.result() != expected_sha256:
         raise AdapterError(
@@ -549,6 +609,28 @@ def _read_adapter(files: AdapterFiles, sha256: Future[str], expected_sha256: str
     weights = WeightsFile(name, files.weights)
     modules, extras = _index(name, config, weights)
     return UpstreamAdapter(name, config, weights, modules, extras, files, sha256)
+
+
+def _of_composition(files: AdapterFiles) -> str:
+    """How to compose a composition: as the plain LoRA that it was exported to."""
+    path, subfolder = files.reference["path"], files.reference.get("subfolder")
+    exported = f"{subfolder}/{LORA_SUBFOLDER}" if subfolder else LORA_SUBFOLDER
+    if _is_local(path):
+        is_there = (files.config.parent / LORA_SUBFOLDER / CONFIG_NAME).is_file()
+        command = shlex.join(["peft-composition", "export", str(files.config.parent), "--out", "NEW_FOLDER"])
+    else:
+        inner = AdapterReference(**{**files.reference, "subfolder": exported})
+        try:
+            is_there = _download(inner, CONFIG_NAME, files.commit) is not None
+        except AdapterError:
+            is_there = False
+        command = "load it (PeftModel.from_pretrained) and to_lora(model).save_pretrained(NEW_FOLDER)"
+    if is_there:
+        return (
+            f"it is itself a composition. Its folder {LORA_SUBFOLDER!r} holds it as a plain LoRA, which can be "
+            f'composed: {{"path": "{path}", "subfolder": "{exported}"}}'
+        )
+    return f"it is itself a composition. Export it as a plain LoRA, which can be composed: {command}"
 
 
 def read_config(files: AdapterFiles) -> dict[str, Any]:
@@ -578,8 +660,6 @@ def _sha256(path: Path) -> str:
 def _require_plain_lora(name: str, config: Mapping[str, Any]) -> None:
     """Refuse what is not W0 + s B A on the original base model."""
     peft_type = config["peft_type"]
-    if peft_type == "COMPOSITION":
-        raise AdapterError(name, "it is itself a composition; convert it first (peft.convert_to_lora)")
     if peft_type != "LORA":
         raise AdapterError(name, f"its peft_type is {peft_type}; only LORA adapters can be composed")
     if config.get("use_dora"):
@@ -648,6 +728,10 @@ _FACTOR_KEY = re.compile(
 )
 
 
+# What torch.compile, FSDP and activation checkpointing put into the names of what they wrap.
+_WRAPPED = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+
+
 class _Key(NamedTuple):
     """A key of an adapter's weights, taken apart; `part` is None where it is no LoRA factor."""
 
@@ -659,7 +743,7 @@ class _Key(NamedTuple):
 
 @lru_cache(maxsize=1 << 16)  # adapters of one kind have their keys in common
 def _parse_key(key: str) -> _Key:
-    plain = key.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    plain = _WRAPPED.sub("", key).removeprefix("module.").removeprefix("base_model.model.")
     match = _FACTOR_KEY.match(plain)
     if match is None:
         return _Key(plain)
@@ -678,7 +762,9 @@ def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[
             if "lora_magnitude_vector" in plain:
                 raise AdapterError(name, f"it is a DoRA adapter ({key}); convert it first, with peft.convert_to_lora")
             if ".lora_" in plain:
-                raise AdapterError(name, f"tensor {key!r} is not part of a plain product B A")
+                raise AdapterError(
+                    name, formats.of_keys(weights) or f"tensor {key!r} is not part of a plain product B A"
+                )
             extras.append(plain)
             continue
         parts = found.setdefault(module, {})
@@ -688,11 +774,44 @@ def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[
         if is_embedding:
             embeddings.add(module)
     if not found:
-        raise AdapterError(name, "its weights hold no LoRA factors")
+        found, embeddings, extras = _cut_keys(weights)
+    if not found:
+        raise AdapterError(name, formats.without_factors([*weights]))
     modules = {
         module: _factors(name, config, weights, module, parts, module in embeddings) for module, parts in found.items()
     }
     return modules, extras
+
+
+_CUT_KEY = re.compile(r"^(?P<module>.+)_(?P<factor>[AB])\.(?P<leaf>weight|bias)$")
+_CUT_EMBEDDING_KEY = re.compile(r"^(?P<module>.+)_embedding_(?P<factor>[AB])$")
+
+
+def _cut_keys(weights: WeightsFile) -> tuple[dict[str, dict[str, str]], set[str], list[str]]:
+    """As in `_index`, of an adapter that old versions of PEFT saved under the name "lora".
+
+    They removed the name of an adapter from its keys wherever it stood, and so made `q_proj_A.weight` of
+    `q_proj.lora_A.lora.weight`. Factors are taken only in pairs whose ranks agree.
+    """
+    found: dict[str, dict[str, str]] = {}
+    embeddings: set[str] = set()
+    plain_names = {key: _parse_key(key).plain for key in weights}
+    for key, plain in plain_names.items():
+        match = _CUT_KEY.match(plain) or _CUT_EMBEDDING_KEY.match(plain)
+        if match is None:
+            continue
+        is_bias = match.re is _CUT_KEY and match["leaf"] == "bias"
+        found.setdefault(match["module"], {})[match["factor"] + (".bias" if is_bias else "")] = key
+        if match.re is _CUT_EMBEDDING_KEY:
+            embeddings.add(match["module"])
+
+    def is_product(parts: Mapping[str, str]) -> bool:
+        A, B = (weights.shape(parts[factor]) if factor in parts else () for factor in "AB")
+        return len(A) > 1 and len(B) > 1 and A[0] == B[1]
+
+    found = {module: parts for module, parts in found.items() if is_product(parts)}
+    taken = {key for parts in found.values() for key in parts.values()}
+    return found, embeddings & found.keys(), [plain for key, plain in plain_names.items() if key not in taken]
 
 
 def _factors(
@@ -715,7 +834,12 @@ def _factors(
                 f"module {module!r}: tensor {key!r} has dtype {weights.dtype(key)}; LoRA factors are real floating-"
                 "point numbers. Save them as float32, bfloat16 or float16 (quantized codes must be dequantized first)",
             )
-    rows = next(iter(weights.shape(parts["A"])), 0)
+    for factor in ("A", "B"):
+        shape = weights.shape(parts[factor])
+        if len(shape) < 2 or 0 in shape:
+            reason = misfits.why_no_matrix(shape, [weights.shape(key) for key in weights])
+            raise AdapterError(name, f"module {module!r}: lora_{factor} {reason}")
+    rows = weights.shape(parts["A"])[0]
     factors = Factors(rows, math.nan, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
     if config.get("target_parameters") or ".base_layer" in module:
         # Whose factors these are, and so of what rank and alpha, depends on the model: see `wrapping.unwrap`.
@@ -829,7 +953,8 @@ def match(
             if not is_composed:
                 continue
             if shape is None:
-                raise AdapterError(adapter.name, _unknown_module(spelled, module_names))
+                foreign = formats.of_keys(adapter.weights)
+                raise AdapterError(adapter.name, foreign or _unknown_module(spelled, module_names))
             _require_fit(adapter, module, factors, shape)
             row = by_module.setdefault(module, [None] * len(adapters))
             if row[number] is not None:
@@ -880,10 +1005,13 @@ def _require_fit(adapter: UpstreamAdapter, module: str, factors: Factors, shape:
     for key, wanted in expected.items():
         actual = adapter.weights.shape(key)
         if actual != wanted:
+            stored = misfits.Sizes(adapter.weights.shape(factors.A)[1:], adapter.weights.shape(factors.B)[0])
+            wished = misfits.Sizes(shape.in_shape, shape.out_features)
+            doubt = misfits.why_another_shape(module, shape.is_embedding, stored, wished)
             raise AdapterError(
                 adapter.name,
                 f"module {module!r}: tensor {key.rpartition(module)[2].lstrip('.') or key} has shape {actual}, but "
-                f"{shape.kind} in the model needs {wanted}. Was it trained on another base model?",
+                f"{shape.kind} in the model needs {wanted}. {doubt}",
             )
 
 

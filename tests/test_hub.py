@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import warnings
@@ -325,7 +326,13 @@ def test_a_token_from_hf_auth_login(hub: HubServer, online: Client, adapters: Ad
         ("", "me/nowhere", "me/nowhere is neither a folder here nor a repository on the Hub that you can read"),
         ("", {"path": "me/open", "revision": "v9"}, "me/open has no revision 'v9'"),
         ("", {"path": "me/open", "subfolder": "no"}, "me/open is not an adapter: it has no adapter_config.json"),
-        ("", "me/model", "me/model is not an adapter: it has no adapter_config.json"),
+        ("", "me/model", "me/model is not an adapter: it has no adapter_config.json; it is a whole model"),
+        (
+            "",
+            {"path": "me/runs", "subfolder": "sst"},
+            "me/runs is not an adapter: it has no adapter_config.json; there are adapters in its folders ('last').",
+        ),
+        ("", "me/mlx", "me/mlx has neither adapter_model.safetensors nor adapter_model.bin; it is an adapter of MLX"),
         ("", "me/no-weights", "me/no-weights has neither adapter_model.safetensors nor adapter_model.bin"),
         ("", "not a Hub id!", "'not a Hub id!' is neither a folder here nor a Hub id"),
     ],
@@ -342,12 +349,32 @@ def test_what_cannot_be_read_is_refused(
         hub.push("me/fenced", files, gated=True)
         hub.push("me/model", {"config.json": b"{}", "model.safetensors": b""})
         hub.push("me/no-weights", {CONFIG: files[CONFIG]})
+        hub.push("me/runs", {"sst/README.md": b"# Runs", f"sst/last/{CONFIG}": files[CONFIG]})
+        hub.push("me/mlx", {CONFIG: b'{"fine_tune_type": "lora"}', "adapters.safetensors": b""})
     bad = {"path": adapter} if isinstance(adapter, str) else adapter
 
     error = online(compose, [{**bad, "name": "mine"}, "me/open"], HF_TOKEN=token).error
 
     assert error.startswith(f"AdapterError: adapter 'mine': {message}")
     assert token == "" or token not in error
+
+
+def test_a_composition_names_its_export(hub: HubServer, online: Client, adapters: Adapters, tmp_path: Path) -> None:
+    lora = adapters.make()
+    assert online(compose, [str(lora)], save=str(tmp_path)).error == ""
+    composed = files_of(tmp_path)
+    hub.push("me/bare-composition", composed)
+    hub.push("me/composition", {**composed, **files_of(lora, "lora/")})
+
+    message = (
+        "AdapterError: adapter 'composition': it is itself a composition. Its folder 'lora' holds it as a plain LoRA"
+    )
+    error = online(compose, ["me/composition"]).error
+    assert error.startswith(message)
+    advised = json.loads(error[error.index("{") :])
+    adapters.check(online(compose, [advised]), lora)
+    error = online(compose, ["me/bare-composition"]).error
+    assert "it is itself a composition. Export it as a plain LoRA, which can be composed: load it" in error
 
 
 # Licences

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_composition import AdapterError, CompositionConfig, upstream
+from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, upstream
 from peft_composition import model as composition
 from peft_composition.model import composition_layers
 
@@ -275,9 +275,26 @@ def test_a_pickled_adapter_gives_the_same_products(tmp_path: Path) -> None:
         lambda key: f"_orig_mod.{key}",
         lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
         lambda key: key.replace("layer.0.", "layer.0._orig_mod."),
+        lambda key: key.replace("layer.0.", "layer.0._fsdp_wrapped_module.").replace(
+            "model.bert", "model._fsdp_wrapped_module.bert"
+        ),
+        lambda key: key.replace("layer.0.", "layer.0._checkpoint_wrapped_module."),
+        lambda key: f"module.{key}",
         lambda key: key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."),
+        # As old versions of PEFT saved an adapter named "lora": they removed its name wherever it stood.
+        lambda key: key.replace(".weight", ".lora.weight").replace(".lora", ""),
     ],
-    ids=["no prefix", "compiled PEFT model", "compiled base model", "compiled block", "adapter name kept"],
+    ids=[
+        "no prefix",
+        "compiled PEFT model",
+        "compiled base model",
+        "compiled block",
+        "FSDP",
+        "checkpointing",
+        "DDP",
+        "adapter name kept",
+        "adapter name cut out",
+    ],
 )
 def test_spellings_of_keys(respell: Callable[[str], str], tmp_path: Path) -> None:
     base = tiny.build("bert").double()
@@ -625,7 +642,8 @@ def test_a_subfolder_that_does_not_exist(good: Path) -> None:
 
 def test_a_file_in_place_of_a_folder(good: Path, bad: Path) -> None:
     file = bad / "adapter_model.safetensors"
-    refuse(tiny.build("mlp"), good, file, message=f"there is no folder {file}")
+    message = f"there is no folder {file}: it is a file; give the folder that it is in"
+    refuse(tiny.build("mlp"), good, file, message=message)
 
 
 def test_a_folder_without_weights(good: Path, bad: Path) -> None:
@@ -638,13 +656,14 @@ def test_a_folder_without_weights(good: Path, bad: Path) -> None:
     ("content", "message"),
     [
         (None, "is not an adapter: it has no adapter_config.json"),
-        (b"", "adapter_config.json is not valid JSON: Expecting value"),
+        (b"", "adapter_config.json is empty: a download or a save was cut short"),
+        (b"\n", "adapter_config.json is not valid JSON: Expecting value"),
         (b"{'peft_type': 'LORA'}", "adapter_config.json is not valid JSON: Expecting property name"),
         (b"\xff\xfe\x00", "adapter_config.json is not valid JSON: 'utf-8' codec can't decode"),
         (b'["LORA"]', "does not describe a PEFT adapter: it has no peft_type"),
         (b'{"model_type": "bert"}', "does not describe a PEFT adapter: it has no peft_type"),
     ],
-    ids=["missing", "empty", "no JSON", "no text", "a list", "another config"],
+    ids=["missing", "empty", "blank", "no JSON", "no text", "a list", "another config"],
 )
 def test_a_config_that_is_none(content: bytes | None, message: str, good: Path, bad: Path) -> None:
     (bad / "adapter_config.json").unlink()
@@ -670,8 +689,31 @@ def test_other_peft_methods(name: str, config: PeftConfig, method: str, tmp_path
 
 def test_a_composition_as_an_upstream_adapter(good: Path, tmp_path: Path) -> None:
     compose(tiny.build("mlp"), good).save_pretrained(str(tmp_path / "bad"))
-    message = "it is itself a composition; convert it first (peft.convert_to_lora)"
+    message = "it is itself a composition. Export it as a plain LoRA, which can be composed: "
+    message += f"peft-composition export {tmp_path}/bad --out"
     refuse(tiny.build("mlp"), good, tmp_path / "bad", message=message)
+
+
+@pytest.mark.parametrize("subfolder", [None, "inner"])
+def test_a_composition_with_its_export_as_an_upstream_adapter(
+    subfolder: str | None, good: Path, bad: Path, tmp_path: Path
+) -> None:
+    """What the message says to give composes, to what the composition computes."""
+    base = tiny.build("mlp").double()
+    saved = tmp_path / "composed" / (subfolder or "")
+    composed = compose(tiny.build("mlp").double(), good, bad)
+    composed.save_pretrained(str(saved))
+    add_to_checkpoint(saved)
+    whole = {"path": tmp_path / "composed", "subfolder": subfolder, "name": "bad"}
+    with pytest.raises(AdapterError, match=r"Its folder 'lora' holds it as a plain LoRA") as caught:
+        compose(base, good, whole)
+
+    advised = json.loads(re.search(r"\{.*\}", str(caught.value))[0])
+    assert advised == {"path": f"{tmp_path}/composed", "subfolder": f"{subfolder}/lora" if subfolder else "lora"}
+    found, expected = deltas(compose(base, advised)), deltas(composed)
+    assert list(found) == list(expected)
+    for module, delta in found.items():
+        assert relative_error(delta, MIX[0] * expected[module]) < EXACT
 
 
 @pytest.mark.parametrize("config_tells", [True, False], ids=["config", "tensors alone"])
@@ -849,9 +891,15 @@ def test_another_hidden_size(tmp_path: Path) -> None:
             (3, 10),
             "module 'lin0': its config says rank 4 but lora_A has 3 rows; the scale is unknown",
         ),
-        # As DeepSpeed ZeRO-3 leaves them where nobody gathered the weights before saving.
-        ("lin0.lora_A.weight", (0,), "module 'lin0': its config says rank 4 but lora_A has 0 rows"),
-        ("lin0.lora_A.weight", (), "module 'lin0': its config says rank 4 but lora_A has 0 rows"),
+        # As DeepSpeed ZeRO-3 and FSDP leave them where nobody gathered the values before saving.
+        (
+            "lin0.lora_A.weight",
+            (0,),
+            "module 'lin0': lora_A is empty (shape (0,)), as 1 of the 4 tensors are. So adapters are saved under",
+        ),
+        ("lin0.lora_A.weight", (0, 10), "module 'lin0': lora_A is empty (shape (0, 10)), as 1 of the 4 tensors are."),
+        ("lin0.lora_B.weight", (40,), "module 'lin0': lora_B is no matrix (shape (40,)). So adapters are saved under"),
+        ("lin0.lora_A.weight", (), "module 'lin0': lora_A is no matrix (shape ())."),
     ],
 )
 def test_factors_that_do_not_fit(key: str, shape: tuple[int, ...], message: str, good: Path, bad: Path) -> None:
@@ -967,7 +1015,17 @@ def test_a_missing_factor(removed: str, message: str, good: Path, bad: Path) -> 
 
 def test_no_factors_at_all(good: Path, bad: Path) -> None:
     rename_keys(bad, lambda key: key.replace("lora_", ""))
-    refuse(tiny.build("mlp"), good, bad, message="its weights hold no LoRA factors")
+    message = (
+        "its weights hold no LoRA factors: of their 4 keys none is one, they are 'base_model.model.lin0.A.weight', '"
+    )
+    refuse(tiny.build("mlp"), good, bad, message=message)
+
+
+@pytest.mark.parametrize("save", [lambda folder: folder, as_pickle], ids=["safetensors", "pickle"])
+def test_no_tensors_at_all(save: Callable[[Path], Path], good: Path, bad: Path) -> None:
+    edit_tensors(bad, lambda tensors: tensors.clear())
+    save(bad)
+    refuse(tiny.build("mlp"), good, bad, message="its weights hold no tensors at all. Old training scripts replaced")
 
 
 @pytest.mark.parametrize(
@@ -1044,9 +1102,10 @@ def test_values_that_are_not_finite_in_a_module_left_out_do_no_harm(bad: Path) -
         lambda content: b"",
         lambda content: b"hello world",
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+        lambda content: b"<!DOCTYPE html>\n<html><head><title>me/lora</title></head></html>",
         lambda content: bytes(range(256)) * 4,
     ],
-    ids=["half", "last byte gone", "20 bytes", "empty", "text", "git-lfs pointer", "noise"],
+    ids=["half", "last byte gone", "20 bytes", "empty", "text", "git-lfs pointer", "web page", "noise"],
 )
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_a_damaged_file(file: str, break_it: Callable[[bytes], bytes], good: Path, bad: Path) -> None:
@@ -1054,9 +1113,16 @@ def test_a_damaged_file(file: str, break_it: Callable[[bytes], bytes], good: Pat
         as_pickle(bad)
     (bad / file).write_bytes(break_it((bad / file).read_bytes()))
     message = {
-        "adapter_model.safetensors": "is not a readable safetensors file",
-        "adapter_model.bin": "is a pickle that holds more than tensors, or is damaged, and is not loaded",
-    }[file]
+        b"": "is empty: a download or a save was cut short",
+        b"version": "is a Git LFS pointer, not the file itself: the repository was cloned without git-lfs. Run `git",
+        b"<!DOCTY": "is a web page, not the file itself.",
+    }.get(
+        (bad / file).read_bytes()[:7],
+        {
+            "adapter_model.safetensors": "is not a readable safetensors file",
+            "adapter_model.bin": "is a pickle that holds more than tensors, or is damaged, and is not loaded",
+        }[file],
+    )
     refuse(tiny.build("mlp"), good, bad, message=f"{bad / file} {message}")
 
 
