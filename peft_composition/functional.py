@@ -59,31 +59,78 @@ def normalize(logits: Tensor, normalization: str) -> Tensor:
     return torch.softmax(logits, dim=-1) if normalization == "softmax" else logits
 
 
-def spread(weights: Tensor, rank_owner: Tensor) -> Tensor:
+def places_of_ranks(ranks: Sequence[int]) -> tuple[int, list[int] | None]:
+    """Where `spread` finds the stacked rows when every adapter has room for as many rows as the widest one.
+
+    Args:
+        ranks: rank of every adapter.
+
+    Returns:
+        The largest rank, and for each stacked row its place; None where all adapters fill their room.
+    """
+    widest = max(ranks)
+    if min(ranks) == widest:
+        return widest, None
+    return widest, [number * widest + row for number, rank in enumerate(ranks) for row in range(rank)]
+
+
+def spread(weights: Tensor, widest: int, places: Tensor | None) -> Tensor:
     """Repeat the weight of every adapter over its rows in the stacked rank dimension.
+
+    No place is read twice, so that the gradient of a weight is a sum in a fixed order: bit-reproducible also on a GPU,
+    where the derivative of an indexing that repeats adds in any order.
 
     Args:
         weights: mixing weights, shape (N,).
-        rank_owner: for each stacked row the number of the adapter it comes from, int64 of shape (R,).
+        widest: the largest rank.
+        places: the place of each stacked row in (N, widest), int64 of shape (R,); None if all ranks are the same. See
+            `places_of_ranks`.
 
     Returns:
         u, shape (R,).
     """
-    return weights.index_select(0, rank_owner)
+    room = weights[:, None].expand(-1, widest).reshape(-1)
+    return room if places is None else room.index_select(0, places)
 
 
-def fold(B: Tensor, u: Tensor) -> Tensor:
-    """B diag(u): mixing weights that are constants need no product of their own in every forward pass.
+def fold(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B diag(u): mixing weights that are constants need no product of their own in every forward pass.
+
+    Among many adapters the weights press B below what float16 resolves: there A takes a part of them, see
+    `fold_evenly`.
 
     Args:
+        A: stacked factors, shape (R, in) or (R, in, *kernel).
         B: stacked scaled factors, shape (out, R) or (out, R, 1, ...).
         u: weights in rank space, shape (R,).
 
     Returns:
-        A new tensor like `B`, multiplied in float32 or wider and rounded once.
+        `A`, in float16 a new tensor; and a new tensor like `B`, multiplied in float32 or wider and rounded once.
     """
     wide = torch.promote_types(B.dtype, torch.float32)
-    return (B.to(wide) * u.to(wide).reshape(-1, *(1,) * (B.dim() - 2))).to(B.dtype)
+    if B.dtype == torch.float16:
+        rows, columns = fold_evenly(A, B, u, wide)
+        return rows.to(A.dtype), columns.to(B.dtype)
+    return A, (B.to(wide) * u.to(wide).reshape(-1, *(1,) * (B.dim() - 2))).to(B.dtype)
+
+
+def resolved(delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight update rounded to a dtype, and what its output is to be multiplied by.
+
+    Among many adapters an update is smaller than what float16 resolves. There it is stored larger by a power of two,
+    with entries below 2^-4, as those of weights are: its output overflows no sooner than that of a weight.
+
+    Args:
+        delta: any shape, float32 or wider.
+        dtype: of the result.
+
+    Returns:
+        The update, and a power of two without dimensions; None if that is 1.
+    """
+    if dtype != torch.float16:
+        return delta.to(dtype), None
+    shift = torch.exp2((-4 - torch.log2(delta.abs().amax())).floor().clamp(0, 24))  # float16 ends at 2^-24
+    return (delta * shift).to(dtype), (1 / shift).to(dtype)
 
 
 def linear_delta_output(x: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> Tensor:
@@ -378,10 +425,12 @@ def delta_bias(bias: Tensor, weights: Tensor) -> Tensor:
     Returns:
         Shape (out,), in the dtype of `bias`.
     """
-    return (weights.to(bias.dtype)[:, None] * bias).sum(0)  # no matrix product: autocast would round it
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    products = weights.to(wide)[:, None] * bias.to(wide)  # no matrix product: autocast would round it
+    return products.sum(0).to(bias.dtype)
 
 
-def fold_evenly(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def fold_evenly(A: Tensor, B: Tensor, u: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Factors whose plain product is B diag(u) A: the weights go into B.
 
     Every row of A and its column of B are then scaled against each other by a power of two until their largest
@@ -392,11 +441,12 @@ def fold_evenly(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         A: shape (R, in) or, for a convolution, (R, in, *kernel).
         B: shape (out, R) or (out, R, 1, ...).
         u: weights in rank space, shape (R,).
+        dtype: to compute in.
 
     Returns:
-        A and B in the shapes they had, in float64.
+        A and B in the shapes they had, in `dtype`.
     """
-    rows, columns = A.double().flatten(1), B.double().flatten(1) * u.double()
+    rows, columns = A.to(dtype).flatten(1), B.to(dtype).flatten(1) * u.to(dtype)
     largest = rows.abs().amax(1), columns.abs().amax(0)
     ratio = torch.where((largest[0] > 0) & (largest[1] > 0), largest[1] / largest[0], 1.0)
     shift = torch.exp2(torch.log2(ratio).div(2).round())

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import functional
 from .config import CompositionConfig
-from .folding import Folded, Folds, Source
+from .folding import Folded, Folds, Motion, Source
 from .upstream import LayerShape, StackedFactors
 
 
@@ -60,6 +60,7 @@ class Mixing(nn.Module):
         else:
             self.register_parameter("weight", None)
             self.start = weights
+        self.motion = Motion()  # of theta; replicas of nn.DataParallel share it
         # Constants are no buffers: DDP would broadcast them on every step.
         self._start: Tensor | None = None
         if self.start is not None:
@@ -94,6 +95,11 @@ class Mixing(nn.Module):
                 torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=device),
                 requires_grad=self.weight.requires_grad,
             )
+
+    def train(self, mode: bool = True) -> Mixing:
+        if self.weight is None or self.weight.grad is None:  # no step is due
+            self.motion.end()
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixing:
         """Move like any module, but never round theta below float32."""
@@ -143,6 +149,8 @@ class Factors(nn.Module):
         # The factors of one token are few, however large the vocabulary of an embedding is.
         sizes = math.prod(shape.in_shape), shape.out_features
         self.dense_is_smaller = not shape.is_embedding and functional.dense_is_smaller(total, *sizes)
+        # In float16, folding changes A as well.
+        self.copying_A_is_dear = shape.is_embedding and dtype == torch.float16
         # A merged weight saves the base layer's own product as well, so that it may take twice the memory.
         self.merged_is_kept = not shape.is_embedding and functional.dense_is_smaller(2 * total, *sizes)
         bias_shape = (len(ranks), shape.out_features) if has_bias else None
@@ -153,15 +161,22 @@ class Factors(nn.Module):
             self.register_parameter(name, parameter)
         # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
         self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
-        self._owner: Tensor | None = None
-        self._index_ranks(real_device(device))
+        self._widest, self._places = functional.places_of_ranks(self.ranks)
+        self._places_here: Tensor | None = None
+        self._place_ranks(real_device(device))
 
     @property
     def is_pending(self) -> bool:
         """Whether the factors were built from a saved configuration and their values never came."""
         return bool(self._placeholders) and any(
-            self._parameters[name] is parameter for name, parameter in self._placeholders.items()
+            self._parameters.get(name, parameter) is parameter for name, parameter in self._placeholders.items()
         )
+
+    def _replicate_for_data_parallel(self) -> Factors:
+        replica = cast(Factors, super()._replicate_for_data_parallel())
+        if not self.is_pending:  # a replica has no parameters that could be told from placeholders
+            replica._placeholders = {}
+        return replica
 
     def fill(self, stacked: StackedFactors, device: torch.device) -> None:
         """Take the values, also where the parameters were created on the meta device.
@@ -174,23 +189,23 @@ class Factors(nn.Module):
             if tensor is not None:
                 self._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
         self._placeholders.clear()
-        self._index_ranks(device)
+        self._place_ranks(device)
 
-    @property
-    def rank_owner(self) -> Tensor:
-        """For each stacked row the number of its adapter, int64 of shape (R,), on the device of the factors."""
-        return self._index_ranks(self.A.device)
+    def spread(self, weights: Tensor) -> Tensor:
+        """Mixing weights, shape (N,), repeated over the stacked rows: u, shape (R,)."""
+        return functional.spread(weights, self._widest, self._place_ranks(weights.device))
 
-    def _index_ranks(self, device: torch.device) -> Tensor:
-        if self._owner is None or self._owner.device != device:
-            numbers = [number for number, rank in enumerate(self.ranks) for _ in range(rank)]
+    def _place_ranks(self, device: torch.device) -> Tensor | None:
+        if self._places is None:
+            return None
+        if self._places_here is None or self._places_here.device != device:
             with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
-                self._owner = torch.tensor(numbers, dtype=torch.int64, device=device)
-        return self._owner
+                self._places_here = torch.tensor(self._places, dtype=torch.int64, device=device)
+        return self._places_here
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
         super()._apply(fn, recurse)
-        self._index_ranks(real_device(self.A.device))  # now, and not in a forward pass that may be compiled
+        self._place_ranks(real_device(self.A.device))  # now, and not in a forward pass that may be compiled
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
@@ -234,6 +249,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()
+        self.training = base_layer.training  # what a model in eval mode is composed with is in eval mode, too
         self.base_layer = base_layer
         self.composition_mixing = nn.ModuleDict()
         self.composition_factors = nn.ModuleDict()
@@ -273,6 +289,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self.composition_mixing[adapter_name] = mixing
         self._folds.drop(adapter_name)
         return before
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a composition from this layer, with what was kept of it."""
+        super().delete_adapter(adapter_name)
+        self._folds.drop(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move a composition to the base layer's device; dtypes were chosen when it was built and stay."""
@@ -408,7 +429,7 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
         factors = self.whole_factors(adapter_name)
-        return functional.delta_weight(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
+        return functional.delta_weight(factors.A, factors.B, factors.spread(weights))
 
     def _parts(self, adapter_name: str) -> tuple[Mixing, Factors]:
         return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
@@ -473,18 +494,18 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """The output of a composition alone, to be added to that of the base layer."""
         factors = self._ready_factors(adapter_name)
-        if self._learns(adapter_name) or torch.compiler.is_compiling() or self._is_sharded:
+        if self._learns(adapter_name) or not self._may_fold(adapter_name):
             weights = self._weights(adapter_name)
-            u = functional.spread(weights, factors.rank_owner)
-            delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), u)
+            delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), factors.spread(weights))
             bias = None if factors.bias is None else functional.delta_bias(factors.bias, weights)
         else:
             folded = self.folded(adapter_name)
             bias = folded.bias
             if folded.delta is not None:
                 delta = self._apply_delta(x, folded.delta)
+                delta = delta if folded.scale is None else delta * folded.scale
             else:
-                delta = self._apply_factors(x, cast(Tensor, folded.A), cast(Tensor, folded.B), None)
+                delta = self._apply_factors(x, cast(Tensor, folded.A), cast(Tensor, folded.B), folded.u)
         return delta if bias is None else self._add_bias(delta, bias)
 
     def _learns(self, adapter_name: str) -> bool:
@@ -507,7 +528,20 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             )
         if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
             self._folds.drop(adapter_name)
+            mixing.motion.begin()
         return learns
+
+    def _may_fold(self, adapter_name: str) -> bool:
+        """Whether a forward pass that does not learn may keep the composition folded, for those that follow.
+
+        Not while a step is due that may change the weights unseen. Nor in training, where with reentrant gradient
+        checkpointing a pass without gradient opens every step: all layers' would be in memory at once.
+        """
+        mixing, _ = self._parts(adapter_name)
+        if torch.compiler.is_compiling() or self._is_sharded or mixing.motion.is_on or "_is_replica" in self.__dict__:
+            return False
+        theta = mixing.weight
+        return theta is None or not (self.training and theta.requires_grad)
 
     @property
     def _is_sharded(self) -> bool:
@@ -521,9 +555,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
         """A composition as constants, kept until its mixing weights or factors change.
 
-        A change is noticed by PyTorch's version counters, and theta's also by its values where comparing them does not
-        wait for a device. The counters do not see writes through `.data`; but every forward pass with gradients, every
-        `train()` or `eval()` and every move to another device or dtype starts anew, too.
+        A change is noticed by PyTorch's version counters and by the steps of optimizers (see `folding`), theta's also
+        by its values where comparing them does not wait for a device. Every forward pass with gradients, every
+        `train()` or `eval()` and every move to another device or dtype starts anew, too. What is left is a write
+        through `.data` on a GPU, or in a CUDA graph, by something that is no optimizer of PyTorch, with none of these
+        in between: call `eval()` after it.
 
         Args:
             adapter_name: name of the composition.
@@ -537,8 +573,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         folded = self._folds.get(adapter_name, into_base)
         if folded is None:
             with torch.inference_mode(False), torch.no_grad():  # kept for training, too
-                folded = self._fold(adapter_name, into_base)
-            self._folds.put(adapter_name, into_base, folded, self._sources(adapter_name, into_base))
+                folded = self._folds.make(
+                    adapter_name,
+                    into_base,
+                    sources=lambda: self._sources(adapter_name, into_base),
+                    fold=lambda: self._fold(adapter_name, into_base),
+                )
         return folded
 
     def _sources(self, adapter_name: str, into_base: bool) -> list[Source | None]:
@@ -554,15 +594,19 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
         weights = self._weights(adapter_name).detach()
-        u = functional.spread(weights, factors.rank_owner)
+        u = factors.spread(weights)
         A, B = factors.A.detach(), factors.B.detach()
         bias = None if factors.bias is None else functional.delta_bias(factors.bias.detach(), weights)
         if into_base:
             merged = functional.add_delta(self._base_matrix(), functional.delta_weight(A, B, u))
             return Folded(merged=merged, bias=bias)
         if factors.dense_is_smaller:
-            return Folded(delta=functional.delta_weight(A, B, u).to(A.dtype), bias=bias)
-        return Folded(A=A, B=functional.fold(B, u), bias=bias)
+            delta, scale = functional.resolved(functional.delta_weight(A, B, u), A.dtype)
+            return Folded(delta=delta, scale=scale, bias=bias)
+        if factors.copying_A_is_dear:
+            return Folded(A=A, B=B, u=u, bias=bias)
+        A, B = functional.fold(A, B, u)
+        return Folded(A=A, B=B, bias=bias)
 
     def _base_matrix(self) -> Tensor:
         """The base weight as (out, in); asked for only where a form of this class merges into it."""
@@ -642,7 +686,7 @@ class Linear(CompositionLayer):
             trains_input=x.requires_grad and torch.is_grad_enabled(),
             trains_weights=learns,
         )
-        keeps = not (learns or torch.compiler.is_compiling() or self._is_sharded)
+        keeps = not learns and self._may_fold(adapter_name)
         if form == "stacked" and not (keeps and factors.merged_is_kept):
             return None
         if not self._can_merge(x, factors):
@@ -657,7 +701,7 @@ class Linear(CompositionLayer):
             )
         weights = self._weights(adapter_name)
         bias = self._composed_bias(None if factors.bias is None else functional.delta_bias(factors.bias, weights))
-        u = functional.spread(weights, factors.rank_owner)
+        u = factors.spread(weights)
         return functional.merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
 
     def _can_merge(self, x: Tensor, factors: Factors) -> bool:
@@ -666,7 +710,7 @@ class Linear(CompositionLayer):
         Not in 16 bits, nor under autocast, where W0 + Delta would be rounded to 8 or 11 bits and lose a small update.
         """
         base = self.base_layer
-        weight, A = base._parameters.get("weight"), factors._parameters["A"]
+        weight, A = base._parameters.get("weight"), factors._parameters.get("A")
         if type(weight) is not nn.Parameter or type(base) not in (nn.Linear, Conv1D) or _is_hooked(base):
             return False
         if self._is_sharded:
@@ -679,7 +723,7 @@ class Linear(CompositionLayer):
             and device == x.device == cast(Tensor, A).device
             and device.type != "meta"
             and not torch.is_autocast_enabled(device.type)
-            and not (weight.requires_grad and torch.is_grad_enabled())
+            and not weight.requires_grad
         )
 
     def _base_matrix(self) -> Tensor:

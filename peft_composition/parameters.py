@@ -61,10 +61,10 @@ class ParameterComposition(CompositionLayer):
                 f"{type(self.get_base_layer()).__name__}.{self.path} is offloaded (device_map): a composition of a "
                 "parameter needs it in memory. Load the model without offloading this module, or merge_and_unload."
             )
-        if self._learns(adapter_name) or torch.compiler.is_compiling() or self._is_sharded:
-            u = functional.spread(self._weights(adapter_name), factors.rank_owner)
+        if self._learns(adapter_name) or not self._may_fold(adapter_name):
+            u = factors.spread(self._weights(adapter_name))
             return self._add(weight, factors.A.detach(), factors.B.detach(), u)
-        trains_base = type(weight) is not nn.Parameter or (weight.requires_grad and torch.is_grad_enabled())
+        trains_base = type(weight) is not nn.Parameter or weight.requires_grad
         folded = self.folded(adapter_name, into_base=is_only and not trains_base)
         if folded.merged is not None:
             return folded.merged
@@ -75,7 +75,7 @@ class ParameterComposition(CompositionLayer):
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)
-        u = functional.spread(self._weights(adapter_name).detach(), factors.rank_owner)
+        u = factors.spread(self._weights(adapter_name).detach())
         A, B = factors.A.detach(), factors.B.detach()
         if into_base:
             return Folded(merged=self._add(self._parameter().detach(), A, B, u))
@@ -91,7 +91,7 @@ class ParameterComposition(CompositionLayer):
 
     def _delta_weight(self, adapter_name: str, weights: Tensor) -> Tensor:
         factors = self.whole_factors(adapter_name)
-        delta = functional.parameter_delta(factors.A, factors.B, functional.spread(weights, factors.rank_owner))
+        delta = functional.parameter_delta(factors.A, factors.B, factors.spread(weights))
         return delta.mT if self.is_transposed else delta
 
     def _parameter(self) -> Tensor:
@@ -158,7 +158,11 @@ class ParameterWrapper(nn.Module):
         return self.base_layer
 
     def _compositions(self) -> Mapping[str, ParameterComposition]:
-        return cast("Mapping[str, ParameterComposition]", self.composed_parameters._modules)
+        compositions = cast("Mapping[str, ParameterComposition]", self.composed_parameters._modules)
+        if "_is_replica" in self.__dict__:  # of nn.DataParallel, which relinks registered modules alone
+            for composition in compositions.values():
+                composition.__dict__["base_layer"] = self.base_layer
+        return compositions
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -348,7 +348,8 @@ def test_checkpointing_a_merged_form_gives_the_same_gradients(
         run(x).square().sum().backward()
         found.append((theta_of(model).grad.clone(), x.grad.clone()))
 
-    assert len(set(forms)) == 1
+    assert len(forms) == 3
+    assert forms[0] == forms[-1]  # without gradient, a reentrant checkpoint's first pass has no choice of form
     for plain, checkpointed in zip(*found):
         assert relative_error(plain, checkpointed) < 1e-12
 

@@ -32,8 +32,9 @@ def _factors(
     )
 
 
-def _owner(ranks: tuple[int, ...]) -> Tensor:
-    return torch.tensor([number for number, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.int64)
+def _spread(weights: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    widest, places = functional.places_of_ranks(ranks)
+    return functional.spread(weights, widest, None if places is None else torch.tensor(places))
 
 
 def _composed(weights: Tensor, A: list[Tensor], B: list[Tensor]) -> Tensor:
@@ -49,7 +50,7 @@ def _composed(weights: Tensor, A: list[Tensor], B: list[Tensor]) -> Tensor:
 def test_delta_weight_is_the_weighted_sum_of_the_products(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
     A, B, weights = _factors(ranks, (10,), 7, dtype)
 
-    delta = functional.delta_weight(torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks)))
+    delta = functional.delta_weight(torch.cat(A), torch.cat(B, 1), _spread(weights, ranks))
 
     assert delta.dtype == dtype
     assert relative_error(delta, _composed(weights, A, B)) < TOLERANCE[dtype]
@@ -61,7 +62,7 @@ def test_delta_weight_of_half_precision_factors_is_computed_in_float32(dtype: to
     A, B, _ = _factors(ranks, (10,), 7, dtype)
     weights = torch.randn(3)
 
-    delta = functional.delta_weight(torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks)))
+    delta = functional.delta_weight(torch.cat(A), torch.cat(B, 1), _spread(weights, ranks))
 
     assert delta.dtype == torch.float32
     assert relative_error(delta, _composed(weights, A, B)) < TOLERANCE[torch.float32]
@@ -76,7 +77,7 @@ def test_linear_delta_output_is_that_of_the_summed_products(
     A, B, weights = _factors(ranks, (10,), 7, dtype)
     x = torch.randn(*leading, 10, dtype=dtype)
 
-    y = functional.linear_delta_output(x, torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks)))
+    y = functional.linear_delta_output(x, torch.cat(A), torch.cat(B, 1), _spread(weights, ranks))
 
     expected = x.double() @ _composed(weights, A, B).t()
     assert y.shape == expected.shape
@@ -96,7 +97,7 @@ def test_conv_delta_output_is_that_of_the_summed_kernels(
     def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         return convolution(x, kernel, stride=2, padding=1, dilation=2)
 
-    u = functional.spread(weights, _owner(ranks))
+    u = _spread(weights, ranks)
     y = functional.conv_delta_output(x, torch.cat(A), torch.cat(B, 1), u, convolve)
 
     assert relative_error(y, convolve(x.double(), _composed(weights, A, B))) < TOLERANCE[dtype]
@@ -111,9 +112,7 @@ def test_embedding_delta_output_picks_rows_of_the_summed_products(
     A, B, weights = _factors(ranks, (11,), 7, dtype)
     tokens = torch.randint(0, 11, shape)
 
-    y = functional.embedding_delta_output(
-        tokens, torch.cat(A), torch.cat(B, 1), functional.spread(weights, _owner(ranks))
-    )
+    y = functional.embedding_delta_output(tokens, torch.cat(A), torch.cat(B, 1), _spread(weights, ranks))
 
     assert relative_error(y, _composed(weights, A, B).t()[tokens]) < TOLERANCE[dtype]
 
@@ -124,7 +123,7 @@ def test_gradient_of_the_mixing_logits_is_the_closed_form() -> None:
     x, cotangent = torch.randn(5, 10, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     v = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
-    u = functional.spread(functional.normalize(v, "softmax"), _owner(ranks))
+    u = _spread(functional.normalize(v, "softmax"), ranks)
     functional.linear_delta_output(x, torch.cat(A), torch.cat(B, 1), u).backward(cotangent)
 
     # dL/dw_n = <c, x (B_n A_n)^T>, and dL/dv_n = w_n (dL/dw_n - sum_m w_m dL/dw_m)
@@ -137,7 +136,38 @@ def test_gradient_of_the_mixing_logits_is_the_closed_form() -> None:
 def test_spread_repeats_each_weight_over_the_rank_of_its_adapter() -> None:
     weights = torch.tensor([0.5, 0.2, 0.3])
 
-    assert functional.spread(weights, _owner((2, 0, 3))).tolist() == weights[[0, 0, 2, 2, 2]].tolist()
+    assert _spread(weights, (2, 0, 3)).tolist() == weights[[0, 0, 2, 2, 2]].tolist()
+    assert _spread(weights, (2, 2, 2)).tolist() == weights[[0, 0, 1, 1, 2, 2]].tolist()
+
+
+class RepeatedIndices(TorchDispatchMode):
+    """Notes what adds to an entry more than once by index: on a GPU in an order that differs from run to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        adds = any(word in func.name() for word in ("index_add", "index_put", "scatter", "_backward"))
+        for index in (arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.int64 and adds):
+            if index.unique().numel() < index.numel():
+                self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [*RANKS, (2, 2, 2), (5, 1, 1, 1)])
+def test_gradient_of_the_weights_is_a_sum_in_a_fixed_order(ranks: tuple[int, ...]) -> None:
+    weights = torch.rand(len(ranks), dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(sum(ranks), dtype=torch.float64)
+
+    with RepeatedIndices() as repeated:
+        (gradient,) = torch.autograd.grad(_spread(weights, ranks), weights, cotangent)
+
+    assert relative_error(gradient, torch.stack([part.sum() for part in cotangent.split(ranks)])) < 1e-15
+    assert repeated.found == []
+    with RepeatedIndices() as repeated:  # that the test sees what it looks for
+        weights.index_select(0, torch.tensor([0, 0])).sum().backward()
+    assert repeated.found
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1], [0.0, 0.25, 0.75], [1.0, 0.0]])
@@ -219,21 +249,78 @@ def test_add_delta_rounds_the_sum_once_to_the_dtype_of_the_base(dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(10,), (6, 7, 1)])
 def test_fold_multiplies_each_column_by_the_weight_of_its_adapter(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    A = torch.randn(9, *shape, dtype=dtype)
     B, u = torch.randn(7, 9, *(1,) * (len(shape) - 1), dtype=dtype), torch.randn(9, dtype=torch.float64)
 
-    folded = functional.fold(B, u)
+    rows, folded = functional.fold(A, B, u)
 
+    assert rows is A
     assert folded.dtype == dtype
     expected = torch.einsum("or...,r->or...", B.double(), u)
     assert relative_error(folded, expected) < TOLERANCE[dtype]
 
 
-def test_fold_of_half_precision_factors_rounds_once() -> None:
-    B, u = torch.randn(50, 9).bfloat16(), torch.rand(9)
+def test_fold_of_bfloat16_factors_rounds_once() -> None:
+    A, B, u = torch.randn(9, 5).bfloat16(), torch.randn(50, 9).bfloat16(), torch.rand(9)
 
-    folded = functional.fold(B, u)
+    rows, folded = functional.fold(A, B, u)
 
+    assert rows is A
     assert torch.equal(folded, (B.double() * u.double()).float().bfloat16())
+
+
+def _many_small_adapters(count: int, in_shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """A and B of rank 2 each as training leaves them, in float16, and the weights of a uniform mix."""
+    A = torch.randn(2 * count, *in_shape) / math.sqrt(math.prod(in_shape))
+    B = 1e-3 * torch.randn(48, 2 * count, *(1,) * (len(in_shape) - 1))
+    return A.half(), B.half(), torch.full((2 * count,), 1 / count)
+
+
+@pytest.mark.parametrize("in_shape", [(64,), (8, 3, 3)])
+def test_fold_in_float16_keeps_its_digits_among_many_adapters(in_shape: tuple[int, ...]) -> None:
+    """B is rounded once, by at most half of eps; the weights alone would press its entries into the subnormals."""
+    A, B, u = _many_small_adapters(256, in_shape)
+    expected = _product(A.double(), B.double() * u.reshape(-1, *(1,) * (B.dim() - 2)))
+
+    rows, columns = functional.fold(A, B, u)
+
+    assert rows.dtype == columns.dtype == torch.float16
+    assert rows.shape == A.shape
+    assert columns.shape == B.shape
+    assert relative_error(_product(rows.double(), columns.double()), expected) < torch.finfo(torch.float16).eps / 2
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6, 1e-9, 0.0])
+def test_a_resolved_update_keeps_its_digits_in_float16_and_overflows_no_sooner_than_a_weight(size: float) -> None:
+    delta = size * torch.randn(48, 64)
+
+    rounded, scale = functional.resolved(delta, torch.float16)
+
+    assert rounded.dtype == scale.dtype == torch.float16
+    assert rounded.abs().max() <= max(2**-4, delta.half().abs().max())
+    restored = rounded.double() * scale.double()
+    half_unit = torch.finfo(torch.float16).eps / 2
+    assert torch.linalg.norm(restored - delta.double()) <= half_unit * torch.linalg.norm(delta.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_update_in_a_dtype_of_wide_range_is_rounded_as_it_is(dtype: torch.dtype) -> None:
+    delta = 1e-9 * torch.randn(48, 64, dtype=torch.float64)
+
+    rounded, scale = functional.resolved(delta, dtype)
+
+    assert scale is None
+    assert torch.equal(rounded, delta.to(dtype))
+
+
+def test_bias_in_float16_keeps_its_digits_among_many_adapters() -> None:
+    bias, weights = (1e-2 * torch.rand(256, 48)).half(), torch.full((256,), 1 / 256)
+
+    mixed = functional.delta_bias(bias, weights)
+
+    assert mixed.dtype == torch.float16
+    half_unit = torch.finfo(torch.float16).eps / 2
+    assert relative_error(mixed, bias.double().mean(0)) < 1.01 * half_unit
 
 
 # The layer has in = 24, out = 16, so that a dense weight is as large as factors of rank 9.6.
@@ -254,7 +341,7 @@ def test_merged_linear_and_its_gradients_are_those_of_the_composed_weight(
     weights.requires_grad_()
     exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, bias, weights)]
 
-    u = functional.spread(weights, _owner(ranks))
+    u = _spread(weights, ranks)
     y = functional.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
 
     exact_x, exact_bias, exact_weights = exact
@@ -383,7 +470,7 @@ def _stacked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A, B and u, and the update that they stand for."""
     A, B, weights = _factors(ranks, in_shape, out, dtype)
-    u = functional.spread(weights, _owner(ranks))
+    u = _spread(weights, ranks)
     return torch.cat(A), torch.cat(B, 1), u, _composed(weights, A, B)
 
 

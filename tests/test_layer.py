@@ -458,7 +458,7 @@ def test_disjoint_adapters_each_come_with_their_share(architecture: Callable[[st
 def test_learned_model_starts_as_the_uniform_one_to_the_bit(
     name: str, dtype: torch.dtype, architecture: Callable[[str], Trained]
 ) -> None:
-    learned, uniform = (architecture(name).composed(dtype, mixing=mixing) for mixing in ("learned", "uniform"))
+    learned, uniform = (architecture(name).composed(dtype, mixing=mixing).eval() for mixing in ("learned", "uniform"))
 
     with torch.no_grad():
         result = logits(learned(**inputs_of(name, dtype)))

@@ -486,7 +486,7 @@ class TestWrapper:
 
     def test_what_is_kept_follows_every_change(self, folders) -> None:
         model, _ = scrambled(net(), folders)
-        holder = model.get_base_model().holder
+        holder = model.eval().get_base_model().holder
         site = holder.composed_parameters["stack"]
         assert site.composition_factors["default"].merged_is_kept is True
         with torch.no_grad():
