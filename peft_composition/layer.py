@@ -518,7 +518,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         if theta is None:
             return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
-        learns = type(theta) is not nn.Parameter or (theta.requires_grad and torch.is_grad_enabled())
+        is_foreign = type(theta) is not nn.Parameter and not self._is_replicated
+        learns = is_foreign or (theta.requires_grad and torch.is_grad_enabled())
         if learns and _is_offloaded(mixing):
             raise RuntimeError(
                 f"The mixing weights of the composition {adapter_name!r} are offloaded (device_map): every call would "
@@ -538,10 +539,15 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         checkpointing a pass without gradient opens every step: all layers' would be in memory at once.
         """
         mixing, _ = self._parts(adapter_name)
-        if torch.compiler.is_compiling() or self._is_sharded or mixing.motion.is_on or "_is_replica" in self.__dict__:
+        if torch.compiler.is_compiling() or self._is_sharded or self._is_replicated or mixing.motion.is_on:
             return False
         theta = mixing.weight
         return theta is None or not (self.training and theta.requires_grad)
+
+    @property
+    def _is_replicated(self) -> bool:
+        """Whether this is a replica of `nn.DataParallel`: made for one pass, and with plain tensors for parameters."""
+        return "_is_replica" in self.__dict__
 
     @property
     def _is_sharded(self) -> bool:
