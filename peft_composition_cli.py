@@ -115,6 +115,15 @@ Dtype = Annotated[
 ]
 
 
+CheckBase = Annotated[
+    bool,
+    typer.Option(
+        "--check-base/--no-check-base",
+        help="Whether adapters are refused that name another base model. Modules and shapes are always compared.",
+    ),
+]
+
+
 @app.command()
 def inspect(
     adapters: Annotated[
@@ -129,13 +138,14 @@ def inspect(
         ),
     ] = None,
     task: Task = None,
+    check_base: CheckBase = True,
     as_json: AsJson = False,
 ) -> None:
     """Show what adapters are and whether they can be composed and, if not, why."""
     with _reported():
         from peft_composition import cli
 
-        is_good = cli.inspect(adapters, base, task, as_json)
+        is_good = cli.inspect(adapters, base, task, as_json, check_base)
     if not is_good:
         raise typer.Exit(1)
 
@@ -171,6 +181,7 @@ def compose(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="REPO", help="Push it to this repository of the Hub.", show_default=False),
     ] = None,
+    check_base: CheckBase = True,
     as_json: AsJson = False,
 ) -> None:
     """Compose adapters, uniformly or with given weights, and save the result."""
@@ -194,6 +205,7 @@ def compose(
             with_lora=save_adapters if lora is None else lora,
             push=push,
             as_json=as_json,
+            check_base=check_base,
         )
 
 

@@ -36,14 +36,16 @@ PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_conf
 # The commands
 
 
-def inspect(adapters: Sequence[str], base: str | None, task: str | None, as_json: bool) -> bool:
+def inspect(
+    adapters: Sequence[str], base: str | None, task: str | None, as_json: bool, check_base: bool = True
+) -> bool:
     """Print a row for every adapter; True if all can be composed."""
     references = _references(adapters)
     model = None
     if base is not None:
         task = task or _task_type(references, is_strict=False)
         model = _empty_model(base, task)
-    reports = inspect_adapters(references, model, task)
+    reports = inspect_adapters(references, model, task, check_base)
     if as_json:
         rows = [{**asdict(report), "composable": report.is_composable} for report in reports]
         _print_json({"base": base, "task_type": task, "adapters": rows})
@@ -65,6 +67,7 @@ def compose(
     with_lora: bool,
     push: str | None,
     as_json: bool,
+    check_base: bool = True,
 ) -> None:
     """Build a composition, save it, and push it where that is asked for."""
     references = _references(adapters)
@@ -76,6 +79,7 @@ def compose(
         normalization=normalization,  # type: ignore[arg-type]
         task_type=task,
         save_adapters=save_adapters,
+        check_base_model=check_base,
     )
     model = get_peft_model(_base_model(base, task), config)
     lora = to_lora(model) if with_lora else None

@@ -97,6 +97,9 @@ class CompositionConfig(PeftConfig):
             task type.
         save_adapters: whether a checkpoint carries the upstream factors and stands alone (default), or only their
             names, commits and hashes, to be fetched again on loading.
+        check_base_model: whether adapters are refused that say they were trained on another model of the Hub
+            (default). Copies of the same weights, such as `org/model-bnb-4bit`, are let in with a warning. `False`
+            leaves names aside; modules and shapes are compared in any case.
         composed_modules: record, written when the composition is built: for each composed module, by its full name,
             the rank of every adapter there (0: untouched). Not for users.
         biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
@@ -141,6 +144,9 @@ class CompositionConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained in full and saved, such as the new task's head."}
     )
     save_adapters: bool = field(default=True, metadata={"help": "Whether checkpoints carry the upstream factors."})
+    check_base_model: bool = field(
+        default=True, metadata={"help": "Whether adapters that name another base model are refused."}
+    )
     composed_modules: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Record: ranks of every adapter, by module."}
     )
@@ -167,6 +173,9 @@ class CompositionConfig(PeftConfig):
         _require("mixing", self.mixing, MIXINGS)
         _require("normalization", self.normalization, NORMALIZATIONS)
         _require("weight_sharing", self.weight_sharing, SHARINGS)
+        for name in ("save_adapters", "check_base_model"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self.weights = self._checked_weights()
         if self.gain is None:
             self.gain = DEFAULT_GAIN[self.normalization]

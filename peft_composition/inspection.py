@@ -16,6 +16,7 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from . import misfits, upstream
+from .base_names import original
 from .config import AdapterReference, CompositionConfig
 from .model import require_composable
 from .upstream import AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
@@ -71,7 +72,10 @@ class AdapterReport:
 
 
 def inspect_adapters(
-    references: Sequence[AdapterReference], model: nn.Module | None = None, task_type: str | None = None
+    references: Sequence[AdapterReference],
+    model: nn.Module | None = None,
+    task_type: str | None = None,
+    check_base_model: bool = True,
 ) -> list[AdapterReport]:
     """Check every adapter as composing would, values included, and go on after one that fails.
 
@@ -80,6 +84,7 @@ def inspect_adapters(
         model: the base model, may be on the meta device. Default: none; then the adapters are compared with each
             other, and those that do not fit most others are refused.
         task_type: of the composition; heads that it trains in full are not looked at.
+        check_base_model: whether the names of base models are compared, as in `CompositionConfig`.
 
     Returns:
         One report each, in the order of `references`.
@@ -96,13 +101,17 @@ def inspect_adapters(
             (adapter,) = upstream.read_adapters([found], [None])
             _describe_factors(report, adapter)
             read.append((report, adapter))
-    same = _Agreement([adapter for _, adapter in read])
+    same = _Agreement([adapter for _, adapter in read], check_base_model)
     for report, adapter in read:
         with _Judging(report):
             if model is None:
                 same.require(adapter)
             else:
-                config = CompositionConfig(adapters=[report.path], modules_to_save=HEADS.get(task_type or ""))
+                config = CompositionConfig(
+                    adapters=[report.path],
+                    modules_to_save=HEADS.get(task_type or ""),
+                    check_base_model=check_base_model,
+                )
                 require_composable(config, model, [adapter])
         if adapter.extras:
             report.notes.append(f"not LoRA factors, not mixed: {', '.join(adapter.extras)}")
@@ -175,9 +184,10 @@ def _describe_factors(report: AdapterReport, adapter: UpstreamAdapter) -> None:
 class _Agreement:
     """What most adapters have in common, in place of a base model."""
 
-    def __init__(self, adapters: list[UpstreamAdapter]) -> None:
+    def __init__(self, adapters: list[UpstreamAdapter], check_base_model: bool) -> None:
+        self._check_base_model = check_base_model
         stated = [adapter.config.get("base_model_name_or_path") for adapter in adapters]
-        self._base = _most_common([base for base in stated if upstream.is_hub_id(base)], key=_last_part)
+        self._base = _most_common([base for base in stated if upstream.is_hub_id(base)], key=original)
         self._shapes: dict[str, tuple[LayerShape, UpstreamAdapter]] = {}
         shapes: dict[str, list[tuple[LayerShape, UpstreamAdapter]]] = {}
         for adapter in adapters:
@@ -189,9 +199,14 @@ class _Agreement:
     def require(self, adapter: UpstreamAdapter) -> None:
         """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
         trained_on = adapter.config.get("base_model_name_or_path")
-        is_hub_id = upstream.is_hub_id(trained_on)
-        if self._base and is_hub_id and _last_part(str(trained_on)) != _last_part(self._base):
-            raise AdapterError(adapter.name, f"it was trained on {trained_on!r}, but most others on {self._base!r}")
+        if self._check_base_model and self._base and upstream.is_hub_id(trained_on):
+            if original(str(trained_on)) != original(self._base):
+                raise AdapterError(
+                    adapter.name,
+                    f"it was trained on {trained_on!r}, but most others on {self._base!r}. If these are the same "
+                    "weights under another name, --no-check-base leaves names aside",
+                )
+            upstream.warn_about_other_names([adapter], self._base)
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         for module, shape in shapes.items():
             wanted, other = self._shapes[module]
@@ -211,10 +226,6 @@ def _most_common(entries: list[Any], key: Any) -> Any:
     """The first of the entries whose key is most frequent; None of none."""
     counts = Counter(map(key, entries))
     return max(entries, key=lambda entry: counts[key(entry)], default=None)
-
-
-def _last_part(base: str) -> str:
-    return base.rpartition("/")[2].lower()
 
 
 def _shape_of(adapter: UpstreamAdapter, factors: Factors) -> LayerShape:

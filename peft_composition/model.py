@@ -453,7 +453,9 @@ def require_composable(config: CompositionConfig, model: nn.Module, adapters: li
     targets = _target_layers(model)
     shape_of = _shape_reader(targets, get_quantization_kwargs(model))
     current_name = _module_renamer(model, targets)
-    upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+    if config.check_base_model:
+        upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+        upstream.warn_about_other_names(adapters, getattr(model, "name_or_path", None))
     plan = _match(config, model, targets, adapters, shape_of, current_name)
     model_dtype = _model_dtype(model)
     upstream.stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
@@ -624,12 +626,15 @@ def _read(
         ]
     located = processes.locate(references, with_cards=not config.is_restored)
     adapters = upstream.read_adapters(located, hashes)
-    upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+    if config.check_base_model:
+        upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
     plan = _match(config, model, targets, adapters, shape_of, current_name)
     if config.is_restored:
         _require_recorded_ranks(config, plan)
     else:
         _warn_about_what_is_not_mixed(config, adapters, current_name)
+        if config.check_base_model:
+            upstream.warn_about_other_names(adapters, getattr(model, "name_or_path", None))
     return plan
 
 

@@ -46,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import formats, misfits, pickled
+from .base_names import original, without_owner
 from .config import AdapterReference, Provenance
 from .front_matter import stated_license
 from .patterns import PatternError, value_for
@@ -1018,7 +1019,7 @@ def _require_fit(adapter: UpstreamAdapter, module: str, factors: Factors, shape:
 def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | None) -> None:
     """Refuse adapters that say they were trained on another model of the Hub.
 
-    Only Hub ids are compared, by their last part and without regard to case: folders move, and organisations rename.
+    Only Hub ids are compared: folders move. Copies, such as `org/model-bnb-4bit`, count as the model itself.
 
     Args:
         adapters: the adapters.
@@ -1027,18 +1028,42 @@ def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | Non
     Raises:
         AdapterError: the names differ.
     """
-    for adapter in adapters:
-        trained_on = adapter.config.get("base_model_name_or_path")
-        if not (trained_on and model_name) or any(
-            _is_local(n) or _looks_like_path(n) for n in (trained_on, model_name)
-        ):
-            continue
-        if trained_on.rpartition("/")[2].lower() != model_name.rpartition("/")[2].lower():
+    for adapter, trained_on in _otherwise_named(adapters, model_name):
+        if original(trained_on) != original(str(model_name)):
             raise AdapterError(
                 adapter.name,
                 f"it was trained on {trained_on!r}, but the model is {model_name!r}. If these are the same weights "
-                f"under another name, say so: model.name_or_path = {trained_on!r}",
+                "under another name, leave names aside: CompositionConfig(check_base_model=False), or --no-check-base "
+                "on the command line. Modules and shapes are compared in any case",
             )
+
+
+def warn_about_other_names(adapters: Iterable[UpstreamAdapter], model_name: str | None) -> None:
+    """Say once which adapters were trained on a copy of the model: its name says so, which is no proof."""
+    copies: dict[str, list[str]] = {}
+    for adapter, trained_on in _otherwise_named(adapters, model_name):
+        copies.setdefault(trained_on, []).append(adapter.name)
+    if copies:
+        lists = "; ".join(f"{trained_on!r} ({', '.join(map(repr, names))})" for trained_on, names in copies.items())
+        warnings.warn(
+            f"Going by their names, these are copies of the base model {model_name!r} in another format, and the "
+            f"adapters trained on them are composed on it as they are: {lists}.",
+            stacklevel=2,
+        )
+
+
+def _otherwise_named(
+    adapters: Iterable[UpstreamAdapter], model_name: str | None
+) -> Iterator[tuple[UpstreamAdapter, str]]:
+    """The adapters that were trained on a model of the Hub with another name, and that name."""
+    if not model_name or _is_local(model_name) or _looks_like_path(model_name):
+        return
+    for adapter in adapters:
+        trained_on = adapter.config.get("base_model_name_or_path")
+        if not trained_on or _is_local(trained_on) or _looks_like_path(trained_on):
+            continue
+        if without_owner(trained_on) != without_owner(model_name):
+            yield adapter, trained_on
 
 
 def warn_about_extras(adapters: Iterable[UpstreamAdapter]) -> None:
