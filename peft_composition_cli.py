@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -22,21 +22,21 @@ except ImportError as missing:
     ) from None
 
 
-class Mixing(str, Enum):
+class Mixing(StrEnum):
     """How compositions are mixed that nothing is trained for."""
 
     uniform = "uniform"
     fixed = "fixed"
 
 
-class Normalization(str, Enum):
+class Normalization(StrEnum):
     """As in `CompositionConfig`."""
 
     softmax = "softmax"
     none = "none"
 
 
-class Head(str, Enum):
+class Head(StrEnum):
     """What an export does with the trained head."""
 
     included = "with"
@@ -44,7 +44,7 @@ class Head(str, Enum):
     separate = "separate"
 
 
-class Part(str, Enum):
+class Part(StrEnum):
     """Rows of the weights' table and heatmap."""
 
     module = "module"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def describe(device: torch.device, sources: tuple[str, ...] = ("peft_composition
         **{name: version(name) for name in ("torch", "transformers", "peft")},
         "peft-composition": peft_composition.__version__,
         "commit": _commit(sources),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
