@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from . import functional
 from .config import CompositionConfig
 from .folding import Folded, Folds, Motion, Source
+from .ties import Place, Tie
 from .upstream import LayerShape, StackedFactors
 
 
@@ -257,6 +258,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # The weights a composition was merged with: unmerging must subtract the same.
         self._merged_weights: dict[str, Tensor] = {}
+        # What other modules of the model hold as well; whoever knows the model keeps this up to date.
+        self.tie: Tie | None = None
         self._folds = Folds()
         self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
         self.quantization_backend = quantization_backend_of(self.get_base_layer(), **quantization_kwargs)
@@ -345,6 +348,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
                     "A composition cannot be merged into a sharded model. Save the model, load it into one that is "
                     "not sharded, and merge there."
                 )
+            if self.tie is not None and self.tie.shared_module is not None and "base_layer" not in self._modules:
+                raise RuntimeError(
+                    f"A composition of a parameter cannot be merged into a module ({type(base_layer).__name__}) that "
+                    "is used in several places: it would change all of them. Use it unmerged."
+                )
             if backend is not None and not backend.supports_merge:
                 raise TypeError(
                     f"The composition {name!r} cannot be merged into a base layer of type {_type_name(base_layer)} "
@@ -391,6 +399,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._add_to_base(self._merged_weights, sign=-1)
+        if self.tie is not None:
+            self.tie.rejoin(self)
         self.merged_adapters.clear()
         self._merged_weights.clear()
 
@@ -411,9 +421,16 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"The merged weights are not finite. Broken seems one of: {', '.join(map(repr, weights))}."
             )
+        if self.tie is not None and sign > 0:
+            self.tie.leave(self)
         self.set_base_weight(weight)
         if bias is not None:
-            cast(Tensor, base_layer.bias).data = bias
+            cast(Tensor, self.get_base_layer().bias).data = bias
+
+    def base_parameters(self) -> list[Place]:
+        """The parameters of the base layer that merging changes."""
+        base_layer = self.get_base_layer()
+        return [Place(base_layer, name) for name in ("weight", "bias") if base_layer._parameters.get(name) is not None]
 
     def _deltas(self, weights: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The updates of the base layer's weight, and those of its bias where there are any."""

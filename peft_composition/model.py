@@ -29,6 +29,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from . import processes, upstream
+from .base_copies import warn_about_other_bases
 from .config import AdapterReference, CompositionConfig, LoraLayout
 from .layer import (
     CompositionLayer,
@@ -42,6 +43,7 @@ from .layer import (
     real_device,
 )
 from .parameters import CONTAINER, ParameterWrapper, name_in_base, name_in_checkpoint, wrapper_for
+from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
 from .upstream import CompositionPlan, LayerShape, StackedFactors
 from .wrapping import TargetParameter, find_parameter, needs_unwrapping, parameter_shape, unwrap
 
@@ -146,6 +148,7 @@ class CompositionModel(BaseTuner):
         config.target_modules = list(injection.ranks)
         if injection.stacked is not None:
             self._fill(injection, adapter_name)
+        find_ties(model, dict(composition_layers(model)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a composition; if it was the only active one, another becomes active."""
@@ -165,8 +168,8 @@ class CompositionModel(BaseTuner):
             TypeError: a base layer is quantized in a way that cannot be merged into.
             ValueError: an adapter has a bias, the base layer none; or `safe_merge` found values that are not finite.
         """
-        self._require_mergeable(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        with self._leaving_ties(adapter_names):
+            super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -175,9 +178,45 @@ class CompositionModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        layers = dict(composition_layers(self.model))
         if merge:
-            self._require_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            with self._leaving_ties(adapter_names, is_for_good=True):
+                return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        separate(unloaded, [layer.tie for layer in layers.values() if layer.tie is not None and layer.tie.has_left])
+        return unloaded
+
+    @contextmanager
+    def _leaving_ties(self, adapter_names: list[str] | None, is_for_good: bool = False) -> Iterator[None]:
+        """Around a merge: no module but the composed ones changes its weights.
+
+        Args:
+            adapter_names: the compositions that are merged; default: the active ones.
+            is_for_good: the layers are taken off afterwards.
+        """
+        layers = dict(composition_layers(self.model))
+        ties = find_ties(self.model, layers)
+        self._require_mergeable(adapter_names)
+        before = {name for name, tie in ties.items() if tie.has_left}
+        asking = [module.config for module in self.model.modules() if _asks_for_ties(module)] if is_for_good else []
+        try:
+            for config in asking:  # PEFT would take it from the config for good, and with it what the model computes
+                config.tie_word_embeddings = False
+            yield
+        finally:
+            for config in asking:
+                config.tie_word_embeddings = True
+        left = [tie for tie in ties.values() if tie.has_left]
+        more = sum(tie.nbytes for name, tie in ties.items() if tie.has_left and name not in before)
+        if is_for_good and left:
+            more += separate(self.model, left)
+        warn_about_leaving(before, ties, more)
+
+    def _check_merge_allowed(self) -> None:
+        """Nothing to warn of: merging leaves ties."""
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        """Nothing to warn of: compositions of tied layers are apart, and merging leaves the tie."""
 
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         for name, layer in composition_layers(self.model):
@@ -350,6 +389,13 @@ def _located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLay
             wrappers.append(path)
         elif isinstance(module, CompositionLayer):
             yield name_in_base(path, wrappers), path, module
+
+
+def _asks_for_ties(module: nn.Module) -> bool:
+    """Whether a model's config has to go on asking for ties, because its forward pass goes by that."""
+    if not isinstance(module, PreTrainedModel) or not computes_by_flag(module):
+        return False
+    return bool(getattr(module.config, "tie_word_embeddings", False))
 
 
 def _at_the_module(key: str, injection: _Injection) -> str:
@@ -635,6 +681,7 @@ def _read(
         _warn_about_what_is_not_mixed(config, adapters, current_name)
         if config.check_base_model:
             upstream.warn_about_other_names(adapters, getattr(model, "name_or_path", None))
+        warn_about_other_bases(adapters, targets, current_name)
     return plan
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import functional
 from .folding import Folded, Source
 from .layer import CompositionLayer
+from .ties import Place
 from .wrapping import OUT_PROJ, TargetParameter
 
 
@@ -96,6 +97,10 @@ class ParameterComposition(CompositionLayer):
 
     def _parameter(self) -> Tensor:
         return cast(Tensor, attrgetter(self.path)(self.get_base_layer()))
+
+    def base_parameters(self) -> list[Place]:
+        owner, _, name = self.path.rpartition(".")
+        return [Place(self.get_base_layer().get_submodule(owner), name)]
 
     def get_base_weight(self) -> Tensor:
         return self._parameter().data

@@ -62,6 +62,8 @@ BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 OTHER_VARIANTS = ("use_qalora", "layer_replication", "megatron_config", "enable_lora")
 # Where a saved composition keeps its export as a plain LoRA.
 LORA_SUBFOLDER = "lora"
+# How PEFT names its copy of the base weight, beside the factors of an embedding or of the output layer.
+BASE_COPY = ".base_layer.weight"
 PARALLEL_DOWNLOADS = 8
 FILES_LOOKED_AT = 10_000
 PARALLEL_HASHES = 2
@@ -781,7 +783,7 @@ def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[
     modules = {
         module: _factors(name, config, weights, module, parts, module in embeddings) for module, parts in found.items()
     }
-    return modules, extras
+    return modules, [extra for extra in extras if extra.removesuffix(BASE_COPY) not in modules]
 
 
 _CUT_KEY = re.compile(r"^(?P<module>.+)_(?P<factor>[AB])\.(?P<leaf>weight|bias)$")
