@@ -193,7 +193,7 @@ def _task_type(references: Sequence[AdapterReference], is_strict: bool) -> str |
     for reference in references:
         try:
             task = upstream.read_config(upstream.locate_one(reference, with_card=False)).get("task_type")
-        except upstream.AdapterError:
+        except Exception:
             if is_strict:
                 raise
             continue

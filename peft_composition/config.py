@@ -15,6 +15,8 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from . import __version__
 from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_list, as_text
+from .schema import shown
+from .selection import layer_indices, layer_lists, names_or_expression, saved_modules
 
 
 MIXINGS = ("learned", "uniform", "fixed")
@@ -175,7 +177,12 @@ class CompositionConfig(PeftConfig):
         _require("weight_sharing", self.weight_sharing, SHARINGS)
         for name in ("save_adapters", "check_base_model"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+        self.target_modules = names_or_expression("target_modules", self.target_modules)
+        self.exclude_modules = names_or_expression("exclude_modules", self.exclude_modules)
+        self.layers_to_transform = layer_indices("layers_to_transform", self.layers_to_transform)
+        self.layers_pattern = layer_lists("layers_pattern", self.layers_pattern)
+        self.modules_to_save = saved_modules("modules_to_save", self.modules_to_save)
         self.weights = self._checked_weights()
         if self.gain is None:
             self.gain = DEFAULT_GAIN[self.normalization]
@@ -320,7 +327,7 @@ def _reference(entry: object) -> AdapterReference:
     if isinstance(entry, (str, os.PathLike)):
         entry = {"path": entry}
     if not isinstance(entry, Mapping):
-        raise ValueError(f"an adapter is a Hub id, a local folder or a dict with 'path', got {entry!r}")
+        raise ValueError(f"an adapter is a Hub id, a local folder or a dict with 'path', got {shown(entry)}")
     unknown = set(entry) - set(AdapterReference.__annotations__)
     if unknown:
         raise ValueError(
@@ -328,14 +335,20 @@ def _reference(entry: object) -> AdapterReference:
             f"{', '.join(map(repr, AdapterReference.__annotations__))}"
         )
     if not entry.get("path"):
-        raise ValueError(f"an adapter's dict needs a 'path', got {dict(entry)!r}")
+        raise ValueError(f"an adapter's dict needs a 'path', got {shown(dict(entry))}")
+    for key in ("path", "revision", "subfolder", "name"):
+        value = entry.get(key)
+        if key in ("path", "subfolder") and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"the {key!r} in an adapter's dict must be text, got {shown(value)}")
     reference = AdapterReference(
         path=os.fspath(entry["path"]),
         revision=entry.get("revision"),
         subfolder=os.fspath(entry["subfolder"]) if entry.get("subfolder") else None,
     )
     if entry.get("name"):
-        reference["name"] = str(entry["name"])
+        reference["name"] = entry["name"]
     if entry.get("local_files_only"):
         reference["local_files_only"] = True
     return reference
@@ -347,11 +360,19 @@ def _location(reference: AdapterReference) -> str:
     return reference["path"] + (f"/{subfolder}" if subfolder else "") + (f"@{revision}" if revision else "")
 
 
+def _parts(reference: AdapterReference) -> tuple[str, ...]:
+    """The parts of a location; of one such as "." or "..", which is no name, those of its full path."""
+    parts = Path(_location(reference)).parts
+    if parts and parts[-1] != "..":
+        return parts
+    return Path(os.path.abspath(_location(reference))).parts
+
+
 def _fill_in_names(references: list[AdapterReference]) -> None:
     """Name the unnamed by the shortest end of their path that tells them apart."""
     unnamed = [reference for reference in references if "name" not in reference]
     taken = {reference["name"] for reference in references if "name" in reference}
-    parts = [Path(_location(reference)).parts for reference in unnamed]
+    parts = [_parts(reference) for reference in unnamed]
     for reference, own in zip(unnamed, parts):
         for length in range(1, len(own) + 1):
             name = "/".join(own[-length:])

@@ -19,6 +19,7 @@ from . import misfits, upstream
 from .base_names import original
 from .config import AdapterReference, CompositionConfig
 from .model import require_composable
+from .text import LONG, one_line, quoted
 from .upstream import AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
 
 
@@ -28,6 +29,8 @@ HEADS = {
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],
 }
+# Without a base model to compare with, values of larger files are not read.
+MOST_BYTES = 8 << 30
 
 
 @dataclass
@@ -91,17 +94,18 @@ def inspect_adapters(
     """
     reports: list[AdapterReport] = []
     read: list[tuple[AdapterReport, UpstreamAdapter]] = []
+    same = _Agreement(check_base_model)
     for found, reference in zip(_locate_each(references), references):
         report = AdapterReport(reference["name"], reference["path"], reference.get("revision"))
         reports.append(report)
         with _Judging(report):
-            if isinstance(found, AdapterError):
+            if isinstance(found, Exception):
                 raise found
             _describe_config(report, found)
-            (adapter,) = upstream.read_adapters([found], [None])
+            (adapter,) = upstream.read_adapters([found], [None], hashed=False)
             _describe_factors(report, adapter)
+            same.add(adapter)
             read.append((report, adapter))
-    same = _Agreement([adapter for _, adapter in read], check_base_model)
     for report, adapter in read:
         with _Judging(report):
             if model is None:
@@ -114,7 +118,7 @@ def inspect_adapters(
                 )
                 require_composable(config, model, [adapter])
         if adapter.extras:
-            report.notes.append(f"not LoRA factors, not mixed: {', '.join(adapter.extras)}")
+            report.notes.append(one_line(f"not LoRA factors, not mixed: {', '.join(adapter.extras)}", LONG))
     return reports
 
 
@@ -135,19 +139,26 @@ class _Judging:
         self._catching.__exit__(kind, error, trace)
         prefix = f"adapter {self._report.name!r} "
         self._report.notes += [str(caught.message).removeprefix(prefix) for caught in self._warnings or ()]
-        if not isinstance(error, ValueError):
+        if error is None or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             return False
-        self._report.reason = error.reason if isinstance(error, AdapterError) else str(error)
+        self._report.reason = _reason(error)
         return True
 
 
-def _locate_each(references: Sequence[AdapterReference]) -> Iterator[AdapterFiles | AdapterError]:
+def _reason(error: BaseException) -> str:
+    """What went wrong with an adapter, also where nobody has thought of it."""
+    if isinstance(error, AdapterError):
+        return error.reason
+    return one_line(error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", LONG)
+
+
+def _locate_each(references: Sequence[AdapterReference]) -> Iterator[AdapterFiles | Exception]:
     """The files of every adapter, or why there are none; several downloads at once."""
 
-    def locate(reference: AdapterReference) -> AdapterFiles | AdapterError:
+    def locate(reference: AdapterReference) -> AdapterFiles | Exception:
         try:
             return upstream.locate_one(reference)
-        except AdapterError as error:
+        except Exception as error:
             return error
 
     with ThreadPoolExecutor(upstream.PARALLEL_DOWNLOADS) as pool:
@@ -184,32 +195,35 @@ def _describe_factors(report: AdapterReport, adapter: UpstreamAdapter) -> None:
 class _Agreement:
     """What most adapters have in common, in place of a base model."""
 
-    def __init__(self, adapters: list[UpstreamAdapter], check_base_model: bool) -> None:
+    def __init__(self, check_base_model: bool) -> None:
         self._check_base_model = check_base_model
-        stated = [adapter.config.get("base_model_name_or_path") for adapter in adapters]
-        self._base = _most_common([base for base in stated if upstream.is_hub_id(base)], key=original)
-        self._shapes: dict[str, tuple[LayerShape, UpstreamAdapter]] = {}
-        shapes: dict[str, list[tuple[LayerShape, UpstreamAdapter]]] = {}
-        for adapter in adapters:
-            for module, factors in adapter.modules.items():
-                shapes.setdefault(module, []).append((_shape_of(adapter, factors), adapter))
-        for module, candidates in shapes.items():
-            self._shapes[module] = _most_common(candidates, key=lambda entry: entry[0])
+        self._bases: list[str] = []
+        self._shapes: dict[str, list[tuple[LayerShape, UpstreamAdapter]]] = {}
+
+    def add(self, adapter: UpstreamAdapter) -> None:
+        """Count an adapter in; all are, before the first is judged."""
+        base = adapter.config.get("base_model_name_or_path")
+        shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
+        if base and upstream.is_hub_id(base):
+            self._bases.append(base)
+        for module, shape in shapes.items():
+            self._shapes.setdefault(module, []).append((shape, adapter))
 
     def require(self, adapter: UpstreamAdapter) -> None:
         """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
         trained_on = adapter.config.get("base_model_name_or_path")
-        if self._check_base_model and self._base and upstream.is_hub_id(trained_on):
-            if original(str(trained_on)) != original(self._base):
+        base = _most_common(self._bases, key=original)
+        if self._check_base_model and base and upstream.is_hub_id(trained_on):
+            if original(str(trained_on)) != original(base):
                 raise AdapterError(
                     adapter.name,
-                    f"it was trained on {trained_on!r}, but most others on {self._base!r}. If these are the same "
+                    f"it was trained on {quoted(trained_on)}, but most others on {quoted(base)}. If these are the same "
                     "weights under another name, --no-check-base leaves names aside",
                 )
-            upstream.warn_about_other_names([adapter], self._base)
+            upstream.warn_about_other_names([adapter], base)
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         for module, shape in shapes.items():
-            wanted, other = self._shapes[module]
+            wanted, other = _most_common(self._shapes[module], key=lambda entry: entry[0])
             if shape != wanted:
                 is_embedding = shape.is_embedding and wanted.is_embedding
                 has, needs = (misfits.Sizes(s.in_shape, s.out_features) for s in (shape, wanted))
@@ -218,8 +232,13 @@ class _Agreement:
                     f"module {module!r} has the factors of {_words(shape)}, but {_words(wanted)} in {other.name!r}. "
                     + misfits.why_another_shape(module, is_embedding, has, needs),
                 )
-        plan = upstream.match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
-        upstream.stack(plan, dict.fromkeys(plan.factors, torch.float32))
+        upstream.match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
+        if adapter.weights.nbytes > MOST_BYTES:
+            warnings.warn(
+                f"its values were not checked: they take {adapter.weights.nbytes / 1e9:.3g} GB", stacklevel=2
+            )
+        else:
+            upstream.require_finite(adapter, torch.float32)
 
 
 def _most_common(entries: list[Any], key: Any) -> Any:

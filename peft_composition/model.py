@@ -245,12 +245,8 @@ class CompositionModel(BaseTuner):
             wrapped = {*config.lora_layout.get("attentions", ()), *config.lora_layout.get("parameters", ())}
             if key in wrapped or key.rpartition(".")[0] in config.lora_layout.get("attentions", ()):
                 return key in wrapped
-        if key in (config.composed_modules or {}):
-            return True
-        exclusions = SimpleNamespace(
-            exclude_modules=config.exclude_modules, modules_to_save=config.modules_to_save, target_modules=()
-        )
-        return check_target_module_exists(exclusions, key)  # False, or PEFT's mark of an excluded module
+        # What was excluded is not in the record; a checkpoint's own expressions are never matched.
+        return key in (config.composed_modules or {})
 
     def _create_and_replace(
         self,

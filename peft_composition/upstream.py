@@ -51,7 +51,7 @@ from .config import AdapterReference, Provenance
 from .front_matter import stated_license
 from .patterns import PatternError, value_for
 from .scalars import LARGEST_FLOAT32
-from .schema import read_adapter_config, read_bytes, shown
+from .schema import UNPRINTABLE, read_adapter_config, read_bytes, shown
 from .text import LONG, one_line, quoted
 
 
@@ -71,6 +71,8 @@ PARALLEL_HASHES = 2
 MAPPED_BYTES = 32 << 20
 MAPPED_FILES = 64
 HASHED_AT_ONCE = 32 << 20
+CHECKED_AT_ONCE = 1 << 22  # values
+MAX_KEY = 1000  # characters of a tensor's name
 # Values of these types lie in a safetensors file as PyTorch has them in memory; safetensors itself reads all others.
 _MAPPED_DTYPES = {
     "F64": torch.float64,
@@ -345,7 +347,8 @@ def _entries(path: Path) -> dict[str, _Entry]:
     Where a tensor starts follows from the sizes of those behind it: on opening, safetensors makes sure that they
     fill the file to its end without holes.
     """
-    with safe_open(path, framework="pt", device="cpu") as file:
+    # Not as "pt": that asks for memory of the size of the file, which a sparse file of terabytes has, too.
+    with safe_open(path, framework="numpy") as file:
         views = {key: file.get_slice(key) for key in file.offset_keys()}
     is_native = sys.byteorder == "little"
     end: int | None = path.stat().st_size
@@ -427,12 +430,12 @@ def is_hub_id(name: str | None) -> bool:
 def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
     folder = Path(reference["path"], reference.get("subfolder") or "")
     config = folder / CONFIG_NAME
-    if not config.is_file():
+    if not os.path.isfile(config):  # unlike Path, it takes names that no file can have
         raise AdapterError(reference["name"], _no_config(str(folder), _files_in(folder), folder))
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (folder / filename).is_file():
+        if os.path.isfile(folder / filename):
             card = Path(reference["path"], constants.REPOCARD_NAME)
-            return AdapterFiles(reference, config, folder / filename, None, card if card.is_file() else None)
+            return AdapterFiles(reference, config, folder / filename, None, card if os.path.isfile(card) else None)
     raise AdapterError(reference["name"], _no_weights(str(folder), _files_in(folder)))
 
 
@@ -455,9 +458,9 @@ def _files_in(folder: Path) -> list[str]:
     """The names of the files in a folder, and the configs of adapters in its folders; empty if it cannot be read."""
     try:
         entries = [*islice(folder.iterdir(), FILES_LOOKED_AT)]
-    except OSError:
+    except (OSError, ValueError):
         return []
-    inner = [f"{entry.name}/{CONFIG_NAME}" for entry in entries if (entry / CONFIG_NAME).is_file()]
+    inner = [f"{entry.name}/{CONFIG_NAME}" for entry in entries if os.path.isfile(entry / CONFIG_NAME)]
     return sorted([*inner, *(entry.name for entry in entries if entry.is_file())])
 
 
@@ -476,7 +479,7 @@ def _files_on_hub(reference: AdapterReference, commit: str | None) -> list[str]:
 def _keys_of(path: Path) -> list[str]:
     """The keys of a safetensors file; none if it cannot be read."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="numpy") as file:
             return [*file.keys()]
     except (SafetensorError, OSError):
         return []
@@ -571,7 +574,9 @@ def _commit_of(cached: Path) -> str | None:
 # Reading the adapters
 
 
-def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str | None]) -> list[UpstreamAdapter]:
+def read_adapters(
+    files: Sequence[AdapterFiles], expected_sha256: Sequence[str | None], hashed: bool = True
+) -> list[UpstreamAdapter]:
     """Read the configs and the tensor indices of adapters and check that they are plain LoRAs.
 
     Their weights are hashed in threads beside this and what comes after it, until the provenance is asked for.
@@ -580,6 +585,7 @@ def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str |
         files: where they are.
         expected_sha256: for each the hash that its weights must have, where one is recorded. That is found out before
             they are opened.
+        hashed: whether the provenance will be asked for.
 
     Returns:
         The adapters, in the order of `files`; the values of their tensors are read later, in `stack`.
@@ -588,7 +594,10 @@ def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str |
         AdapterError: one is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
     """
     pool = ThreadPoolExecutor(PARALLEL_HASHES)
-    hashes = [pool.submit(_sha256, file.weights) for file in files]
+    hashes = [
+        pool.submit(_sha256, file.weights) if hashed or sha256 else _never()
+        for file, sha256 in zip(files, expected_sha256)
+    ]
     try:
         return [_read_adapter(*entry) for entry in zip(files, hashes, expected_sha256)]
     except BaseException:
@@ -596,6 +605,13 @@ def read_adapters(files: Sequence[AdapterFiles], expected_sha256: Sequence[str |
         raise
     finally:
         pool.shutdown(wait=False)
+
+
+def _never() -> Future[str]:
+    """The hash that nobody wants."""
+    future: Future[str] = Future()
+    future.cancel()
+    return future
 
 
 def _read_adapter(files: AdapterFiles, sha256: Future[str], expected_sha256: str | None) -> UpstreamAdapter:
@@ -760,6 +776,10 @@ def _index(name: str, config: Mapping[str, Any], weights: WeightsFile) -> tuple[
     embeddings: set[str] = set()
     extras: list[str] = []
     for key in weights:
+        if len(key) > MAX_KEY or UNPRINTABLE.search(key):
+            raise AdapterError(
+                name, f"the name of a tensor has {len(key)} characters, or some that do not print: {quoted(key)}"
+            )
         plain, module, part, is_embedding = _parse_key(key)
         if part is None:
             if "lora_magnitude_vector" in plain:
@@ -1103,8 +1123,20 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
             plan.adapters[number].weights.unmap()
     for module, target in stacked.items():
         if not all(_is_finite(tensor) for tensor in (target.A, target.B, target.bias) if tensor is not None):
-            _require_finite(plan, module, dtypes[module])
+            for adapter, factors in zip(plan.adapters, plan.factors[module]):
+                if factors is not None:
+                    _require_finite(adapter, module, factors, dtypes[module])
     return stacked
+
+
+def require_finite(adapter: UpstreamAdapter, dtype: torch.dtype) -> None:
+    """Raise AdapterError where a factor holds NaN or infinity, in the file or after rounding to `dtype`.
+
+    Unlike in `stack`, only a part of one factor is in memory at a time.
+    """
+    for module, factors in adapter.modules.items():
+        _require_finite(adapter, module, factors, dtype)
+    adapter.weights.unmap()
 
 
 def _allocate(plan: CompositionPlan, module: str, dtype: torch.dtype) -> StackedFactors:
@@ -1177,19 +1209,20 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(total.item()) or all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
-def _require_finite(plan: CompositionPlan, module: str, dtype: torch.dtype) -> None:
-    for adapter, factors in zip(plan.adapters, plan.factors[module]):
-        if factors is None:
-            continue
-        parts = {"lora_A": (factors.A, 1.0), "lora_B": (factors.B, factors.scale)}
-        if factors.bias is not None:
-            parts["lora_B bias"] = (factors.bias, factors.scale)
-        for what, (key, scale) in parts.items():
-            tensor = adapter.weights.read(key)
-            bad = tensor.numel() - int(torch.isfinite(_scaled(tensor, scale, dtype)).sum())
-            if bad:
-                in_file = tensor.numel() - int(torch.isfinite(tensor).sum())
-                reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
-                if not in_file:
-                    reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
-                raise AdapterError(adapter.name, f"module {module!r}: {what}: {reason}")
+def _require_finite(adapter: UpstreamAdapter, module: str, factors: Factors, dtype: torch.dtype) -> None:
+    parts = {"lora_A": (factors.A, 1.0), "lora_B": (factors.B, factors.scale)}
+    if factors.bias is not None:
+        parts["lora_B bias"] = (factors.bias, factors.scale)
+    for what, (key, scale) in parts.items():
+        tensor = adapter.weights.read(key)
+        bad = in_file = 0
+        for part in tensor.flatten().split(CHECKED_AT_ONCE):
+            scaled = _scaled(part, scale, dtype)
+            if not _is_finite(scaled):
+                bad += int((~torch.isfinite(scaled)).sum())
+                in_file += int((~torch.isfinite(part)).sum())
+        if bad:
+            reason = f"{in_file} of {tensor.numel()} values are NaN or infinite"
+            if not in_file:
+                reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
+            raise AdapterError(adapter.name, f"module {quoted(module)}: {what}: {reason}")

@@ -99,12 +99,83 @@ def test_unnamed_adapters_get_the_shortest_name_that_tells_them_apart(adapters: 
         ({"gain": "40"}, "that float32 holds (1.2e-38 to 3.4e+38), got '40'"),
         ({"layers_to_transform": [0], "target_modules": ".*query"}, "layers_to_transform needs target_modules"),
         ({"layers_pattern": "layers"}, "layers_pattern means nothing without layers_to_transform"),
+        ({"target_modules": "("}, "target_modules: '(' is not a regular expression: missing )"),
+        ({"target_modules": 5}, "target_modules must be a list of module names or a regular expression, got 5"),
+        (
+            {"target_modules": ["a", 5]},
+            "target_modules must be a list of module names or a regular expression, got ['a'",
+        ),
+        ({"exclude_modules": "*"}, "exclude_modules: '*' is not a regular expression: nothing to repeat"),
+        (
+            {"exclude_modules": {"a": 1}},
+            "exclude_modules must be a list of module names or a regular expression, got {",
+        ),
+        (
+            {"layers_to_transform": "("},
+            "layers_to_transform must be the number of a layer or a list of such, from 0 on",
+        ),
+        ({"layers_to_transform": [0, "1"]}, "layers_to_transform must be the number of a layer or a list of such"),
+        (
+            {"layers_to_transform": -1},
+            "layers_to_transform must be the number of a layer or a list of such, from 0 on",
+        ),
+        ({"layers_to_transform": True}, "layers_to_transform must be the number of a layer or a list of such"),
+        (
+            {"layers_to_transform": 0, "layers_pattern": "("},
+            "layers_pattern must be the name of a list of layers, such",
+        ),
+        ({"layers_to_transform": 0, "layers_pattern": 5}, "layers_pattern must be the name of a list of layers, or"),
+        (
+            {"layers_to_transform": 0, "layers_pattern": ["(.*)*!"]},
+            "layers_pattern must be the name of a list of layers",
+        ),
+        ({"modules_to_save": 5}, "modules_to_save must be a list of module names, got 5"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of module names, got 'head'; write ['head']"),
+        ({"modules_to_save": ["head", None]}, "modules_to_save must be a list of module names, got ['head', None]"),
+        ({"modules_to_save": ["("]}, "modules_to_save: '(' is not a regular expression: missing )"),
+        ({"adapters": [{"path": 5}]}, "the 'path' in an adapter's dict must be text, got 5"),
+        ({"adapters": [b"me/a"]}, "a Hub id, a local folder or a dict with 'path', got b'me/a'"),
+        ({"adapters": [{"path": "me/a", "revision": 5}]}, "the 'revision' in an adapter's dict must be text, got 5"),
+        ({"adapters": [{"path": "me/a", "name": ["x"]}]}, "the 'name' in an adapter's dict must be text, got ['x']"),
+        ({"adapters": [{"path": "me/a", "subfolder": 7}]}, "the 'subfolder' in an adapter's dict must be text, got 7"),
         ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
     ],
 )
 def test_bad_fields_are_refused_with_the_value(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         CompositionConfig(**{"adapters": ["me/a", "me/b"], **fields})
+
+
+def test_fields_that_select_modules_take_what_peft_takes() -> None:
+    config = CompositionConfig(
+        adapters=["a"],
+        target_modules={"query", "key"},
+        exclude_modules=("a.b",),
+        layers_to_transform=range(2),
+        layers_pattern=("h", "layer"),
+        modules_to_save=("classifier",),
+    )
+    assert config.requested_target_modules == {"query", "key"}
+    assert config.exclude_modules == ["a.b"]
+    assert config.layers_to_transform == [0, 1]
+    assert config.layers_pattern == ["h", "layer"]
+    assert config.modules_to_save == ["classifier"]
+    one_layer = CompositionConfig(adapters=["a"], layers_to_transform=np.int64(3), target_modules=["query"])
+    assert json.loads(json.dumps(one_layer.to_dict()))["layers_to_transform"] == 3
+
+
+@pytest.mark.parametrize("path", [".", "./", "x/..", "../work"])
+def test_a_folder_is_named_by_what_it_is(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert CompositionConfig(adapters=[path]).adapter_names == ["work"]
+
+
+def test_the_root_has_a_name_and_subfolders_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CompositionConfig(adapters=["/"]).adapter_names == ["/"]
+    assert CompositionConfig(adapters=[{"path": ".", "subfolder": "inner"}]).adapter_names == ["inner"]
+    assert CompositionConfig(adapters=[{"path": "x", "subfolder": ".."}]).adapter_names == [tmp_path.name]
 
 
 def test_free_weights_may_be_negative_and_need_no_sum() -> None:
