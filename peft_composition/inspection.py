@@ -106,6 +106,7 @@ def inspect_adapters(
             _describe_factors(report, adapter)
             same.add(adapter)
             read.append((report, adapter))
+    same.count()
     for report, adapter in read:
         with _Judging(report):
             if model is None:
@@ -198,10 +199,12 @@ class _Agreement:
     def __init__(self, check_base_model: bool) -> None:
         self._check_base_model = check_base_model
         self._bases: list[str] = []
+        self._base: str | None = None
         self._shapes: dict[str, list[tuple[LayerShape, UpstreamAdapter]]] = {}
+        self._usual: dict[str, tuple[LayerShape, UpstreamAdapter]] = {}
 
     def add(self, adapter: UpstreamAdapter) -> None:
-        """Count an adapter in; all are, before the first is judged."""
+        """Count an adapter in."""
         base = adapter.config.get("base_model_name_or_path")
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         if base and upstream.is_hub_id(base):
@@ -209,21 +212,26 @@ class _Agreement:
         for module, shape in shapes.items():
             self._shapes.setdefault(module, []).append((shape, adapter))
 
+    def count(self) -> None:
+        """Find what most of them have."""
+        self._base = _most_common(self._bases, key=original)
+        self._usual = {m: _most_common(shapes, key=lambda entry: entry[0]) for m, shapes in self._shapes.items()}
+
     def require(self, adapter: UpstreamAdapter) -> None:
         """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
         trained_on = adapter.config.get("base_model_name_or_path")
-        base = _most_common(self._bases, key=original)
+        base = self._base
         if self._check_base_model and base and upstream.is_hub_id(trained_on):
             if original(str(trained_on)) != original(base):
                 raise AdapterError(
                     adapter.name,
-                    f"it was trained on {quoted(trained_on)}, but most others on {quoted(base)}. If these are the same "
-                    "weights under another name, --no-check-base leaves names aside",
+                    f"it was trained on {quoted(trained_on)}, but most others on {quoted(base)}. If these are "
+                    "the same weights under another name, --no-check-base leaves names aside",
                 )
             upstream.warn_about_other_names([adapter], base)
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         for module, shape in shapes.items():
-            wanted, other = _most_common(self._shapes[module], key=lambda entry: entry[0])
+            wanted, other = self._usual[module]
             if shape != wanted:
                 is_embedding = shape.is_embedding and wanted.is_embedding
                 has, needs = (misfits.Sizes(s.in_shape, s.out_features) for s in (shape, wanted))
