@@ -10,7 +10,7 @@ from warnings import warn
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -20,7 +20,7 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import functional
+from . import compat, functional
 from .config import CompositionConfig
 from .folding import Folded, Folds, Motion, Source
 from .ties import Place, Tie
@@ -860,7 +860,7 @@ def _is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or nn.modules.module._has_any_global_hook()
+        or compat.has_global_hooks()
     )
 
 
@@ -909,7 +909,7 @@ def _linear_features(base_layer: nn.Module, **quantization_kwargs: Any) -> tuple
         return base_layer.in_features, base_layer.out_features
     if quantization_backend_of(base_layer, **quantization_kwargs) is None:
         return None
-    in_features, out_features = _get_in_out_features(base_layer)
+    in_features, out_features = compat.get_in_out_features(base_layer)
     return None if in_features is None or out_features is None else (in_features, out_features)
 
 

@@ -16,19 +16,14 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _ExcludedModule,
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from . import processes, upstream
+from . import compat, processes, upstream
 from .base_copies import warn_about_other_bases
 from .config import AdapterReference, CompositionConfig, LoraLayout
 from .layer import (
@@ -606,7 +601,7 @@ def _name_ends(wanted: Collection[str], names: Iterable[str]) -> list[str] | Non
     """The fewest name ends that select these names and no others; None where there are none."""
     if not wanted:
         return []
-    ends = _find_minimal_target_modules(set(wanted), set(names) - set(wanted))
+    ends = compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted))
     selected = {name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)}
     return sorted(ends) if selected == set(wanted) else None
 
@@ -800,11 +795,11 @@ def _module_filter(
         layers_pattern=config.layers_pattern,
         task_type=config.task_type,
     )
-    _maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
+    compat.maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
 
     def is_wanted(name: str) -> bool:
         found = [check_target_module_exists(rules, candidate) for candidate in names_of(name)]
-        return any(found) and not any(isinstance(result, _ExcludedModule) for result in found)
+        return any(found) and not any(isinstance(result, compat.ExcludedModule) for result in found)
 
     return is_wanted
 
@@ -813,24 +808,13 @@ def _module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable
     """From module names of older transformers, or of the model with or without its head, to those in `targets`."""
     if not isinstance(model, PreTrainedModel):
         return lambda module: module
-    weights = dict.fromkeys((f"{name}.weight" for name in targets), True)
-
-    @cache
-    def renamings() -> list[WeightRenaming]:
-        return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    renamed_key = compat.key_renamer(model, dict.fromkeys((f"{name}.weight" for name in targets), True))
 
     @cache  # adapters have most names in common
     def current_name(module: str) -> str:
         if module in targets or find_parameter(targets, module) is not None:
             return module
-        key, _ = rename_source_key(
-            f"{module}.weight",
-            renamings(),
-            [],
-            base_model_prefix=model.base_model_prefix,
-            meta_state_dict=weights,
-        )
-        renamed = key.removesuffix(".weight")
+        renamed = renamed_key(f"{module}.weight").removesuffix(".weight")
         return renamed if renamed in targets else module
 
     return current_name

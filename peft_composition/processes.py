@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from . import upstream
+from . import compat, upstream
 from .config import AdapterReference
 from .upstream import AdapterError, AdapterFiles
 
@@ -74,7 +74,7 @@ def _store() -> dist.Store | None:
     """What the processes of the default group share; None for a process alone, and for groups that have no store."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return cast("dist.Store | None", dist.distributed_c10d._get_default_store())
+    return compat.default_store()
 
 
 def _announced(store: dist.Store, keys: list[str], find: Callable[[], list[AdapterFiles]]) -> list[AdapterFiles]:

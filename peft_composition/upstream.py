@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import (
-    _CACHED_NO_EXIST,
     constants,
     hf_hub_download,
     list_repo_files,
@@ -45,7 +44,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import formats, misfits, pickled
+from . import compat, formats, misfits, pickled
 from .base_names import original, without_owner
 from .config import AdapterReference, Provenance
 from .front_matter import stated_license
@@ -521,7 +520,7 @@ def _is_known_to_be_missing(reference: AdapterReference, filename: str, commit: 
     """Whether the Hub has said before that this commit does not have the file."""
     if reference.get("subfolder"):
         filename = f"{reference['subfolder']}/{filename}"
-    return try_to_load_from_cache(reference["path"], filename, revision=commit) is _CACHED_NO_EXIST
+    return try_to_load_from_cache(reference["path"], filename, revision=commit) is compat.CACHED_NO_EXIST
 
 
 def _download(reference: AdapterReference, filename: str, revision: str | None) -> Path | None:
