@@ -5,10 +5,12 @@ Outside the package, because importing that loads torch and PEFT: help, completi
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -20,6 +22,9 @@ except ImportError as missing:
     raise SystemExit(
         f"Error: {missing}. The command line needs an extra: pip install 'peft-composition[cli]'"
     ) from None
+
+
+SUM_TOLERANCE = 2e-3  # as in `CompositionConfig`
 
 
 class Mixing(StrEnum):
@@ -42,6 +47,26 @@ class Head(StrEnum):
     included = "with"
     excluded = "without"
     separate = "separate"
+
+
+class Task(StrEnum):
+    """Task types of PEFT, as `base_models.AUTO_CLASSES` knows them."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class Dtype(StrEnum):
+    """Of the weights that are written."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Part(StrEnum):
@@ -90,8 +115,25 @@ app = typer.Typer(
 _has_tracebacks = False
 
 
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        others = ", ".join(f"{name} {_version_of(name)}" for name in ("peft", "transformers", "torch"))
+        typer.echo(f"peft-composition {_version_of('peft-composition')} ({others})")
+        raise typer.Exit
+
+
+def _version_of(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 @app.callback()
 def _set(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
     global _has_tracebacks
@@ -103,15 +145,13 @@ Out = Annotated[Path, typer.Option(help="Folder to write to; must be new or empt
 Saved = Annotated[
     Path, typer.Argument(metavar="DIR", help="A saved composition.", exists=True, file_okay=False, show_default=False)
 ]
-Task = Annotated[
-    Optional[str],  # noqa: UP045  (typer reads it at run time)
-    typer.Option(
-        help="Task type, such as SEQ_CLS or CAUSAL_LM. Default: what the adapters state.", show_default=False
-    ),
+ForTask = Annotated[
+    Optional[Task],  # noqa: UP045  (typer reads it at run time)
+    typer.Option("--task", help="Task type. Default: what the adapters state.", show_default=False),
 ]
-Dtype = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="float32, bfloat16 or float16. Default: as it is.", show_default=False),
+AsDtype = Annotated[
+    Optional[Dtype],  # noqa: UP045
+    typer.Option("--dtype", help="Of the weights. Default: as they are.", show_default=False),
 ]
 
 
@@ -137,7 +177,7 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    task: Task = None,
+    task: ForTask = None,
     check_base: CheckBase = True,
     as_json: AsJson = False,
 ) -> None:
@@ -145,7 +185,7 @@ def inspect(
     with _reported():
         from peft_composition import cli
 
-        is_good = cli.inspect(adapters, base, task, as_json, check_base)
+        is_good = cli.inspect(adapters, base, task and task.value, as_json, check_base)
     if not is_good:
         raise typer.Exit(1)
 
@@ -165,7 +205,16 @@ def compose(
     normalization: Annotated[
         Normalization, typer.Option(help="Weights that are positive with sum 1, or free weights (none).")
     ] = Normalization.softmax,
-    task: Task = None,
+    task: ForTask = None,
+    num_labels: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            help="Write a new, untrained head for so many labels, where the base has no trained one of this size. "
+            "Default: no head is written unless the base has one.",
+            show_default=False,
+        ),
+    ] = None,
     save_adapters: Annotated[
         bool, typer.Option(help="Whether the upstream factors are saved, or only their names and hashes.")
     ] = True,
@@ -189,6 +238,7 @@ def compose(
         raise typer.BadParameter(f"--mixing fixed needs one of --weights per adapter: {len(adapters)}.")
     if mixing is Mixing.uniform and weights:
         raise typer.BadParameter("--weights mean nothing with --mixing uniform; give --mixing fixed.")
+    _require_good_weights(weights or (), normalization)
     _require_empty(out)
     with _reported():
         from peft_composition import cli
@@ -200,7 +250,8 @@ def compose(
             weights or None,
             normalization.value,
             out,
-            task=task,
+            task=task and task.value,
+            num_labels=num_labels,
             save_adapters=save_adapters,
             with_lora=save_adapters if lora is None else lora,
             push=push,
@@ -233,12 +284,14 @@ def export(
     head: Annotated[Head, typer.Option(help="Whether the trained head goes with it, or into a file of its own.")] = (
         Head.included
     ),
-    dtype: Dtype = None,
+    dtype: AsDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a saved composition as a plain LoRA that needs no plugin."""
     if rank is not None and energy is not None:
         raise typer.BadParameter("Give --rank or --energy, not both.")
+    if energy is not None and not 0 < energy <= 1:
+        raise typer.BadParameter(f"must be more than 0 and at most 1, got {energy:g}.", param_hint="--energy")
     if round_rank and own_ranks:
         raise typer.BadParameter("Give --round-rank or --own-ranks, not both.")
     _require_empty(out)
@@ -249,7 +302,7 @@ def export(
             folder,
             out,
             head.value,
-            dtype=dtype,
+            dtype=dtype and dtype.value,
             as_json=as_json,
             rank=rank,
             energy=energy,
@@ -261,13 +314,14 @@ def export(
 @app.command()
 def weights(
     folder: Saved,
-    png: Annotated[Path, typer.Option(metavar="FILE", help="Where the heatmap goes.", dir_okay=False)] = Path(
-        "weights.png"
-    ),
+    png: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw a heatmap, too, into this file.", dir_okay=False, show_default=False),
+    ] = None,
     by: Annotated[Part, typer.Option(help="Rows of the second table and of the heatmap.")] = Part.block,
     as_json: AsJson = False,
 ) -> None:
-    """Show the mixing weights of a saved composition as tables and as a heatmap."""
+    """Show the mixing weights of a saved composition as tables and, if asked for, as a heatmap."""
     with _reported():
         from peft_composition import cli
 
@@ -282,7 +336,11 @@ def merge(
         Optional[str],  # noqa: UP045
         typer.Option(help="Base model, Hub id or folder. Default: the recorded one.", show_default=False),
     ] = None,
-    dtype: Dtype = None,
+    task: Annotated[
+        Optional[Task],  # noqa: UP045
+        typer.Option(help="Task type, for the class of the base model. Default: as recorded.", show_default=False),
+    ] = None,
+    dtype: AsDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the base model with a saved composition merged into it, and its tokenizer or processor."""
@@ -290,7 +348,25 @@ def merge(
     with _reported():
         from peft_composition import cli
 
-        cli.merge(folder, out, base, dtype, as_json)
+        cli.merge(folder, out, base, task and task.value, dtype and dtype.value, as_json)
+
+
+def _require_good_weights(weights: Sequence[float], normalization: Normalization) -> None:
+    """What `CompositionConfig` would say of the weights, before anything slow."""
+    problem = None
+    if not all(map(math.isfinite, weights)):
+        problem = f"must be finite numbers, got {_joined(weights)}"
+    elif normalization is Normalization.softmax and weights:
+        if min(weights) < 0:
+            problem = f"must not be negative, got {_joined(weights)}; free weights: --normalization none"
+        elif abs(math.fsum(weights) - 1) > SUM_TOLERANCE:
+            problem = f"must sum to 1, got {math.fsum(weights):g}; free weights: --normalization none"
+    if problem:
+        raise typer.BadParameter(f"{problem}.", param_hint="--weights")
+
+
+def _joined(weights: Sequence[float]) -> str:
+    return " ".join(f"{weight:g}" for weight in weights)
 
 
 def _require_empty(out: Path) -> None:
@@ -312,12 +388,21 @@ def _reported() -> Iterator[None]:
         if _has_tracebacks:
             raise
         kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
-        typer.echo(f"Error: {kind}{' '.join(str(error).split())}", err=True)
+        _complain(f"Error: {kind}{error}")
         raise typer.Exit(1) from None
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+    _complain(f"Warning: {message}")
+
+
+def _complain(text: str) -> None:
+    try:
+        from peft_composition.text import LONG, one_line
+    except ImportError:  # the error that is to be shown: PEFT or torch is not there, or too old
+        typer.echo(" ".join(text.split()), err=True)
+    else:
+        typer.echo(one_line(text, LONG), err=True)
 
 
 def main() -> None:

@@ -108,6 +108,8 @@ class CompositionConfig(PeftConfig):
         lora_layout: record: what an export to a plain LoRA needs to know of the base model. Not for users.
         provenance: record: name, path, commit, sha256, base and licence of every upstream adapter. Not for users.
         num_labels: record: number of classes of the base model's head, if it classifies. Not for users.
+        untrained_head: record: hash of a head that was written untrained; it differs once that is trained. Not for
+            users.
         peft_composition_version: record: version of this package that the composition was made with. Not for users.
 
     Raises:
@@ -163,6 +165,9 @@ class CompositionConfig(PeftConfig):
     )
     num_labels: int | None = field(
         default=None, metadata={"help": "Record: number of classes of the base model's head."}
+    )
+    untrained_head: str | None = field(
+        default=None, metadata={"help": "Record: hash of a head that was written untrained."}
     )
     peft_composition_version: str | None = field(
         default=None, metadata={"help": "Record: version of this package that the composition was made with."}

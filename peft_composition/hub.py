@@ -7,6 +7,7 @@ PEFT writes the card before it saves the config, so `CompositionConfig.save_pret
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -27,13 +28,15 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor
 
+from .base_models import AUTO_CLASSES, class_to_load, stated_class
 from .config import CompositionConfig, Provenance
 from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
 from .layer import Mixing
 from .model import block_of
 from .parameters import name_in_checkpoint
-from .text import SHORT, in_code, in_markdown, in_python
+from .text import SHORT, in_code, in_markdown, in_python, one_line
 from .upstream import WeightsFile, is_hub_id
 
 
@@ -48,14 +51,6 @@ TAG = "peft-composition"
 TEMPLATE = "model_card_template.md"
 NEW_TITLE = "# Composition of LoRA adapters"
 ADAPTERS_PER_BLOCK_TABLE = 20
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _BEGIN, _END = "<!-- peft-composition:begin", "<!-- peft-composition:end -->"
 # A mark is a line of its own, which text from others never is. A begin mark whose end somebody deleted must not
 # swallow the text up to the end mark of a later section.
@@ -293,6 +288,20 @@ def _evaluation_of(trainer: Trainer) -> dict[str, float]:
 # A composition as it is on disk
 
 
+def head_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the tensors of a checkpoint that are not the composition's own, to tell whether they have changed."""
+    digest = hashlib.sha256()
+    for key in sorted(key for key in tensors if not _is_of_composition(key)):
+        content = tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(key.encode("utf-8", "surrogatepass"))
+        digest.update(content.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_of_composition(key: str) -> bool:
+    return any(part.startswith("composition_") for part in key.split("."))
+
+
 @dataclass(frozen=True)
 class _Saved:
     """A composition that `save_pretrained` wrote.
@@ -343,6 +352,14 @@ class _Saved:
     def base_model(self) -> str | None:
         name = self.config.base_model_name_or_path
         return name if is_hub_id(name) else None
+
+    @cached_property
+    def head(self) -> dict[str, Tensor]:
+        """The tensors beside the composition's own: those of modules that are trained in full."""
+        if self.weights_file is None:
+            return {}
+        file = WeightsFile(self.subfolder or "default", self.weights_file)
+        return {key: file.read(key) for key in file if not _is_of_composition(key)}
 
     def mixing_weights(self) -> dict[str, list[float]]:
         """The weight of every adapter in every composed module, from theta in the weights file; empty if not there."""
@@ -468,6 +485,9 @@ def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -
         ),
         lora_code=_loading_code(saved, repo_id, lora_subfolder) if saved.has_lora else None,
         lora_subfolder=lora_subfolder,
+        head=sorted({key.removeprefix("base_model.model.").rpartition(".")[0] for key in saved.head}),
+        is_untrained=saved.config.untrained_head is not None and saved.config.untrained_head == head_hash(saved.head),
+        is_classifier="Classification" in str((saved.config.auto_mapping or {}).get("base_model_class")),
         modules=len(saved.ranks),
         different_weights=len({tuple(row) for row in weights.values()}),
         adapters=adapters,
@@ -540,33 +560,35 @@ def _in_address(path: str) -> str:
 
 def _loading_code(saved: _Saved, repo_id: str | None, subfolder: str | None, *first_lines: str) -> str:
     """Python that loads the base model and the adapter, to be pasted."""
-    config = saved.config
     where = [in_python(repo_id or ".")]
     if subfolder:
         where.append(f"subfolder={in_python(subfolder)}")
     note = "" if repo_id else "  # this folder, or the repository that it was pushed to"
-    imported, base_model = _base_model_code(config)
+    imported, base_model = _base_model_code(saved)
     lines = [*first_lines, "from peft import PeftModel", *imported, "", base_model]
     return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {', '.join(where)}){note}"])
 
 
-def _base_model_code(config: CompositionConfig) -> tuple[list[str], str]:
+def _base_model_code(saved: _Saved) -> tuple[list[str], str]:
     """The import and the line that load the base model, as far as the config tells."""
+    config = saved.config
     mapping = config.auto_mapping or {}
     stated = str(mapping.get("base_model_class") or "")
     stated = stated if stated.isidentifier() and len(stated) <= SHORT else ""  # it becomes code that people run
-    auto_class = AUTO_CLASSES.get(config.task_type or "")
-    if auto_class is None and str(mapping.get("parent_library")).startswith("transformers."):
-        auto_class = stated
+    auto_class = next(iter(AUTO_CLASSES.get(config.task_type or "", ())), None)
+    if stated_class({"auto_mapping": mapping}) is not None:
+        auto_class = class_to_load(config.task_type, stated)
     name = config.base_model_name_or_path
     if not auto_class or not name or len(config.revision or "") > SHORT:
         kind = f", a {stated}" if stated else ""
         return [], f"base_model = ...  # the model that the adapters were trained on{kind}"
+    note = ""
+    if not is_hub_id(name):  # nobody else has this folder, and how it is called is nobody's business
+        name, note = f"path/to/{one_line(Path(name).name)}", "  # your copy of the base model"
     arguments = [in_python(name)]
     if config.revision:
         arguments.append(f"revision={in_python(config.revision)}")
-    if config.num_labels is not None:
+    if config.num_labels is not None and saved.head:
         arguments.append(f"num_labels={int(config.num_labels)}")
-    note = "" if is_hub_id(name) else "  # a local folder: put your own here"
     line = f"base_model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
     return [f"from transformers import {auto_class}"], line

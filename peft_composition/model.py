@@ -460,6 +460,8 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
             (config.provenance if config.is_restored else None) or [adapter.provenance for adapter in plan.adapters],
         )
     config.num_labels = _num_labels(model)
+    if isinstance(model, PreTrainedModel):  # PEFT says so only of models without a task type, which may mislead
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     assert config.composed_modules is not None
     config.lora_layout = _lora_layout(config.composed_modules, targets)
     return _Injection(

@@ -446,6 +446,12 @@ def run(code: str) -> dict[str, Any]:
     return names
 
 
+def with_own_copy(code: str, base: Path) -> str:
+    """The code with the reader's own folder in it, as its comment asks for."""
+    assert '"path/to/base"' in code
+    return code.replace("path/to/base", str(base))
+
+
 def test_the_first_code_block_works_as_pasted(
     pair: Any, local_base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,7 +459,7 @@ def test_the_first_code_block_works_as_pasted(
     code = code_blocks(saved(model, tmp_path / "out"))[0]
     assert code.startswith("import peft_composition")
     monkeypatch.chdir(tmp_path / "out")
-    loaded = run(code)["model"].eval()
+    loaded = run(with_own_copy(code, tmp_path / "base"))["model"].eval()
     assert torch.equal(tiny.output(loaded, "bert"), tiny.output(model, "bert"))
 
 
@@ -466,8 +472,21 @@ def test_a_model_without_a_task_type_is_loaded_by_its_class(
     code = code_blocks(saved(model, tmp_path / "out"))[0]
     assert "from transformers import ViTForImageClassification\n" in code
     monkeypatch.chdir(tmp_path / "out")
-    loaded = run(code)["model"].eval()
+    loaded = run(with_own_copy(code, tmp_path / "base"))["model"].eval()
     assert torch.equal(tiny.output(loaded, "vit"), tiny.output(model, "vit"))
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_no_local_path_is_in_the_card(
+    pair: Any, local_base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_absolute: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = str(tmp_path / "base") if is_absolute else "base"
+    model = trained(pair("bert"), base=named(local_base, name))
+    model.peft_config["default"].base_model_name_or_path = name
+    card = saved(model, tmp_path / "out")
+    assert str(tmp_path) not in card
+    assert 'from_pretrained("path/to/base", num_labels=2)  # your copy of the base model\n' in card
 
 
 def test_what_cannot_be_known_of_the_base_model_is_left_open(two_adapters: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -19,7 +20,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+import peft_composition
+import peft_composition_cli
 from peft_composition import CompositionConfig
+from peft_composition.config import SUM_TOLERANCE
 from peft_composition_cli import app
 
 from . import tiny
@@ -307,10 +311,35 @@ def test_weights_are_those_of_the_model(tmp_path: Path, composed: Path, base_fol
         assert row == pytest.approx({name: wanted[module][name] for name in row}, abs=1e-6)
         assert ("b" in row) is module.endswith("value")
     assert png.read_bytes().startswith(b"\x89PNG")
-    text = run("weights", composed, "--png", png).stdout
+    before = png.read_bytes()
+    assert f"Heatmap: {png}" in run("weights", composed, "--png", png, "--by", "module").stdout
+    assert png.read_bytes() == before
+    text = run("weights", composed).stdout
     mean = sum(row["a"] for row in wanted.values()) / len(wanted)
     assert f"{mean:.3f}" in text
     assert "bert.encoder.layer.1" in text
+
+
+def test_weights_draws_nothing_unless_asked(tmp_path: Path, composed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.png").write_text("mine")
+    assert run("weights", composed).exit_code == 0
+    assert run_json("weights", composed)["png"] is None
+    assert (tmp_path / "weights.png").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.png"]
+
+
+def test_without_matplotlib_the_tables_are_there(tmp_path: Path, composed: Path) -> None:
+    """Also where a heatmap is asked for that cannot be drawn."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
+        "sys.argv = ['peft-composition', *sys.argv[1:]]; from peft_composition_cli import main; main()"
+    )
+    for options, exit_code in (([], 0), (["--png", tmp_path / "heat.png"], 1)):
+        result = run_process("-c", code, "weights", composed, *options)
+        assert result.returncode == exit_code, result.stderr
+        assert "Mean weight by block" in result.stdout
+        assert ("pip install 'peft-composition[cli]'" in result.stderr) is (exit_code == 1)
 
 
 def test_merge_writes_a_plain_model_with_its_tokenizer(tmp_path: Path, composed: Path, base_folder: Path) -> None:
@@ -360,13 +389,47 @@ def test_merge_of_an_image_model_can_be_used_as_it_is(tmp_path: Path) -> None:
         (["compose", "--weights", "0.5", "0.5"], "mean nothing with --mixing uniform"),
         (["compose", "--mixing", "learned"], "learned"),
         (["compose", "--weights"], "--weights"),
+        (["compose", "--weights", "0.5", "half"], "Invalid value for '--weights'"),
+        (["compose", "--mixing", "fixed", "--weights", "0.5", "nan"], "must be finite numbers, got 0.5 nan"),
+        (["compose", "--mixing", "fixed", "--weights", "1.5", "-0.5"], "must not be negative, got 1.5 -0.5"),
+        (["compose", "--mixing", "fixed", "--weights", "0.5", "0.6"], "must sum to 1, got 1.1"),
+        (["compose", "--task", "SOMETHING"], "SOMETHING"),
+        (["compose", "--num-labels", "0"], "--num-labels"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], complaint: str, tmp_path: Path) -> None:
     command, *options = arguments
     result = run(command, "--base", "b", "--adapters", "x", "y", "--out", tmp_path / "out", *options)
     assert result.exit_code == 2
-    assert complaint in result.stderr
+    assert complaint in " ".join(result.stderr.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--energy", "1.5"], "must be more than 0 and at most 1, got 1.5"),
+        (["--energy", "0"], "must be more than 0 and at most 1, got 0"),
+        (["--energy", "nan"], "must be more than 0 and at most 1, got nan"),
+        (["--rank", "0"], "--rank"),
+        (["--rank", "2", "--energy", "0.5"], "not both"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_wrong_arguments_of_an_export_are_refused(
+    arguments: list[str], complaint: str, composed: Path, tmp_path: Path
+) -> None:
+    result = run("export", composed, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_weights_are_refused_and_taken_as_the_config_does() -> None:
+    """The command line knows the rule by itself, because the config comes with torch."""
+    assert peft_composition_cli.SUM_TOLERANCE == SUM_TOLERANCE
+    weights = ["--mixing", "fixed", "--weights", "0.501", "0.5"]
+    result = run("compose", "--base", "b", "--adapters", "x", "y", *weights, "--out", "o", "--json")
+    assert result.exit_code == 1
+    assert "weights" not in result.stderr
 
 
 def test_a_folder_that_holds_something_is_not_written_to(composed: Path) -> None:
@@ -385,16 +448,23 @@ def test_a_folder_without_a_composition_is_refused(tmp_path: Path, loras: list[P
         assert "no saved composition" in result.stderr
 
 
-def test_help_and_completion_load_no_torch() -> None:
+def test_what_needs_no_torch_loads_none(composed: Path) -> None:
     code = (
         "import sys; sys.argv = ['peft-composition', *sys.argv[1:]]; from peft_composition_cli import main\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     )
-    for arguments, wanted in ((["--help"], "inspect"), (["compose", "--help"], "--adapters")):
+    compose = ["compose", "--base", "b", "--out", "o", "--adapters", "x", "y"]
+    for arguments, exit_code, wanted in (
+        (["--help"], 0, "inspect"),
+        (["compose", "--help"], 0, "--adapters"),
+        (["--version"], 0, f"peft-composition {peft_composition.__version__} (peft {peft.__version__}, transformers "),
+        ([*compose, "--mixing", "fixed", "--weights", "1", "2"], 2, "must sum to 1, got 3"),
+        (["export", str(composed), "--out", "o", "--energy", "2"], 2, "at most 1, got 2"),
+    ):
         result = run_process("-c", code, *arguments)
-        assert result.returncode == 0, result.stderr
-        assert wanted in result.stdout
+        assert result.returncode == exit_code, result.stderr
+        assert wanted in result.stdout + result.stderr
     completion = run_process("-c", code, _PEFT_COMPOSITION_COMPLETE="complete_bash", COMP_WORDS="peft-composition in",
                              COMP_CWORD="1")  # fmt: skip
     assert completion.stdout.split() == ["inspect"], completion.stderr

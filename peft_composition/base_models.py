@@ -1,0 +1,182 @@
+"""Which class of transformers loads a base model: by the task, by what adapters state, by the model's own config.
+
+Adapters say `CAUSAL_LM` of models that `AutoModelForCausalLM` does not know (Qwen2-VL, SmolVLM), or knows in part (it
+makes the decoder of a Whisper, the language model of a Llama 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+# For each task type of PEFT the classes that load a model for it, with the tables of the models that they know; first
+# the one that the task is named after.
+AUTO_CLASSES: dict[str, dict[str, str]] = {
+    "SEQ_CLS": {
+        "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+        "AutoModelForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING",
+    },
+    "SEQ_2_SEQ_LM": {
+        "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+        "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+        "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    },
+    "CAUSAL_LM": {
+        "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+        "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+        "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+        "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+        "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    },
+    "TOKEN_CLS": {
+        "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+        "AutoModelForAudioFrameClassification": "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING",
+    },
+    "QUESTION_ANS": {
+        "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+        "AutoModelForVisualQuestionAnswering": "MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING",
+        "AutoModelForDocumentQuestionAnswering": "MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING",
+    },
+    "FEATURE_EXTRACTION": {"AutoModel": "MODEL_MAPPING"},
+}
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A class of transformers that loads a base model.
+
+    Attributes:
+        name: of the class.
+        builds: the class of the model that comes out.
+    """
+
+    name: str
+    builds: type[PreTrainedModel]
+
+    @property
+    def loads(self) -> Any:
+        return getattr(transformers, self.name)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the model has a head for a number of labels."""
+        return "Classification" in self.builds.__name__
+
+    def from_pretrained(
+        self,
+        base: str,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        num_labels: int | None = None,
+    ) -> tuple[nn.Module, list[str]]:
+        """Load a base model.
+
+        Args:
+            base: Hub id or folder.
+            revision: of the Hub id.
+            dtype: of the weights. Default: as they are saved.
+            num_labels: of the head; one of another size is replaced. Default: as in the base's config.
+
+        Returns:
+            The model, and the names of the modules that are not in the base's weights and so are new and untrained.
+        """
+        kwargs: dict[str, Any] = {"revision": revision} if revision else {}
+        if num_labels is not None:
+            kwargs.update(num_labels=num_labels, ignore_mismatched_sizes=True)
+        model, info = self.loads.from_pretrained(base, dtype=dtype or "auto", output_loading_info=True, **kwargs)
+        keys = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+        return model, sorted({key.rpartition(".")[0] for key in keys})
+
+    def empty(self, config: PretrainedConfig) -> nn.Module:
+        """The model without values: its modules and shapes."""
+        with torch.device("meta"):
+            return self.loads.from_config(config) if hasattr(self.loads, "from_config") else self.loads(config)
+
+
+def loaders(task: str | None, config: PretrainedConfig, stated: str | None = None) -> list[Loader]:
+    """The classes that can load a base model, the likeliest first; no two build the same model.
+
+    Args:
+        task: task type of PEFT, or None.
+        config: of the base model.
+        stated: class of the model that an adapter was trained on, where it says so. Ignored where transformers has no
+            such class for this base.
+
+    Returns:
+        The stated class, those for the task, the base's own (`architectures`) and, if there are none of these,
+        `AutoModel`.
+
+    Raises:
+        ValueError: the task type is not known.
+    """
+    if task is not None and task not in AUTO_CLASSES:
+        raise ValueError(f"task type {task!r} is not known; there are {', '.join(AUTO_CLASSES)}")
+    found: dict[type, Loader] = {}
+
+    def add(name: str, builds: type[PreTrainedModel] | None) -> None:
+        if builds is not None:
+            found.setdefault(builds, Loader(name, builds))
+
+    trained_on = _model_class(stated)
+    if trained_on is not None and trained_on.config_class in (type(config), *_sub_configs(config)):
+        add(class_to_load(task, trained_on.__name__), trained_on)
+    for name, table in AUTO_CLASSES.get(task or "", {}).items():
+        for builds in _known(table, type(config)):
+            add(name, builds)
+    for name in config.architectures or ():
+        add(name, _model_class(name))
+    if not found:
+        name = next(iter(AUTO_CLASSES[task])) if task else "AutoModel"  # its error says what is missing
+        return [Loader(name, PreTrainedModel)]
+    return list(found.values())
+
+
+def choose(candidates: list[Loader], config: PretrainedConfig, fits: Callable[[nn.Module], bool]) -> Loader:
+    """The first of the classes whose model, built without values, fits; the first of all if none does."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return next((loader for loader in candidates if fits(loader.empty(config))), candidates[0])
+
+
+def class_to_load(task: str | None, model_class: str) -> str:
+    """The name of the class that loads a model of a given class: the `AutoModelFor...` of the task, or itself."""
+    builds = _model_class(model_class)
+    for name, table in AUTO_CLASSES.get(task or "", {}).items():
+        if builds is not None and builds in _known(table, builds.config_class):
+            return name
+    return model_class
+
+
+def stated_class(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that an adapter's config says it was trained on; None where it says none."""
+    mapping = config.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return name if _model_class(name) is not None else None
+
+
+def _model_class(name: object) -> type[PreTrainedModel] | None:
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _known(table: str, config_class: type[PretrainedConfig] | None) -> tuple[type[PreTrainedModel], ...]:
+    """The model classes that a table of transformers has for a config; a table may be newer than transformers."""
+    mapping = getattr(transformers, table, None)
+    if mapping is None or config_class not in mapping:
+        return ()
+    classes = mapping[config_class]
+    return classes if isinstance(classes, tuple) else (classes,)
+
+
+def _sub_configs(config: PretrainedConfig) -> tuple[type[PretrainedConfig], ...]:
+    return tuple(getattr(config, "sub_configs", {}).values())

@@ -1,0 +1,138 @@
+"""What the commands of `peft-composition` print: lines, tables for people, JSON for machines.
+
+Names, licences and reasons come from others: nothing of theirs is markup or a control sequence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .export import LoraExport
+from .inspection import AdapterReport
+from .report import Part, WeightRow
+from .text import LONG, one_line
+
+
+MOST_COLUMNS = 8  # of adapters in a table by parts
+MOST_NAMES = 6  # of adapters that a note is about
+
+
+def say(text: str) -> None:
+    """Print a line, however long."""
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(one_line(text, LONG))
+
+
+def print_json(value: object) -> None:
+    """Print one document; what a terminal could take for more than text stands there escaped."""
+    print(json.dumps(value, indent=2))
+
+
+def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
+    """A row for every adapter; below, in the full width, why some cannot be composed and what else there is to say."""
+    title = _plain(f"{len(reports)} adapters" + (f" for {base}" if base else ""))
+    table = Table(title=title, show_lines=True, show_edge=False, pad_edge=False)
+    table.add_column("adapter, base, targets, licence", overflow="fold")
+    table.add_column("rank", no_wrap=True)
+    table.add_column("modules", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("composable", no_wrap=True)
+    for report in reports:
+        table.add_row(
+            _described(report),
+            _span(report.ranks),
+            "-" if report.modules is None else str(report.modules),
+            "-" if report.bytes is None else _size(report.bytes),
+            Text("yes", "green") if report.is_composable else Text("no", "red"),
+        )
+    console = Console(highlight=False, emoji=False)
+    console.print(table, "")
+    for report in reports:
+        if report.reason is not None:
+            console.print(Text.assemble((one_line(report.name), "bold"), ": ", one_line(report.reason, LONG)))
+    for note, names in _by_note(reports).items():
+        console.print(Text.assemble((_listed(names), "bold"), ": ", one_line(note, LONG)))
+    good = sum(report.is_composable for report in reports)
+    console.print(f"{good} of {len(reports)} can be composed.")
+
+
+def print_errors(lora: LoraExport) -> None:
+    """What the truncation of an export cost, module by module."""
+    table = Table(title="Relative error of the truncation")
+    table.add_column("module", overflow="fold")
+    table.add_column("rank", justify="right")
+    table.add_column("error", justify="right")
+    for module, error in lora.errors.items():
+        table.add_row(_plain(module), str(lora.ranks[module]), f"{error:.3g}")
+    Console().print(table)
+
+
+def print_means(rows: Sequence[WeightRow]) -> None:
+    """The mixing weights of every adapter over the whole model."""
+    table = Table(title="Mixing weights")
+    table.add_column("adapter", overflow="fold")
+    for heading in ("modules", "mean", "min", "max"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(_plain(row.adapter), str(row.modules), f"{row.mean:.3f}", f"{row.min:.3f}", f"{row.max:.3f}")
+    Console().print(table)
+
+
+def print_parts(rows: Sequence[WeightRow], whole: Sequence[WeightRow], by: Part) -> None:
+    """Parts down and adapters across; of many adapters those with the largest weights."""
+    largest = sorted(whole, key=lambda row: -abs(row.mean))[:MOST_COLUMNS]
+    shown = [row.adapter for row in whole if row in largest]
+    few = f"the {len(shown)} of {len(whole)} adapters with the largest weights; all with --json"
+    table = Table(title=f"Mean weight by {by}", caption=few if len(shown) < len(whole) else None)
+    table.add_column(by, overflow="fold")
+    for adapter in shown:
+        table.add_column(_plain(adapter), justify="right", overflow="fold")
+    means = {(row.part, row.adapter): f"{row.mean:.3f}" for row in rows}
+    for part in dict.fromkeys(row.part for row in rows):
+        table.add_row(_plain(part), *(means.get((part, adapter), "-") for adapter in shown))
+    Console().print(table)
+
+
+def _plain(text: str) -> Text:
+    """Text for a cell: a string would be read as markup."""
+    return Text(one_line(text))
+
+
+def _described(report: AdapterReport) -> Text:
+    """Name, base model, targets, licence and commit, a line each."""
+    terms = [report.license or "licence not stated", report.commit[:12] if report.commit else ""]
+    lines = [report.base or "base not stated", ", ".join(report.targets), ", ".join(filter(None, terms))]
+    return Text("\n").join([Text(one_line(report.name), "bold"), *(_plain(line) for line in lines if line)])
+
+
+def _by_note(reports: Sequence[AdapterReport]) -> dict[str, list[str]]:
+    """Every note with the names of those it is about: many adapters of one kind have the same."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        for note in report.notes:
+            found.setdefault(note, []).append(report.name)
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(one_line, names[:MOST_NAMES]))
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES} more"
+
+
+def _span(ranks: tuple[int, int] | None) -> str:
+    if ranks is None:
+        return "-"
+    low, high = ranks
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
