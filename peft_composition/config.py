@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -22,6 +24,19 @@ from .selection import layer_indices, layer_lists, names_or_expression, saved_mo
 MIXINGS = ("learned", "uniform", "fixed")
 NORMALIZATIONS = ("softmax", "none")
 SHARINGS = ("module", "block", "model")
+# The fields that say what is composed and how.
+DEFINING = (
+    "adapters",
+    "mixing",
+    "weights",
+    "normalization",
+    "gain",
+    "weight_sharing",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 DEFAULT_GAIN = {"softmax": 40.0, "none": 10.0}
 # Hand-written weights such as [0.333, 0.333, 0.333] are meant to sum to 1.
 SUM_TOLERANCE = 2e-3
@@ -176,6 +191,69 @@ class CompositionConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("COMPOSITION")
+        self._filled_in_gain: float | None = None
+        self._known_weights: list[float] | None = None
+        self._check()
+        if self.peft_composition_version is None:
+            self.peft_composition_version = __version__
+        self._read_from_checkpoint = self.composed_modules is not None
+        self._is_built = self._is_building = False
+        self._request = self.target_modules
+        self._as_loaded = self._definition() if self._read_from_checkpoint else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; one that says what is composed can no longer change when a model was built by it."""
+        state = self.__dict__
+        if name in DEFINING and state.get("_is_built") and not state["_is_building"]:
+            known = self.requested_target_modules if name == "target_modules" else state[name]
+            if type(value) is type(known) and value == known:
+                return
+            raise ValueError(
+                f"{name} cannot become {as_text(value)}: a model was built with {as_text(known)}, and would go on "
+                "computing with that. Build another from a new config: dataclasses.replace(config, "
+                f"composed_modules=None, {name}=...)"
+            )
+        super().__setattr__(name, value)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """While a model is built from this config, which replaces `target_modules` by what is found.
+
+        Raises:
+            ValueError: a field was set to a value that it cannot have, or differs from the saved composition that
+                this config was loaded with.
+        """
+        self._is_building = True
+        try:
+            self._check()
+            if self._as_loaded is not None and self.is_restored:
+                for name, now in self._definition().items():
+                    if now != self._as_loaded[name]:
+                        raise ValueError(
+                            f"{name} is {as_text(now)}, but the saved composition that this config describes has "
+                            f"{as_text(self._as_loaded[name])}. To compose the adapters anew: "
+                            "dataclasses.replace(config, composed_modules=None)"
+                        )
+            self._request = self.requested_target_modules
+            yield
+            self._is_built = True
+        finally:
+            if not self._is_built:
+                self.target_modules = self._request
+            self._is_building = False
+
+    @property
+    def requested_target_modules(self) -> list[str] | set[str] | str | None:
+        """`target_modules` as the user gave them, also when building has replaced them."""
+        return self._request if self._is_built else self.target_modules
+
+    def _definition(self) -> dict[str, Any]:
+        """What a saved composition is computed from; adapters by their names, for folders may move."""
+        fields = {name: copy.deepcopy(getattr(self, name)) for name in DEFINING}
+        return {**fields, "adapters": self.adapter_names, "target_modules": copy.copy(self.requested_target_modules)}
+
+    def _check(self) -> None:
+        """Complete and check the fields; done again before a model is built, for they can be set."""
         self.adapters = _named_references(self.adapters)
         _require("mixing", self.mixing, MIXINGS)
         _require("normalization", self.normalization, NORMALIZATIONS)
@@ -188,9 +266,11 @@ class CompositionConfig(PeftConfig):
         self.layers_to_transform = layer_indices("layers_to_transform", self.layers_to_transform)
         self.layers_pattern = layer_lists("layers_pattern", self.layers_pattern)
         self.modules_to_save = saved_modules("modules_to_save", self.modules_to_save)
-        self.weights = self._checked_weights()
-        if self.gain is None:
-            self.gain = DEFAULT_GAIN[self.normalization]
+        weights = self._checked_weights()  # of weights that it returned before, the sum may be off by a last bit
+        if weights is None or not isinstance(self.weights, list) or self.weights != self._known_weights:
+            self.weights = self._known_weights = weights
+        if self.gain is None or self.gain == self._filled_in_gain:
+            self.gain = self._filled_in_gain = DEFAULT_GAIN[self.normalization]
         gain = as_float(self.gain)
         if gain is None or not SMALLEST_FLOAT32 <= gain <= LARGEST_FLOAT32:
             raise ValueError(
@@ -202,11 +282,6 @@ class CompositionConfig(PeftConfig):
             raise ValueError("layers_to_transform needs target_modules as a list of names (or none), not a regex")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern means nothing without layers_to_transform")
-        if self.peft_composition_version is None:
-            self.peft_composition_version = __version__
-        self._read_from_checkpoint = self.composed_modules is not None
-        # Building a composition replaces target_modules by what was found; a second use starts from the request.
-        self.requested_target_modules = self.target_modules
 
     @property
     def adapter_names(self) -> list[str]:
@@ -216,7 +291,10 @@ class CompositionConfig(PeftConfig):
     @property
     def references(self) -> list[AdapterReference]:
         """The upstream adapters as dicts with `path`, `name`, `revision` and `subfolder`."""
-        return self.adapters  # type: ignore[return-value]  # __post_init__ made every entry a dict
+        adapters = self.adapters
+        if not adapters or not all(isinstance(entry, dict) and "name" in entry for entry in adapters):
+            return _named_references(adapters)  # they were set since
+        return adapters  # type: ignore[return-value]
 
     @property
     def is_restored(self) -> bool:

@@ -127,22 +127,23 @@ class CompositionModel(BaseTuner):
         Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
         """
         config = self.peft_config[adapter_name]
-        targets = _target_layers(model)
-        _require_usable_name(adapter_name, targets)
-        injection = _prepare(config, model, targets)
-        _require_usable_name(adapter_name, injection.ranks)
-        config.target_modules = list(injection.ranks)
-        self._injection = injection
-        if state_dict is not None:
-            state_dict = {_at_the_module(key, injection): tensor for key, tensor in state_dict.items()}
-        try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        finally:
-            del self._injection
-        # PEFT may have shortened the list to suffixes that would match more.
-        config.target_modules = list(injection.ranks)
-        if injection.stacked is not None:
-            self._fill(injection, adapter_name)
+        with config.building():
+            targets = _target_layers(model)
+            _require_usable_name(adapter_name, targets)
+            injection = _prepare(config, model, targets)
+            _require_usable_name(adapter_name, injection.ranks)
+            config.target_modules = list(injection.ranks)
+            self._injection = injection
+            if state_dict is not None:
+                state_dict = {_at_the_module(key, injection): tensor for key, tensor in state_dict.items()}
+            try:
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            finally:
+                del self._injection
+            # PEFT may have shortened the list to suffixes that would match more.
+            config.target_modules = list(injection.ranks)
+            if injection.stacked is not None:
+                self._fill(injection, adapter_name)
         find_ties(model, dict(composition_layers(model)))
 
     def delete_adapter(self, adapter_name: str) -> None:
