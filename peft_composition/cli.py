@@ -23,7 +23,7 @@ from .base_models import AUTO_CLASSES, Loader, choose, loaders, stated_class
 from .config import AdapterReference, CompositionConfig
 from .export import lora_from_checkpoint, to_lora
 from .hub import LORA_SUBFOLDER, head_hash, push_to_hub, saved_mixing_weights, write_model_card
-from .inspection import HEADS, inspect_adapters
+from .inspection import inspect_adapters
 from .model import require_composable
 from .report import Part, plot_weights, weights_table
 from .terminal import print_errors, print_json, print_means, print_parts, print_reports, say
@@ -263,7 +263,7 @@ def _fits_one_of(references: Sequence[AdapterReference], task: str | None, check
                 continue
             try:
                 config = CompositionConfig(
-                    adapters=[reference], modules_to_save=HEADS.get(task or ""), check_base_model=check_base
+                    adapters=[reference], modules_to_save=upstream.HEADS.get(task or ""), check_base_model=check_base
                 )
                 require_composable(config, model, [adapter])
             except ValueError:
@@ -285,7 +285,7 @@ def _recorded_loader(config: CompositionConfig, task: str | None, base_config: P
 
 def _new_modules(new: Sequence[str], task: str | None) -> list[str] | None:
     """Those of the new modules that PEFT does not take for heads of the task by itself."""
-    heads = HEADS.get(task or "", [])
+    heads = upstream.HEADS.get(task or "", [])
     return [module for module in new if not any(part in heads for part in module.split("."))] or None
 
 

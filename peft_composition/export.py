@@ -27,6 +27,7 @@ from .config import CompositionConfig, LoraLayout
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
 from .parameters import name_in_checkpoint
+from .text import one_line
 from .upstream import LORA_SUBFOLDER, WeightsFile
 from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
 
@@ -40,7 +41,7 @@ _PREFIX = "base_model.model."
 _INFIX = ".composition_"
 
 
-@dataclass
+@dataclass(repr=False)  # that of its tensors fills screens
 class LoraExport:
     """A plain LoRA adapter made from a composition; every module has scale 1 (alpha = rank).
 
@@ -69,7 +70,11 @@ class LoraExport:
         if not any(self.errors.values()):
             return text + "exact"
         worst = max(self.errors, key=lambda module: self.errors[module])
-        return text + f"relative error {self.total_error:.3g}, at most {self.errors[worst]:.3g} ({worst})"
+        worst_error = f"{self.errors[worst]:.3g} ({one_line(worst)})"
+        return text + f"relative error {self.total_error:.3g}, at most {worst_error}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save as `adapter_config.json` and `adapter_model.safetensors`, and a separate head as `head.safetensors`.

@@ -20,15 +20,9 @@ from .base_names import original
 from .config import AdapterReference, CompositionConfig
 from .model import require_composable
 from .text import LONG, one_line, quoted
-from .upstream import AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
+from .upstream import HEADS, AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
 
 
-# The modules that PEFT trains in full for a task type, and that are not composed therefore.
-HEADS = {
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
 # Without a base model to compare with, values of larger files are not read.
 MOST_BYTES = 8 << 30
 

@@ -38,6 +38,7 @@ from .layer import (
     real_device,
 )
 from .parameters import CONTAINER, ParameterWrapper, name_in_base, name_in_checkpoint, wrapper_for
+from .text import LONG, one_line
 from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
 from .upstream import CompositionPlan, LayerShape, StackedFactors
 from .wrapping import TargetParameter, find_parameter, needs_unwrapping, parameter_shape, unwrap
@@ -687,10 +688,10 @@ def _warn_about_what_is_not_mixed(
     if trained:
         warnings.warn(
             "These modules are trained in full (modules_to_save); the LoRA factors that upstream adapters have "
-            f"for them are not mixed: {', '.join(sorted(trained))}.",
+            f"for them are not mixed: {one_line(', '.join(sorted(trained)), LONG)}.",
             stacklevel=2,
         )
-    upstream.warn_about_extras(adapters)
+    upstream.warn_about_extras(adapters, is_saved)
 
 
 def _is_saved(config: CompositionConfig, module: str) -> bool:

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from .model import block_of
+from .text import one_line
 
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def plot_weights(
     names = [*(adapters or columns)]
     axes = _lay_out(figure, parts, names, [_Panel(_grid(weights, by, parts, names), "mixing weight")], by)
     if title:
-        axes[0].set_title(title, fontsize=10, wrap=True)
+        axes[0].set_title(one_line(title), fontsize=10, wrap=True, parse_math=False)
     return figure
 
 
@@ -146,7 +147,7 @@ def plot_weights_and_similarity(
     panels = [_Panel(left, "mixing weight"), _Panel(right, label, is_signed=relative)]
     _lay_out(figure, parts, adapters, panels, by)
     if title:
-        figure.suptitle(title, fontsize=10, wrap=True)
+        figure.suptitle(one_line(title), fontsize=10, wrap=True, parse_math=False)
     return figure
 
 
@@ -265,7 +266,8 @@ def _figure() -> Figure:
 def _lay_out(figure: Figure, parts: list[str], adapters: list[str], panels: list[_Panel], by: str) -> list[Axes]:
     """Draw panels side by side, on rows that they share; the figure takes the size that its labels need."""
     labels, common = _short_labels(parts)
-    names = [_clipped(name) for name in adapters]
+    labels = [one_line(label) for label in labels]
+    names = [_clipped(one_line(name)) for name in adapters]
     is_numbered = len(parts) * len(adapters) <= NUMBERED_CELLS
     width = max(SMALLEST_PLOT, (NUMBER_WIDTH if is_numbered else COLUMN_WIDTH) * len(adapters))
     height = max(SMALLEST_PLOT, ROW_HEIGHT * len(parts))
@@ -280,13 +282,14 @@ def _lay_out(figure: Figure, parts: list[str], adapters: list[str], panels: list
         if is_numbered:
             _write_numbers(axes, panel, image)
         _add_color_bar(figure, axes, image, panel.label, width, height)
-        axes.set_xticks(range(len(adapters)), names, rotation=90 if len(adapters) > 4 else 30, fontsize=8)
+        rotation = 90 if len(adapters) > 4 else 30
+        axes.set_xticks(range(len(adapters)), names, rotation=rotation, fontsize=8, parse_math=False)
         if len(adapters) <= 4:
             for label in axes.get_xticklabels():
                 label.set_horizontalalignment("right")
         axes.set_xlabel("upstream adapter")
-    every[0].set_yticks(range(len(parts)), labels, fontsize=8)
-    every[0].set_ylabel(f"{by} of {common}" if common else by)
+    every[0].set_yticks(range(len(parts)), labels, fontsize=8, parse_math=False)
+    every[0].set_ylabel(f"{by} of {one_line(common)}" if common else by, parse_math=False)
     return list(every)
 
 

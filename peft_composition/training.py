@@ -142,8 +142,9 @@ class HeadWarmupCallback(TrainerCallback):
 
     Raises:
         ValueError: not exactly one of both is given, or it is not positive. When training begins: no mixing weights or
-            nothing else trains; or `epochs` is given and the data set has no length; or with DeepSpeed, whose
-            optimizers step on copies of the parameters.
+            nothing else trains; or the warm-up is as long as the whole training, so that the mixing weights would
+            never move; or `epochs` is given and the data set has no length; or with DeepSpeed, whose optimizers step
+            on copies of the parameters.
     """
 
     def __init__(self, *, epochs: float | None = None, steps: int | None = None) -> None:
@@ -167,6 +168,13 @@ class HeadWarmupCallback(TrainerCallback):
         if not any(_trainable(model, mixing=False)):
             raise ValueError("HeadWarmupCallback: nothing but mixing weights trains; is modules_to_save missing?")
         self._end = self._last_step(args, kwargs["train_dataloader"])
+        if self._end >= state.max_steps > 0:
+            length = f"{self.epochs:g} epochs, {self._end} steps" if self.steps is None else f"{self._end} steps"
+            raise ValueError(
+                f"HeadWarmupCallback: the warm-up of the head ({length}) takes the whole training of "
+                f"{state.max_steps} steps, and the mixing weights would never move. Make the warm-up shorter, or the "
+                f"training longer (num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps})."
+            )
 
     def _last_step(self, args: TrainingArguments, dataloader: Any) -> int:
         if self.steps is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import math
 import mmap
 import os
@@ -63,6 +64,12 @@ OTHER_VARIANTS = ("use_qalora", "layer_replication", "megatron_config", "enable_
 LORA_SUBFOLDER = "lora"
 # How PEFT names its copy of the base weight, beside the factors of an embedding or of the output layer.
 BASE_COPY = ".base_layer.weight"
+# The modules that PEFT trains in full for a task type, and that are not composed therefore.
+HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 PARALLEL_DOWNLOADS = 8
 FILES_LOOKED_AT = 10_000
 PARALLEL_HASHES = 2
@@ -96,6 +103,9 @@ _MAPPED_DTYPES = {
 }
 # Powers of two and pairs of values, with which others are scaled and packed.
 _NO_NUMBERS = tuple(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
+
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterError(ValueError):
@@ -1087,14 +1097,40 @@ def _otherwise_named(
             yield adapter, trained_on
 
 
-def warn_about_extras(adapters: Iterable[UpstreamAdapter]) -> None:
-    """Say once what is in the adapters and not mixed: the heads of other tasks, retrained embeddings."""
-    lists = [f"{adapter.name!r}: {', '.join(adapter.extras)}" for adapter in adapters if adapter.extras]
-    if lists:
+def warn_about_extras(adapters: Iterable[UpstreamAdapter], is_trained_anew: Callable[[str], bool]) -> None:
+    """Say once what is in the adapters and not mixed.
+
+    Heads of other tasks are only logged: every classifier brings one, that it is left out is the method, and nobody
+    could do anything about it. Retrained embeddings and the like are a warning, since such an adapter without them is
+    not what its author trained: one may prefer another.
+
+    Args:
+        adapters: the adapters.
+        is_trained_anew: whether the composition trains the module of this name in full itself.
+    """
+    heads: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
+    names = {name for names in HEADS.values() for name in names}
+    for adapter in adapters:
+        for key in adapter.extras:
+            module = key.rpartition(".")[0]
+            is_head = not names.isdisjoint(module.split(".")) or is_trained_anew(module)
+            (heads if is_head else others).append((adapter.name, key))
+    if heads:
+        logger.info("The heads of the upstream adapters are not mixed: %s.", _listed_by_name(heads))
+    if others:
         warnings.warn(
-            f"These entries of the upstream adapters are not LoRA factors and are not mixed: {'; '.join(lists)}.",
+            "These entries of the upstream adapters are not LoRA factors and are not mixed: "
+            f"{_listed_by_name(others)}. Without them such an adapter is not quite what was trained.",
             stacklevel=2,
         )
+
+
+def _listed_by_name(entries: Iterable[tuple[str, str]]) -> str:
+    keys: dict[str, list[str]] = {}
+    for name, key in entries:
+        keys.setdefault(name, []).append(key)
+    return one_line("; ".join(f"{quoted(name)}: {', '.join(own)}" for name, own in keys.items()), LONG)
 
 
 # Stacking

@@ -968,3 +968,8 @@ class TestPushing:
             assert repository.private
         prefix = f"{subfolder}/" if subfolder else ""
         assert files == {f"{prefix}{file.name}": file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_an_interactive_session_shows_of_an_export_is_one_line(tmp_path: Path) -> None:
+    export = to_lora(tiny.compose("bert", tiny.save_pair(tmp_path, "bert")))
+    assert repr(export) == "<LoraExport: Plain LoRA of 6 modules, rank 5: exact>"

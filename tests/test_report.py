@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from itertools import pairwise, permutations
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -271,3 +273,15 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         rank_correlations(WEIGHTS, {module: {"a": 0.1, "b": 0.2} for module in WEIGHTS})
     with pytest.raises(ValueError, match="one adapter has no rank among others: 'a'"):
         rank_correlations({"n": {"a": 1.0}}, {"n": {"a": 0.5}})
+
+
+def test_names_of_adapters_are_no_formulas(tmp_path: Path) -> None:
+    """Dollar signs would be mathematics to matplotlib, and control characters no glyphs."""
+    weights = {f"layer.$x_{n}$": {"$\\frac{1$": 0.25, "a\x1b[2J\ud800": 0.75} for n in (0, 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_weights(weights, title="$\\nothing")
+        figure.savefig(tmp_path / "heat.png")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["$\\frac{1$", r"a\x1b[2J\ud800"]
+    assert axes.get_title() == "$\\nothing"

@@ -345,10 +345,29 @@ def test_resume_within_at_the_end_of_and_after_the_warm_up(adapters: list[str], 
 
 @pytest.mark.filterwarnings("error:Training ended")
 def test_training_that_ends_within_the_warm_up_says_so(adapters: list[str], tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 5
+
     model = compose(adapters)
-    with pytest.warns(UserWarning, match=r"ended at step 8, within the warm-up of the head \(8 steps\)"):
-        trainer(model, arguments(tmp_path), HeadWarmupCallback(steps=8)).train()
+    with pytest.warns(UserWarning, match=r"ended at step 5, within the warm-up of the head \(6 steps\)"):
+        trainer(model, arguments(tmp_path), HeadWarmupCallback(steps=6), Stop()).train()
     trainer(model, arguments(tmp_path), HeadWarmupCallback(steps=7)).train()
+
+
+@pytest.mark.parametrize(
+    ("length", "said"), [({"steps": 8}, "(8 steps)"), ({"epochs": 50}, "(50 epochs, 400 steps)"), ({"steps": 9}, "9")]
+)
+def test_a_warm_up_of_the_whole_training_is_refused(
+    adapters: list[str], tmp_path: Path, length: dict[str, Any], said: str
+) -> None:
+    """As one who leaves the Trainer's three epochs gets with the paper's fifty: weights that never move."""
+    model = compose(adapters)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="takes the whole training of 8 steps") as refused:
+        trainer(model, arguments(tmp_path), HeadWarmupCallback(**length)).train()
+    assert said in str(refused.value)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("length", [{}, {"epochs": 1, "steps": 1}, {"epochs": 0}, {"steps": -1}, {"epochs": math.nan}])

@@ -541,7 +541,9 @@ def test_an_adapter_fits_the_model_with_and_without_its_head(
 # What is in an adapter beside its factors
 
 
-def test_heads_and_retrained_embeddings_are_listed_in_one_warning_and_not_mixed(tmp_path: Path) -> None:
+def test_heads_are_logged_and_retrained_embeddings_listed_in_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base = tiny.build("bert")
     head = tiny.save_lora(tmp_path / "head", base, ["query"], seed=1, task_type="SEQ_CLS")
     embedding = tiny.save_lora(tmp_path / "embedding", base, ["query"], seed=2, modules_to_save=["word_embeddings"])
@@ -550,15 +552,18 @@ def test_heads_and_retrained_embeddings_are_listed_in_one_warning_and_not_mixed(
         edit_tensors(folder, lambda tensors: [t.fill_(9.0) for key, t in tensors.items() if "lora_" not in key])
     before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
 
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO", "peft_composition"):
         warnings.simplefilter("always")
         model = compose(base, head, embedding, plain)
 
     texts = [str(warning.message) for warning in caught if "not mixed" in str(warning.message)]
     assert texts == [
         "These entries of the upstream adapters are not LoRA factors and are not mixed: "
-        "'head': classifier.bias, classifier.weight; "
-        "'embedding': bert.embeddings.word_embeddings.weight."
+        "'embedding': bert.embeddings.word_embeddings.weight. "
+        "Without them such an adapter is not quite what was trained."
+    ]
+    assert caplog.messages == [
+        "The heads of the upstream adapters are not mixed: 'head': classifier.bias, classifier.weight."
     ]
     after = {key.replace(".base_layer", ""): tensor for key, tensor in model.get_base_model().state_dict().items()}
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
