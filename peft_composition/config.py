@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from . import __version__
+from .drafts import CONFIG_DRAFT, draft_in
+from .record import require_valid_record, summary
 from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_list, as_text
 from .schema import shown
 from .selection import layer_indices, layer_lists, names_or_expression, saved_modules
@@ -120,6 +121,7 @@ class CompositionConfig(PeftConfig):
         composed_modules: record, written when the composition is built: for each composed module, by its full name,
             the rank of every adapter there (0: untouched). Not for users.
         biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
+        layer_sizes: record: out, in (and kernel) of every composed module in the base model. Not for users.
         lora_layout: record: what an export to a plain LoRA needs to know of the base model. Not for users.
         provenance: record: name, path, commit, sha256, base and licence of every upstream adapter. Not for users.
         num_labels: record: number of classes of the base model's head, if it classifies. Not for users.
@@ -172,6 +174,9 @@ class CompositionConfig(PeftConfig):
     biased_modules: list[str] | None = field(
         default=None, metadata={"help": "Record: modules where an adapter brings a bias."}
     )
+    layer_sizes: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Record: sizes of the composed modules in the base model."}
+    )
     provenance: list[Provenance] | None = field(
         default=None, metadata={"help": "Record: what every upstream adapter was when it was read."}
     )
@@ -200,6 +205,10 @@ class CompositionConfig(PeftConfig):
         self._is_built = self._is_building = False
         self._request = self.target_modules
         self._as_loaded = self._definition() if self._read_from_checkpoint else None
+        self.summary_as_read: dict[str, Any] | None = None
+        if self._read_from_checkpoint:
+            require_valid_record(self)
+            self.summary_as_read = copy.deepcopy(summary(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; one that says what is composed can no longer change when a model was built by it."""
@@ -317,6 +326,28 @@ class CompositionConfig(PeftConfig):
         """The fields as a dict, as they are saved, with `target_modules` as requested."""
         return {**super().to_dict(), "target_modules": self.requested_target_modules}
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read `adapter_config.json`; in a local folder the weights beside it must be those that it describes.
+
+        Args:
+            pretrained_model_name_or_path: a local folder or a Hub id.
+            subfolder: where in it.
+            **kwargs: passed to PEFT's own `from_pretrained`.
+
+        Raises:
+            ValueError: the record is damaged, or belongs to other weights.
+        """
+        from .fingerprint import require_weights_in  # it builds on this module
+
+        config = super().from_pretrained(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if isinstance(config, CompositionConfig) and config.is_restored and (folder / CONFIG_NAME).is_file():
+            require_weights_in(folder, config)
+        return cast(PeftConfig, config)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `adapter_config.json`; a save that is cut short leaves an earlier file as it was.
 
@@ -329,12 +360,12 @@ class CompositionConfig(PeftConfig):
         from .hub import complete_card  # it builds on this module
 
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter_config-") as draft:
-            super().save_pretrained(draft, **kwargs)
-            os.replace(Path(draft, CONFIG_NAME), folder / CONFIG_NAME)
+        with draft_in(folder, CONFIG_DRAFT) as draft:
+            super().save_pretrained(str(draft), **kwargs)
+            os.replace(draft / CONFIG_NAME, folder / CONFIG_NAME)
         # So calls PEFT, which has written weights and card by now; transformers saves the config first.
         if "auto_mapping_dict" in kwargs:
+            _remove_outdated_weights(folder)
             complete_card(folder)
 
     def _checked_weights(self) -> list[float] | None:
@@ -379,7 +410,15 @@ class CompositionConfig(PeftConfig):
                 f'weights sum to {total:g}; normalization="softmax" keeps their sum at 1, '
                 'use normalization="none" for free weights'
             )
-        return [weight / total for weight in weights]
+        # Once divided they stay what they are, however often they are saved and read.
+        return weights if math.isclose(total, 1, rel_tol=1e-12) else [weight / total for weight in weights]
+
+
+def _remove_outdated_weights(folder: Path) -> None:
+    """After a save as a pickle, remove older safetensors: PEFT would go on loading them."""
+    old, new = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if old.is_file() and new.is_file() and old.stat().st_mtime_ns < new.stat().st_mtime_ns:
+        old.unlink()
 
 
 def _require(name: str, value: object, choices: Sequence[str]) -> None:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .config import CompositionConfig, LoraLayout
+from .drafts import LORA_DRAFT, alone_in, draft_in
+from .fingerprint import checked_weights
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
 from .parameters import name_in_checkpoint
@@ -79,24 +81,20 @@ class LoraExport:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save as `adapter_config.json` and `adapter_model.safetensors`, and a separate head as `head.safetensors`.
 
-        Every file is written in full before it takes the place of an older one.
+        All files are written in full before the first takes the place of an older one. What is then cut short between
+        two of them leaves a folder without `adapter_config.json`, which nothing loads.
 
         Args:
             folder: made where it does not exist.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as draft:
-            save_file(self.state_dict, Path(draft, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-            self.config.save_pretrained(draft)
-            names = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
+        with draft_in(folder, LORA_DRAFT) as draft:
+            save_file(self.state_dict, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.config.save_pretrained(str(draft))
             if self.head:
-                save_file(self.head, Path(draft, HEAD_NAME), metadata={"format": "pt"})
-                names.append(HEAD_NAME)
-            for name in names:
-                os.replace(Path(draft, name), folder / name)
-        if not self.head:  # one of an earlier export does not belong to this one
-            (folder / HEAD_NAME).unlink(missing_ok=True)
+                save_file(self.head, draft / HEAD_NAME, metadata={"format": "pt"})
+            with alone_in(folder):
+                _take_places(draft, folder)
 
     def push_to_hub(
         self,
@@ -137,6 +135,18 @@ class LoraExport:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _take_places(draft: Path, folder: Path) -> None:
+    """Put the files of a new export in the places of an older one, so that no reader gets some of each."""
+    config, head = folder / CONFIG_NAME, folder / HEAD_NAME
+    is_same_config = config.is_file() and config.read_bytes() == (draft / CONFIG_NAME).read_bytes()
+    if not is_same_config or head.exists() or (draft / HEAD_NAME).exists():
+        config.unlink(missing_ok=True)
+        head.unlink(missing_ok=True)
+    for name in (SAFETENSORS_WEIGHTS_NAME, HEAD_NAME, CONFIG_NAME):
+        if (draft / name).exists():
+            os.replace(draft / name, folder / name)
 
 
 def to_lora(
@@ -233,6 +243,7 @@ def lora_from_checkpoint(
     folder = Path(folder)
     config = _read_config(folder)
     weights = _open_weights(folder)
+    checked_weights(config, {key: weights.read(key) for key in weights})
     composed = config.composed_modules or {}
     saved = dict.fromkeys(key.removeprefix(_PREFIX).partition(_INFIX)[0] for key in weights if _INFIX in key)
     paths = {name_in_checkpoint(path, composed): path for path in saved}

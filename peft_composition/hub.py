@@ -32,7 +32,9 @@ from torch import Tensor
 
 from .base_models import AUTO_CLASSES, class_to_load, stated_class
 from .config import CompositionConfig, Provenance
+from .drafts import CARD_DRAFT, draft_in
 from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
+from .fingerprint import checked_weights
 from .layer import Mixing
 from .model import block_of
 from .parameters import name_in_checkpoint
@@ -105,9 +107,9 @@ def write_model_card(
     card.text = _with_section(card.text, _section(saved, repo_id, metrics or {}), subfolder)
     described = [_Saved(root, _subfolder_in(found)) for found in _SECTION.finditer(card.text)]
     _complete_metadata(cast(ModelCardData, card.data), [other for other in described if other.is_complete])
-    with tempfile.TemporaryDirectory(dir=root, prefix=".card-") as draft:
-        card.save(Path(draft, REPOCARD_NAME))
-        os.replace(Path(draft, REPOCARD_NAME), path)
+    with draft_in(root, CARD_DRAFT) as draft:
+        card.save(draft / REPOCARD_NAME)
+        os.replace(draft / REPOCARD_NAME, path)
     return path
 
 
@@ -369,6 +371,7 @@ class _Saved:
         assert self.weights_file is not None
         file = WeightsFile(self.subfolder or "default", self.weights_file)
         weights = {}
+        checked_weights(self.config, {key: file.read(key) for key in file})
         for key in file:
             path, found, _ = key.removeprefix("base_model.model.").partition(".composition_mixing.")
             if found:

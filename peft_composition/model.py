@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from . import compat, processes, upstream
 from .base_copies import warn_about_other_bases
 from .config import AdapterReference, CompositionConfig, LoraLayout
+from .fingerprint import add_fingerprint, await_fingerprint, carrier, checked_weights, forget_awaited
 from .layer import (
     CompositionLayer,
     Factors,
@@ -38,6 +39,7 @@ from .layer import (
     real_device,
 )
 from .parameters import CONTAINER, ParameterWrapper, name_in_base, name_in_checkpoint, wrapper_for
+from .record import require_fitting_record, sizes_of
 from .text import LONG, one_line
 from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
 from .upstream import CompositionPlan, LayerShape, StackedFactors
@@ -55,7 +57,8 @@ class _Injection:
     """What `inject_adapter` prepared for one composition, until its layers are in place.
 
     `parameters` are those that are composed by themselves, by the module they belong to and their composed name;
-    `layers` are the layers so far.
+    `layers` are the layers so far; `awaits_fingerprint` is the module whose keys bring it, where a saved composition
+    is built.
     """
 
     ranks: dict[str, list[int]]
@@ -66,6 +69,7 @@ class _Injection:
     mixings: dict[str, Mixing]
     layers: dict[str, CompositionLayer]
     stacked: dict[str, StackedFactors] | None
+    awaits_fingerprint: str | None
     quantization_kwargs: dict[str, Any]
 
 
@@ -143,6 +147,9 @@ class CompositionModel(BaseTuner):
                 del self._injection
             # PEFT may have shortened the list to suffixes that would match more.
             config.target_modules = list(injection.ranks)
+            if injection.awaits_fingerprint is not None:
+                carrying = injection.layers[injection.awaits_fingerprint]
+                await_fingerprint(carrying, adapter_name, config, injection.mixings)
             if injection.stacked is not None:
                 self._fill(injection, adapter_name)
         find_ties(model, dict(composition_layers(model)))
@@ -341,15 +348,18 @@ class CompositionModel(BaseTuner):
             if adapter_name in layer.composition_factors:
                 layer._ready_factors(adapter_name)
         selected = {key: _onloaded(model, key) if t.is_meta else t for key, t in selected.items()}
-        if cast(CompositionConfig, config).save_adapters:
-            return selected
-        return {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
+        if not cast(CompositionConfig, config).save_adapters:
+            selected = {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
+        add_fingerprint(cast(CompositionConfig, config), adapter_name, state_dict, selected)
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         state_dict = _renamed_state_dict(model, cast(CompositionConfig, config), state_dict)
+        state_dict = checked_weights(cast(CompositionConfig, config), state_dict)
+        forget_awaited(model, adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not cast(CompositionConfig, config).save_adapters:
             # The factors were fetched when the layers were built; they are not missing from the checkpoint.
@@ -450,7 +460,9 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
     current_name = _module_renamer(model, targets)
     shape_of = _shape_reader(targets, quantization_kwargs)
     stacked = None
+    sealed = None
     if config.is_restored:
+        sealed = current_name(carrier(config))
         _rename_recorded_modules(config, current_name)
         _require_recorded_modules(config, shape_of)
     if not config.is_restored or not config.save_adapters:
@@ -466,15 +478,18 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     assert config.composed_modules is not None
     config.lora_layout = _lora_layout(config.composed_modules, targets)
+    shapes = {module: cast(LayerShape, shape_of(module)) for module in config.composed_modules}
+    config.layer_sizes = {module: sizes_of(shape) for module, shape in shapes.items()}
     return _Injection(
         ranks=config.composed_modules,
         parameters=_composed_parameters(config.composed_modules, targets),
         biased=set(config.biased_modules or ()),
-        shapes={module: cast(LayerShape, shape_of(module)) for module in config.composed_modules},
+        shapes=shapes,
         dtypes={module: _dtype_of(module, targets, model_dtype) for module in config.composed_modules},
         mixings={},
         layers={},
         stacked=stacked,
+        awaits_fingerprint=sealed,
         quantization_kwargs=quantization_kwargs,
     )
 
@@ -659,7 +674,8 @@ def _read(
     """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
     references = config.references
     hashes: list[str | None] = [None] * len(references)
-    if config.is_restored and config.provenance is not None:
+    if config.is_restored:
+        assert config.provenance is not None
         hashes = [entry["sha256"] for entry in config.provenance]
         references = [
             cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
@@ -704,6 +720,8 @@ def _rename_recorded_modules(config: CompositionConfig, current_name: Callable[[
     composed = config.composed_modules or {}
     config.composed_modules = {current_name(module): ranks for module, ranks in composed.items()}
     config.biased_modules = [current_name(module) for module in config.biased_modules or ()]
+    if config.layer_sizes is not None:
+        config.layer_sizes = {current_name(module): sizes for module, sizes in config.layer_sizes.items()}
 
 
 def _renamed_state_dict(
@@ -742,6 +760,7 @@ def _require_recorded_modules(config: CompositionConfig, shape_of: Callable[[str
             )
         if shape.refusal is not None:
             raise ValueError(f"Module {module!r} ({shape.kind}) cannot hold the saved composition: {shape.refusal}.")
+        require_fitting_record(config, module, shape)
 
 
 def _require_recorded_ranks(config: CompositionConfig, plan: CompositionPlan) -> None:

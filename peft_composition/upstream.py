@@ -285,7 +285,9 @@ class WeightsFile:
         self._pickled: dict[str, Tensor] | None = None
         self._entries: dict[str, _Entry] = {}
         self._mapping: mmap.mmap | None = None
+        self._version: tuple[int, ...] | None = None
         try:
+            self._version = _version(path.stat())
             placeholder = formats.placeholder(read_bytes(path, formats.ENOUGH_BYTES))
             if placeholder is not None:
                 raise AdapterError(name, f"{path} {placeholder}")
@@ -346,8 +348,15 @@ class WeightsFile:
     def _mapped(self) -> mmap.mmap:
         if self._mapping is None:
             with self._path.open("rb") as file:
+                if _version(os.fstat(file.fileno())) != self._version:
+                    raise OSError("another process has replaced it meanwhile; try again")
                 self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._mapping
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What is another once a file was replaced."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _entries(path: Path) -> dict[str, _Entry]:

@@ -230,6 +230,7 @@ class TestFiles:
         modules = [f"base_model.model.{tiny.path_of(module)}" for module in tiny.touched_modules(pair(name))]
         expected = {f"{module}.composition_factors.{factor}" for module in modules for factor in "AB"}
         expected |= {f"{module}.composition_mixing.weight" for module in modules}
+        expected.add(f"{modules[0]}.composition_fingerprint._extra_state")
         for head in tiny.TINY[name].head:
             expected |= {f"base_model.model.{head}.{leaf}" for leaf in ("weight", "bias")}
         assert set(load_file(tmp_path / WEIGHTS)) == expected

@@ -749,7 +749,7 @@ class TestFromACheckpoint:
         expected = {
             "factor": r"'base_model\.model\.lin1\.composition_factors\.B' is missing",
             "theta": r"'base_model\.model\.lin0\.composition_mixing\.weight' is missing",
-            "rank": r"module 'lin1' has ranks \[2, 4\] in its config, but factors of rank 5 and 5",
+            "rank": r"module 'lin1' is composed with ranks \[2, 4\] in the config, composed with ranks \[2, 3\]",
             "record": "does not record its modules",
             "weights": "has neither adapter_model.safetensors nor adapter_model.bin",
             "bytes": "is not a readable safetensors file",

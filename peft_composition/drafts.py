@@ -1,0 +1,102 @@
+"""Drafts: hidden folders in which files are written in full before they take the places of older ones.
+
+A draft is locked as long as its process lives, so that the next save knows which ones a kill has left, and clears them
+away without touching those of a save that goes on beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG_DRAFT, CARD_DRAFT, LORA_DRAFT = _PREFIXES = ".adapter_config-", ".card-", ".lora-"
+# Where folders cannot be locked (Windows, some network file systems), no save takes longer than that: seconds.
+_LONGEST_SAVE = 24 * 60 * 60
+
+
+@contextmanager
+def draft_in(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new hidden folder, gone at the end with whatever is still in it; clears away what kills have left.
+
+    Args:
+        folder: where to; made where it does not exist.
+        prefix: one of `CONFIG_DRAFT`, `CARD_DRAFT` and `LORA_DRAFT`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        _clear_away(folder)
+        draft = Path(tempfile.mkdtemp(dir=folder, prefix=prefix))
+        lock = _lock(draft, waits=False)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        _unlock(lock)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other saves from making drafts in a folder, and from taking their places in it, where it can be locked."""
+    lock = _lock(folder, waits=True)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+def _clear_away(folder: Path) -> None:
+    for draft in folder.iterdir():
+        if draft.name.startswith(_PREFIXES) and draft.is_dir() and not draft.is_symlink():
+            try:
+                lock = _lock(draft, waits=False)
+            except (BlockingIOError, FileNotFoundError):  # its process lives, or has just removed it
+                continue
+            if lock is not None or _is_old(draft):
+                shutil.rmtree(draft, ignore_errors=True)
+            _unlock(lock)
+
+
+def _is_old(draft: Path) -> bool:
+    try:
+        return time.time() - draft.stat().st_mtime > _LONGEST_SAVE
+    except FileNotFoundError:
+        return False
+
+
+def _lock(folder: Path, waits: bool) -> int | None:
+    """A lock on a folder, which ends with the process at the latest; None where folders cannot be locked.
+
+    Raises:
+        BlockingIOError: another process or thread has it, and `waits` is false.
+        FileNotFoundError: the folder is gone.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

@@ -1,0 +1,295 @@
+"""The fingerprint of a composition: what its config says of its weights, kept as a tensor beside the weights.
+
+Config and weights are two files, and a save that is cut short can leave one of each. The fingerprint shows it on every
+way in. It is no parameter of the model: it is added when a state dict is made and taken out when one is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .parameters import name_in_checkpoint
+from .record import summary
+from .text import one_line, quoted
+from .upstream import AdapterError, WeightsFile
+
+
+if TYPE_CHECKING:
+    from .config import CompositionConfig
+
+# In a checkpoint, behind the path of the module that carries it. transformers hands a key with this end to
+# `set_extra_state`, as PyTorch does.
+FINGERPRINT = "composition_fingerprint._extra_state"
+_ATTRIBUTE = "composition_fingerprint"
+_PREFIX, _INFIX = "base_model.model.", ".composition_"
+_LARGEST = 2**26  # bytes of text: millions of modules
+_FILE = "adapter_config.json"
+
+
+def carrier(config: CompositionConfig) -> str:
+    """The composed module whose keys the fingerprint is saved with, the same whatever order a file has."""
+    assert config.composed_modules
+    return min(config.composed_modules)
+
+
+def encode(config: CompositionConfig) -> Tensor:
+    """The fingerprint, uint8."""
+    text = json.dumps(summary(config), sort_keys=True, separators=(",", ":"))
+    return torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
+
+
+def decode(fingerprint: Tensor) -> dict[str, Any]:
+    """What a fingerprint says.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    try:
+        unpacking = zlib.decompressobj()
+        text = unpacking.decompress(fingerprint.detach().to("cpu", torch.uint8).numpy().tobytes(), _LARGEST)
+        said = json.loads(text) if unpacking.eof else None
+    except (zlib.error, ValueError):
+        said = None
+    if not isinstance(said, dict):
+        raise ValueError("The fingerprint beside the weights of the saved composition is damaged.")
+    return said
+
+
+def is_fingerprint(key: str) -> bool:
+    """Whether a key of a checkpoint is that of a fingerprint."""
+    return key.endswith(f".{FINGERPRINT}")
+
+
+def add_fingerprint(
+    config: CompositionConfig, adapter_name: str, found: Mapping[str, Tensor], selected: dict[str, Tensor]
+) -> None:
+    """Put the fingerprint into what is saved of a composition, in place of any that came with it.
+
+    Args:
+        config: of the composition.
+        adapter_name: its name.
+        found: the state dict of the model, or what there is of it in this process.
+        selected: what is saved of it, by the same keys.
+    """
+    for key in [key for key in selected if f".{_ATTRIBUTE}." in key]:
+        del selected[key]
+    if not config.composed_modules:
+        return
+    infixes = f"{_INFIX}factors.{adapter_name}.", f"{_INFIX}mixing.{adapter_name}."
+    paths = {key.partition(infix)[0]: None for key in found for infix in infixes if infix in key}
+    for path in paths:
+        if name_in_checkpoint(path.removeprefix(_PREFIX), config.composed_modules) == carrier(config):
+            selected[f"{path}.{_ATTRIBUTE}.{adapter_name}._extra_state"] = encode(config)
+            return
+
+
+def require_same(config: CompositionConfig, fingerprint: Tensor) -> None:
+    """Refuse weights that were saved with another config.
+
+    Raises:
+        ValueError: they were; the message names the first difference.
+    """
+    said = decode(fingerprint)
+    here = summary(config)
+    # As it was read: names of modules that an older transformers gave are brought up to date later.
+    if said in (json.loads(json.dumps(here)), config.summary_as_read):
+        return
+    raise ValueError(
+        f"The weights of the saved composition and its {_FILE} do not belong together: {_difference(here, said)}. "
+        "Probably a save was cut short, or two saved into the same folder at once. Save the composition again, or "
+        "take both files from the same save."
+    )
+
+
+def _difference(config: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    """The first thing that config and weights say differently, with both values."""
+    if config["adapters"] != weights.get("adapters"):
+        return _both("the adapters are", config["adapters"], weights.get("adapters"))
+    for name, one, other in zip(config["adapters"], config["sha256"], weights.get("sha256") or ()):
+        if one != other:
+            return _both(f"adapter {quoted(name)} has the sha256", one, other)
+    there = weights.get("composed_modules")
+    there = there if isinstance(there, dict) else {}
+    for module in [*config["composed_modules"], *there]:
+        ranks = [modules.get(module) for modules in (config["composed_modules"], there)]
+        if ranks[0] != ranks[1]:
+            one, other = ("not composed" if r is None else f"composed with ranks {_shown(r)}" for r in ranks)
+            return f"module {quoted(module)} is {one} in the config, {other} beside the weights"
+    for field in sorted({*config, *weights}):
+        if config.get(field) != weights.get(field):
+            return _both(f"{quoted(field)} is", config.get(field), weights.get(field))
+    return "they differ in a way that this version does not know"
+
+
+def _both(what: str, config: object, weights: object) -> str:
+    return f"{what} {_shown(config)} in the config, {_shown(weights)} beside the weights"
+
+
+def _shown(value: object) -> str:
+    return quoted(value) if isinstance(value, str) else one_line(json.dumps(value))
+
+
+class AwaitedFingerprint(nn.Module):
+    """Waits in a model that is built from a saved config for the fingerprint that comes with the weights.
+
+    For transformers' own `load_adapter`, which fills in parameters one by one and asks nobody.
+
+    Args:
+        config: what the fingerprint must say.
+        mixings: the mixing weights of the composition, by what shares them; may be filled in later.
+    """
+
+    def __init__(self, config: CompositionConfig, mixings: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._config = config
+        self._mixings = mixings
+        self._is_new = False
+
+    def get_extra_state(self) -> Tensor:
+        return encode(self._config)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        require_same(self._config, state)
+        self._is_new = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As PyTorch does, but a state dict of the model's own, without a fingerprint, lacks nothing."""
+        if f"{prefix}_extra_state" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+
+    def train(self, mode: bool = True) -> AwaitedFingerprint:
+        """Whoever loads weights ends with this; by now the mixing weights are there, too."""
+        if self._is_new:
+            self._is_new = False
+            for name, mixing in self._mixings.items():
+                theta = mixing.weight
+                if isinstance(theta, Tensor) and not theta.is_meta:
+                    require_finite(name or "all", theta)
+        return super().train(mode)
+
+
+def require_finite(module: str, theta: Tensor) -> None:
+    """Refuse mixing weights that no training gave."""
+    values = (theta.to_local() if isinstance(theta, DTensor) else theta).detach().tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError(
+            f"module {quoted(module)}: the saved mixing weights are not finite: {values}. The training that saved "
+            "them diverged, or the file is damaged"
+        )
+
+
+def await_fingerprint(
+    layer: nn.Module, adapter_name: str, config: CompositionConfig, mixings: Mapping[str, nn.Module]
+) -> None:
+    """Let the layer whose keys carry it wait for the fingerprint of a composition."""
+    if _ATTRIBUTE not in layer._modules:
+        layer.register_module(_ATTRIBUTE, nn.ModuleDict())
+    cast(nn.ModuleDict, layer._modules[_ATTRIBUTE])[adapter_name] = AwaitedFingerprint(config, mixings)
+
+
+def forget_awaited(model: nn.Module, adapter_name: str) -> None:
+    """Let nothing wait for the fingerprint of a composition any more, once it was compared."""
+    for module in list(model.modules()):
+        awaited = module._modules.get(_ATTRIBUTE)
+        if isinstance(awaited, nn.ModuleDict) and adapter_name in awaited:
+            del awaited[adapter_name]
+            if not awaited:
+                delattr(module, _ATTRIBUTE)
+
+
+def require_weights_in(folder: Path, config: CompositionConfig) -> None:
+    """Compare a config with the weights beside it, before a model is built from it.
+
+    What cannot be read is left to those who load it, and so are pickles, which have to be read as a whole.
+
+    Raises:
+        ValueError: as in `checked_weights`.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    with suppress(AdapterError):
+        file = WeightsFile(folder.name, path)
+        state_dict = {key: file.read(key) for key in file if _INFIX in key}
+        checked_weights(config, state_dict, warns=False)
+
+
+def checked_weights(
+    config: CompositionConfig, state_dict: Mapping[str, Tensor], warns: bool = True
+) -> dict[str, Tensor]:
+    """Compare the weights of a saved composition with its config, before any of them is taken over.
+
+    Args:
+        config: of the composition.
+        state_dict: its weights by the keys of a checkpoint; they may be views of a file, as only the mixing weights
+            and the fingerprint are read.
+        warns: whether to warn of weights without a fingerprint.
+
+    Returns:
+        The weights without the fingerprint.
+
+    Raises:
+        ValueError: they do not belong together, or are damaged; the message names the module and both values.
+    """
+    fingerprints = [key for key in state_dict if is_fingerprint(key)]
+    weights = {key: tensor for key, tensor in state_dict.items() if key not in fingerprints}
+    for key in fingerprints:
+        require_same(config, state_dict[key])
+    composed = config.composed_modules or {}
+    ours = [key for key in weights if _INFIX in key]
+    for key in ours:
+        path, _, part = key.removeprefix(_PREFIX).partition(_INFIX)
+        module = name_in_checkpoint(path, composed)
+        if module not in composed:
+            raise ValueError(
+                f"The saved composition has weights for module {quoted(module)}, which its {_FILE} does not have: the "
+                "two files do not belong together."
+            )
+        _require_fitting_tensor(config, module, part, weights[key])
+    if warns and ours and not fingerprints:
+        warnings.warn(
+            "The saved composition has no fingerprint, so that nothing shows whether its weights and its "
+            f"{_FILE} come from the same save. It was saved by an older version of peft-composition; save it again.",
+            stacklevel=2,
+        )
+    return weights
+
+
+def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, tensor: Tensor) -> None:
+    assert config.composed_modules is not None
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"module {quoted(module)}: {quoted(part)} of the saved composition has dtype {tensor.dtype}, it must be a "
+            "floating point dtype"
+        )
+    ranks, shape = config.composed_modules[module], tuple(tensor.shape)
+    if part.startswith("mixing."):
+        if shape != (len(ranks),):
+            raise ValueError(
+                f"module {quoted(module)}: the saved mixing weights have shape {shape}, the config has {len(ranks)} "
+                "adapters"
+            )
+        require_finite(module, tensor)
+        return
+    owner, _, name = module.rpartition(".")
+    parameters = {} if config.lora_layout is None else config.lora_layout.get("parameters", {})
+    matrices = name in parameters.get(owner, ()) and len(shape) == 3
+    place = {"factors.A": int(matrices), "factors.B": 1 + int(matrices), "factors.bias": 0}.get(part)
+    expected = len(ranks) if part == "factors.bias" else sum(ranks)
+    if place is not None and (len(shape) <= place or shape[place] != expected):
+        raise ValueError(
+            f"module {quoted(module)}: the config has ranks {ranks}, but {part.partition('.')[2]} of the saved "
+            f"composition has shape {shape}"
+        )

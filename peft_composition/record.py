@@ -1,0 +1,141 @@
+"""The record of a built composition in its config: what it must look like, and whether model and weights fit it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .text import one_line, quoted
+
+
+if TYPE_CHECKING:
+    from .config import CompositionConfig
+    from .upstream import LayerShape
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Factors of one adapter that are larger than this and larger than so many copies of the weight which they update are
+# no adapter's, but a wrong number in the record.
+_MOST_ELEMENTS = 2**26
+_MOST_COPIES = 4
+
+
+def summary(config: CompositionConfig) -> dict[str, Any]:
+    """What a config says of its weights, in types that JSON has.
+
+    Paths are not in it, since a checkpoint can move and its adapters, too; nor is what follows from the base model.
+    """
+    return {
+        "adapters": [entry["name"] for entry in config.provenance or ()],
+        "sha256": [entry["sha256"] for entry in config.provenance or ()],
+        "composed_modules": dict(config.composed_modules or {}),
+        "biased_modules": sorted(config.biased_modules or ()),
+        "mixing": config.mixing,
+        "weights": config.weights,
+        "normalization": config.normalization,
+        "gain": config.gain,
+        "weight_sharing": config.weight_sharing,
+        "layers_pattern": config.layers_pattern if config.weight_sharing == "block" else None,
+    }
+
+
+def require_valid_record(config: CompositionConfig) -> None:
+    """Check the record of a config that was read from a file, field by field.
+
+    Raises:
+        ValueError: a field is not what `CompositionConfig.record` writes; the message names it, the module or the
+            adapter, and the value.
+    """
+    names = config.adapter_names
+    composed = config.composed_modules
+    if not isinstance(composed, Mapping) or not composed:
+        raise _refusal("composed_modules must be a dict with at least one module", composed)
+    for module, ranks in composed.items():
+        if not isinstance(ranks, list) or len(ranks) != len(names):
+            raise _refusal(f"composed_modules must have {len(names)} ranks for module {quoted(module)}", ranks)
+        for name, rank in zip(names, ranks):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+                raise _refusal(
+                    f"the rank of adapter {quoted(name)} in module {quoted(module)} must be 0 or more", rank
+                )
+        if not any(ranks):
+            raise _refusal(f"no adapter touches module {quoted(module)}, by its ranks in composed_modules", ranks)
+    _require_modules("biased_modules", config.biased_modules, composed)
+    if config.layer_sizes is not None:
+        _require_modules("layer_sizes", config.layer_sizes, composed)
+        if not isinstance(config.layer_sizes, Mapping):
+            raise _refusal("layer_sizes must be a dict", config.layer_sizes)
+    _require_provenance(config.provenance, names)
+
+
+def require_fitting_record(config: CompositionConfig, module: str, shape: LayerShape) -> None:
+    """Check what a record says of a module against the model, before anything is changed or allocated.
+
+    Args:
+        config: with a valid record.
+        module: name of the module.
+        shape: what its factors look like in the model.
+
+    Raises:
+        ValueError: the module has other sizes than the recorded one, or a rank is far too large for it.
+    """
+    assert config.composed_modules is not None
+    found = sizes_of(shape)
+    recorded = (config.layer_sizes or {}).get(module, found)
+    if recorded != found:
+        raise ValueError(
+            f"Module {quoted(module)} has the sizes {found} (out, in) in the model and {one_line(recorded)} in the "
+            f"saved composition. It was made for {quoted(config.base_model_name_or_path)}."
+        )
+    per_rank = _product(shape.shape_of_A(1)) + _product(shape.shape_of_B(1))
+    most = max(_MOST_ELEMENTS, _MOST_COPIES * _product(found)) // per_rank
+    for name, rank in zip(config.adapter_names, config.composed_modules[module]):
+        if rank > most:
+            raise ValueError(
+                f"The saved composition says that adapter {quoted(name)} has rank {rank} in module {quoted(module)}. "
+                f"Its sizes are {found} (out, in), and no adapter of that size would have more than {most}: "
+                "adapter_config.json is damaged."
+            )
+
+
+def sizes_of(shape: LayerShape) -> list[int]:
+    """The sizes of a module as the record has them: matrices where there are several, out, in (and kernel)."""
+    return [*([] if shape.experts is None else [shape.experts]), shape.out_features, *shape.in_shape]
+
+
+def _require_modules(field: str, modules: object, composed: Mapping[str, Any]) -> None:
+    if modules is None:
+        return
+    if isinstance(modules, str) or not isinstance(modules, Collection) or not all(isinstance(m, str) for m in modules):
+        raise _refusal(f"{field} must name modules", modules)
+    unknown = next((module for module in modules if module not in composed), None)
+    if unknown is not None:
+        raise _refusal(f"{field} names a module that composed_modules does not have", unknown)
+
+
+def _require_provenance(provenance: object, names: list[str]) -> None:
+    """Without the hashes, adapters that are fetched again could be any others."""
+    if not isinstance(provenance, list) or len(provenance) != len(names):
+        raise _refusal(f"provenance must have an entry for each of the {len(names)} adapters", provenance)
+    for name, entry in zip(names, provenance):
+        if not isinstance(entry, dict) or entry.get("name") != name:
+            raise _refusal(f"provenance must have an entry for adapter {quoted(name)} in its place", entry)
+        if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
+            raise _refusal(f"provenance must have the sha256 of adapter {quoted(name)}", entry.get("sha256"))
+        for key in ("path", "subfolder", "commit", "base_model_name_or_path", "license"):
+            if not isinstance(entry.setdefault(key, None), (str, type(None))):
+                raise _refusal(f"provenance of adapter {quoted(name)}: {key} must be text", entry[key])
+
+
+def _refusal(what: str, value: object) -> ValueError:
+    return ValueError(
+        f"The record of the saved composition is damaged: {what}, got {one_line(repr(value))}. Save the composition "
+        "again; to compose its adapters anew, clear the record: dataclasses.replace(config, composed_modules=None)."
+    )
+
+
+def _product(sizes: Collection[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
