@@ -30,7 +30,7 @@ from .upstream import LayerShape, StackedFactors
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 # What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
-_SHARDING_MARKS = frozenset({"_is_fsdp_managed_module", "ds_id"})
+_SHARDING_MARKS = ("_is_fsdp_managed_module", "ds_id")
 
 
 class Mixing(nn.Module):
@@ -573,7 +573,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         What is made of them must not be kept: it would be whole on every device. The version counters do not see new
         values there, either, and a process that kept something would not take part in gathering.
         """
-        return not _SHARDING_MARKS.isdisjoint(self.__dict__)
+        attributes = self.__dict__
+        return _SHARDING_MARKS[0] in attributes or _SHARDING_MARKS[1] in attributes  # torch.compile follows this
 
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
         """A composition as constants, kept until its mixing weights or factors change.
