@@ -90,7 +90,10 @@ def add_fingerprint(
     infixes = f"{_INFIX}factors.{adapter_name}.", f"{_INFIX}mixing.{adapter_name}."
     paths = {key.partition(infix)[0]: None for key in found for infix in infixes if infix in key}
     for path in paths:
-        if name_in_checkpoint(path.removeprefix(_PREFIX), config.composed_modules) == carrier(config):
+        inner = path
+        while inner.startswith(_PREFIX):  # once more for every PeftModel around the composition's
+            inner = inner.removeprefix(_PREFIX)
+        if name_in_checkpoint(inner, config.composed_modules) == carrier(config):
             selected[f"{path}.{_ATTRIBUTE}.{adapter_name}._extra_state"] = encode(config)
             return
 

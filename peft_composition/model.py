@@ -38,7 +38,14 @@ from .layer import (
     layer_shape,
     real_device,
 )
-from .parameters import CONTAINER, ParameterWrapper, name_in_base, name_in_checkpoint, wrapper_for
+from .parameters import (
+    CONTAINER,
+    ParameterWrapper,
+    name_in_base,
+    name_in_checkpoint,
+    without_outer_adapters,
+    wrapper_for,
+)
 from .record import require_fitting_record, sizes_of
 from .text import LONG, one_line
 from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
@@ -48,6 +55,8 @@ from .wrapping import TargetParameter, find_parameter, needs_unwrapping, paramet
 
 # As PEFT counts layers: the first numbered segment of a module's name ends its transformer block.
 _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
+# What a `PeftModel` puts before the names of its base model; once more around another `PeftModel`.
+_PEFT_PREFIX = "base_model.model."
 # What FSDP1 and PyTorch's activation checkpointing insert into names.
 _WRAPPERS = re.compile(r"\b_(fsdp|checkpoint)_wrapped_module\.")
 
@@ -110,9 +119,10 @@ class CompositionModel(BaseTuner):
         """
         if adapter_name is None:
             adapter_name = next(iter(self.active_adapters), None)
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"There is no composition {adapter_name!r}; there are {sorted(self.peft_config)}.")
-        names = self.peft_config[adapter_name].adapter_names
+        configs = {name: c for name, c in self.peft_config.items() if isinstance(c, CompositionConfig)}
+        if adapter_name not in configs:
+            raise ValueError(f"There is no composition {adapter_name!r}; there are {sorted(configs)}.")
+        names = configs[adapter_name].adapter_names
         return {
             name: dict(zip(names, layer.mixing_weights(adapter_name).tolist()))
             for name, layer in composition_layers(self.model)
@@ -185,6 +195,10 @@ class CompositionModel(BaseTuner):
         layers = dict(composition_layers(self.model))
         if merge:
             with self._leaving_ties(adapter_names, is_for_good=True):
+                # PEFT asks only the outermost adapter of a module, and takes all of them off.
+                for _, path, layer in _located_layers(self.model):
+                    if path.endswith(".base_layer"):
+                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
                 return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unloaded: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         separate(unloaded, [layer.tie for layer in layers.values() if layer.tie is not None and layer.tie.has_left])
@@ -354,6 +368,15 @@ class CompositionModel(BaseTuner):
         return selected
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As in every PEFT method; adapters of others around a composition leave no trace in its checkpoint."""
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        while key.startswith(2 * _PEFT_PREFIX):
+            key = key.removeprefix(_PEFT_PREFIX)
+        path, found, rest = key.partition(".composition_")
+        return f"{without_outer_adapters(path)}{found}{rest}" if found else key
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -388,10 +411,10 @@ def _located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLay
     wrappers: list[str] = []
     for inner_path, module in model.named_modules():
         path = _WRAPPERS.sub("", inner_path)
-        if isinstance(module, ParameterWrapper):
+        if isinstance(module, CompositionLayer):
+            yield name_in_base(f"{path}.", wrappers).rstrip("."), path, module
+        elif isinstance(module, (ParameterWrapper, BaseTunerLayer)):
             wrappers.append(path)
-        elif isinstance(module, CompositionLayer):
-            yield name_in_base(path, wrappers), path, module
 
 
 def _asks_for_ties(module: nn.Module) -> bool:
@@ -645,8 +668,9 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, CompositionLayer):
             raise ValueError(
-                f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Merge it "
-                "(merge_and_unload) or take it off (unload) before composing."
+                f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Compose, or "
+                "load the composition, first, and put the other adapter on afterwards; or merge that one "
+                "(merge_and_unload) or take it off (unload) before."
             )
         if wrapped is not None and name.startswith(wrapped):  # what is inside comes right after it
             continue
@@ -729,9 +753,11 @@ def _renamed_state_dict(
 ) -> dict[str, Tensor]:
     """The same renaming for the keys of its weights."""
     composed = config.composed_modules or {}
-    prefix, separator = "base_model.model.", ".composition_"
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
-    paths = {name: path for name, path, _ in _located_layers(base_model)}
+    prefix, separator = _PEFT_PREFIX, ".composition_"
+    base_model = model
+    while isinstance(base_model, PeftModel):
+        base_model = base_model.get_base_model()
+    paths = {name: without_outer_adapters(path) for name, path, _ in _located_layers(base_model)}
     found = dict.fromkeys(key.removeprefix(prefix).partition(separator)[0] for key in state_dict if separator in key)
     if found.keys() <= set(paths.values()):
         return state_dict

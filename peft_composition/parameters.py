@@ -247,4 +247,11 @@ def name_in_checkpoint(path: str, composed: Mapping[str, Any]) -> str:
     """
     if path in composed:
         return path
-    return path.replace(".base_layer.", ".").replace(f".{CONTAINER}.", ".")
+    return without_outer_adapters(path).replace(".base_layer.", ".").replace(f".{CONTAINER}.", ".")
+
+
+def without_outer_adapters(path: str) -> str:
+    """The path of a composed layer as if no adapter of another method lay around it."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
