@@ -31,6 +31,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 # What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
 _SHARDING_MARKS = ("_is_fsdp_managed_module", "ds_id")
+# What nn.DataParallel sets on the copies it makes for every pass, which have plain tensors for parameters.
+_REPLICA = "_is_replica"
 
 
 class Mixing(nn.Module):
@@ -510,8 +512,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
 
     def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """The output of a composition alone, to be added to that of the base layer."""
-        factors = self._ready_factors(adapter_name)
-        if self._learns(adapter_name) or not self._may_fold(adapter_name):
+        factors, _, folds = self._pass(adapter_name)
+        if not folds:
             weights = self._weights(adapter_name)
             delta = self._apply_factors(x, factors.A.detach(), factors.B.detach(), factors.spread(weights))
             bias = None if factors.bias is None else functional.delta_bias(factors.bias, weights)
@@ -525,17 +527,31 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
                 delta = self._apply_factors(x, cast(Tensor, folded.A), cast(Tensor, folded.B), folded.u)
         return delta if bias is None else self._add_bias(delta, bias)
 
-    def _learns(self, adapter_name: str) -> bool:
-        """Whether this forward pass must leave a way for derivatives to the mixing weights.
+    def _pass(self, adapter_name: str) -> tuple[Factors, bool, bool]:
+        """What a forward pass does with a composition, found at the pace of a single token.
+
+        Nothing is folded while a step is due that may change the weights unseen. Nor in training, where with reentrant
+        gradient checkpointing a pass without gradient opens every step: all layers' would be in memory at once.
+
+        Returns:
+            Its factors; whether the pass must leave a way for derivatives to the mixing weights; and whether it may
+            take the composition folded, and leave it so for the passes that follow.
+        """
+        mixing, factors = self._parts(adapter_name)
+        theta = mixing.weight  # an attribute: FSDP1 puts modules of its own around a Mixing
+        if theta is not None and self._learns(adapter_name, mixing, theta):
+            return factors, True, False
+        if torch.compiler.is_compiling() or self._is_sharded or _REPLICA in self.__dict__ or mixing.motion.is_on:
+            return factors, False, False
+        return factors, False, not self.training or theta is None or not theta.requires_grad
+
+    def _learns(self, adapter_name: str, mixing: Mixing, theta: Tensor) -> bool:
+        """Whether derivatives may be asked for.
 
         Such a pass is followed by new weights: what was folded with the old ones is given up.
         """
-        mixing, _ = self._parts(adapter_name)
-        theta = mixing.weight  # an attribute: FSDP1 puts modules of its own around a Mixing
-        if theta is None:
-            return False
         # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
-        is_foreign = type(theta) is not nn.Parameter and not self._is_replicated
+        is_foreign = type(theta) is not nn.Parameter and _REPLICA not in self.__dict__
         learns = is_foreign or (theta.requires_grad and torch.is_grad_enabled())
         if learns and _is_offloaded(mixing):
             raise RuntimeError(
@@ -548,23 +564,6 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             self._folds.drop(adapter_name)
             mixing.motion.begin()
         return learns
-
-    def _may_fold(self, adapter_name: str) -> bool:
-        """Whether a forward pass that does not learn may keep the composition folded, for those that follow.
-
-        Not while a step is due that may change the weights unseen. Nor in training, where with reentrant gradient
-        checkpointing a pass without gradient opens every step: all layers' would be in memory at once.
-        """
-        mixing, _ = self._parts(adapter_name)
-        if torch.compiler.is_compiling() or self._is_sharded or self._is_replicated or mixing.motion.is_on:
-            return False
-        theta = mixing.weight
-        return theta is None or not (self.training and theta.requires_grad)
-
-    @property
-    def _is_replicated(self) -> bool:
-        """Whether this is a replica of `nn.DataParallel`: made for one pass, and with plain tensors for parameters."""
-        return "_is_replica" in self.__dict__
 
     @property
     def _is_sharded(self) -> bool:
@@ -700,8 +699,7 @@ class Linear(CompositionLayer):
         return torch.zeros(shape[::-1] if self.fan_in_fan_out else shape, device=device_of(self.get_base_layer()))
 
     def _merged_output(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        factors = self._ready_factors(adapter_name)
-        learns = self._learns(adapter_name)
+        factors, learns, folds = self._pass(adapter_name)
         form = functional.cheapest_form(
             x.numel() // self.in_features,
             factors.rank,
@@ -710,12 +708,11 @@ class Linear(CompositionLayer):
             trains_input=x.requires_grad and torch.is_grad_enabled(),
             trains_weights=learns,
         )
-        keeps = not learns and self._may_fold(adapter_name)
-        if form == "stacked" and not (keeps and factors.merged_is_kept):
+        if form == "stacked" and not (folds and factors.merged_is_kept):
             return None
         if not self._can_merge(x, factors):
             return None
-        if keeps:
+        if folds:
             folded = self.folded(adapter_name, into_base=True)
             bias = self._composed_bias(folded.bias)
             if folded.merged is not None:

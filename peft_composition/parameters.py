@@ -56,13 +56,13 @@ class ParameterComposition(CompositionLayer):
         return weight
 
     def _composed(self, weight: Tensor, adapter_name: str, is_only: bool) -> Tensor:
-        factors = self._ready_factors(adapter_name)
+        factors, _, folds = self._pass(adapter_name)
         if weight.is_meta and not factors.A.is_meta:
             raise RuntimeError(
                 f"{type(self.get_base_layer()).__name__}.{self.path} is offloaded (device_map): a composition of a "
                 "parameter needs it in memory. Load the model without offloading this module, or merge_and_unload."
             )
-        if self._learns(adapter_name) or not self._may_fold(adapter_name):
+        if not folds:
             u = factors.spread(self._weights(adapter_name))
             return self._add(weight, factors.A.detach(), factors.B.detach(), u)
         trains_base = type(weight) is not nn.Parameter or weight.requires_grad
