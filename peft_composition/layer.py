@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from . import compat, functional
 from .config import CompositionConfig
 from .folding import Folded, Folds, Motion, Source
+from .packing import unpack
 from .ties import Place, Tie
 from .upstream import LayerShape, StackedFactors
 
@@ -405,6 +406,11 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             self.tie.rejoin(self)
         self.merged_adapters.clear()
         self._merged_weights.clear()
+
+    def get_base_weight(self) -> Tensor:
+        """The weight of the base layer, dequantized where it is quantized."""
+        unpack(self.get_base_layer())
+        return super().get_base_weight()
 
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
         """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import compat, processes, upstream
+from . import compat, packing, processes, upstream
 from .base_copies import warn_about_other_bases
 from .config import AdapterReference, CompositionConfig, LoraLayout
 from .fingerprint import add_fingerprint, await_fingerprint, carrier, checked_weights, forget_awaited
@@ -163,6 +163,11 @@ class CompositionModel(BaseTuner):
             if injection.stacked is not None:
                 self._fill(injection, adapter_name)
         find_ties(model, dict(composition_layers(model)))
+        packing.watch(model)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionModel:
+        packing.unpack_all(self)  # bitsandbytes does not, or loses the order of the scales
+        return super()._apply(fn, recurse)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a composition; if it was the only active one, another becomes active."""
