@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -351,17 +352,24 @@ class CompositionConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as `adapter_config.json`; a save that is cut short leaves an earlier file as it was.
 
+        Of a built composition that carries its factors, absolute paths of local adapters are saved by their last part
+        alone: others cannot use the rest, and it tells them whose machine it was.
+
         Within `PeftModel.save_pretrained`, which saves the config last, it also completes the model card.
 
         Args:
             save_directory: folder, made where it does not exist.
             **kwargs: passed to PEFT's own `save_pretrained`.
         """
-        from .hub import complete_card  # it builds on this module
+        from .hub import complete_card  # they build on this module
+        from .public import without_local_paths
 
         folder = Path(save_directory)
         with draft_in(folder, CONFIG_DRAFT) as draft:
             super().save_pretrained(str(draft), **kwargs)
+            fields = json.loads((draft / CONFIG_NAME).read_text(encoding="utf-8"))
+            fields = without_local_paths(fields)
+            (draft / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
             os.replace(draft / CONFIG_NAME, folder / CONFIG_NAME)
         # So calls PEFT, which has written weights and card by now; transformers saves the config first.
         if "auto_mapping_dict" in kwargs:

@@ -29,6 +29,7 @@ from .fingerprint import checked_weights
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
 from .parameters import name_in_checkpoint
+from .public import publish
 from .text import one_line
 from .upstream import LORA_SUBFOLDER, WeightsFile
 from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
@@ -127,6 +128,7 @@ class LoraExport:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            publish(Path(folder))
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

@@ -38,6 +38,7 @@ from .fingerprint import checked_weights
 from .layer import Mixing
 from .model import block_of
 from .parameters import name_in_checkpoint
+from .public import publish
 from .text import SHORT, in_code, in_markdown, in_python, one_line
 from .upstream import WeightsFile, is_hub_id
 
@@ -160,6 +161,8 @@ def push_to_hub(
         for name, config in configs.items():
             if lora and config.save_adapters:
                 lora_from_checkpoint(_folder_of(folder, name)).save_pretrained(Path(folder, _lora_folder(name)))
+        for name in configs:
+            publish(_folder_of(folder, name))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -223,6 +226,8 @@ class CompositionCardMixin(_TrainerBase):
         for name, config in getattr(model, "peft_config", {}).items():
             subfolder = _subfolder_of(name)
             if isinstance(config, CompositionConfig) and _Saved(folder, subfolder).is_complete:
+                if self.args.push_to_hub:
+                    publish(_folder_of(folder, name))
                 if self.args.push_to_hub and config.save_adapters:
                     add_to_checkpoint(_folder_of(folder, name))
                 write_model_card(folder, subfolder=subfolder, repo_id=self.hub_model_id, metrics=_evaluation_of(self))

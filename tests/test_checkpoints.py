@@ -241,7 +241,7 @@ class TestFiles:
         assert config["peft_type"] == "COMPOSITION"
         assert config["composed_modules"] == {"lin0": [2, 0], "lin1": [2, 3]}
         assert [entry["name"] for entry in config["provenance"]] == ["first", "second"]
-        assert [entry["path"] for entry in config["provenance"]] == pair("mlp")
+        assert [entry["path"] for entry in config["provenance"]] == ["./first", "./second"]
         assert [entry["sha256"] for entry in config["provenance"]] == [sha256(folder) for folder in pair("mlp")]
 
     def test_factors_on_disk_are_the_formula(self, pair, tmp_path) -> None:
@@ -568,7 +568,8 @@ class TestConfigAlone:
             output(model, "mlp")
 
     def test_a_config_without_its_record_composes_anew(self, config, pair) -> None:
-        model = get_peft_model(tiny.build("mlp"), dataclasses.replace(config, composed_modules=None))
+        config = dataclasses.replace(config, composed_modules=None, adapters=pair("mlp"))
+        model = get_peft_model(tiny.build("mlp"), config)
         expected = tiny.composed_by_hand(tiny.build("mlp"), pair("mlp"), [0.5, 0.5])
         torch.testing.assert_close(output(model, "mlp"), output(expected, "mlp"), rtol=0, atol=1e-5)
         assert model.base_model.mixing_weights()["lin1"] == {"first": 0.5, "second": 0.5}

@@ -295,6 +295,10 @@ def test_a_local_base_model_is_no_obstacle(hub: HubServer, online: Client, tmp_p
 
     assert outcome.error == ""
     assert "base_model" not in metadata(card_of(hub, "me/local"))
+    pushed = content(hub, "me/local")
+    assert {"adapter_config.json", "lora/adapter_config.json"} <= pushed.keys()
+    telling = [name for name, file in pushed.items() if str(tmp_path).encode() in file]
+    assert telling == ["training_args.bin"]  # which is the Trainer's
     assert torch.equal(online(attempt, load, "me/local").logits, outcome.logits)
 
 
