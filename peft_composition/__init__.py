@@ -12,6 +12,7 @@ from .config import CompositionConfig  # noqa: E402  (the config names PeftType.
 from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora  # noqa: E402
 from .hub import CompositionCardMixin, push_to_hub, write_model_card  # noqa: E402
 from .layer import CompositionLayer  # noqa: E402
+from .mixing import mixing_weights  # noqa: E402
 from .model import CompositionModel  # noqa: E402
 from .training import (  # noqa: E402
     HeadWarmupCallback,
@@ -38,6 +39,7 @@ __all__ = [
     "composition_optimizer",
     "last_complete_checkpoint",
     "lora_from_checkpoint",
+    "mixing_weights",
     "parameter_groups",
     "push_to_hub",
     "to_lora",

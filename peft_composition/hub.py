@@ -185,8 +185,8 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
         folder: what `save_pretrained` wrote.
 
     Returns:
-        `{module name: {upstream adapter name: weight}}`, in the model's order. Unlike in `model.mixing_weights()`, an
-        adapter that does not touch a module is not listed there.
+        `{module name: {upstream adapter name: weight}}`, in the model's order, as `mixing_weights(model)` gives
+        them.
 
     Raises:
         ValueError: there is no saved composition, or its weights are not in it.

@@ -106,7 +106,7 @@ class CompositionModel(BaseTuner):
     peft_config: dict[str, CompositionConfig]  # type: ignore[assignment]
 
     def mixing_weights(self, adapter_name: str | None = None) -> dict[str, dict[str, float]]:
-        """The normalised weight of every upstream adapter in every composed module.
+        """The normalised weight of every upstream adapter in every composed module that it touches.
 
         Args:
             adapter_name: name of the composition. Default: the active one.
@@ -117,17 +117,11 @@ class CompositionModel(BaseTuner):
         Raises:
             ValueError: there is no composition of that name.
         """
+        from .mixing import mixing_weights  # it builds on this module
+
         if adapter_name is None:
             adapter_name = next(iter(self.active_adapters), None)
-        configs = {name: c for name, c in self.peft_config.items() if isinstance(c, CompositionConfig)}
-        if adapter_name not in configs:
-            raise ValueError(f"There is no composition {adapter_name!r}; there are {sorted(configs)}.")
-        names = configs[adapter_name].adapter_names
-        return {
-            name: dict(zip(names, layer.mixing_weights(adapter_name).tolist()))
-            for name, layer in composition_layers(self.model)
-            if adapter_name in layer.composition_mixing
-        }
+        return mixing_weights(self, adapter_name)
 
     def inject_adapter(
         self,

@@ -80,7 +80,9 @@ def composed(name: str, adapters: list[str], **fields: Any) -> PeftModel:
 
 def by_hand(model: PeftModel, name: str, adapters: list[str]) -> nn.Module:
     """The plain model whose weights are those of the formula, with the mixing weights that the model has."""
-    weights = {module: list(row.values()) for module, row in model.base_model.mixing_weights().items()}
+    names = model.peft_config["default"].adapter_names
+    rows = model.base_model.mixing_weights()
+    weights = {module: [row.get(name, 0.0) for name in names] for module, row in rows.items()}
     return tiny.composed_by_hand(tiny.build(name), adapters, weights)
 
 
