@@ -22,14 +22,15 @@ def test_smoke_run_passes_its_checks_and_measures_every_part(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     document = json.loads(output.read_text())
     assert document["failures"] == document["left_out"] == []
-    checked = {row["part"] for row in document["rows"] if "passed" in row}
+    checked = {row["part"].removeprefix("check: ") for row in document["rows"] if "passed" in row}
     forms = {f"forms {dtype} N={count}" for dtype in ("float32", "bfloat16", "float16") for count in (1, 5, 64)}
     others = {"no stale folds", "torch.compile", "DataParallel", "Trainer", "gradient bit for bit", "two compositions"}
     assert forms | others <= checked
     timed = {(row["what"], row["peer"]) for row in document["rows"] if "ms" in row}
-    for what in ("training step", "forward pass", "token with KV cache", "training step, checkpointing"):
+    for what in ("training step", "forward pass", "token with KV cache", "training step, checkpointed"):
         assert {(what, "composition"), (what, "LoRA")} <= timed
     assert {("training step", "PEFT, N active"), ("training step", "plain loop")} <= timed
+    assert {("training step", "frozen base"), ("token, CUDA graph", "composition")} <= timed
     assert "left out: nothing" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""Checks of the library on a device against float64 on the CPU: every form, dtype and way of training, on tiny models."""
+"""Checks on a device against float64 on the CPU: every form, dtype and way of training, on tiny models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from peft_composition import CompositionConfig, to_lora
 
 
 RANK, ALPHA = 4, 6
-# Products of a few hundred terms through four layers: what rounding adds up to, in units of the dtype's eps. A gradient
-# passes through them twice, and the mixing weights subtract nearly equal numbers.
+# Products of a few hundred terms through four layers: what rounding adds up to, in units of the dtype's eps. A
+# gradient passes through them twice, and the mixing weights subtract nearly equal numbers.
 OUTPUT_EPS, GRADIENT_EPS = 8, 64
 
 
@@ -127,10 +128,10 @@ class Bench:
         A, B = saved[f"{prefix}A.weight"].double(), saved[f"{prefix}B.weight"].double()
         return ALPHA / RANK * (B.flatten(1) @ A.flatten(1)).view_as(weight)
 
-    def output(self, model: nn.Module) -> Tensor:
+    def output(self, model: Callable[[Tensor], Tensor]) -> Tensor:
         return model(self.ids.to(self.device))
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
         return (self.output(model).float() - self.targets.to(self.device)).square().mean()
 
 
@@ -160,13 +161,15 @@ def run(device: torch.device) -> Iterator[tuple[str, Callable[[], list[Check]]]]
         bench = Bench(Path(folder), device)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for count in (1, 5, 64):
-                yield f"forms {_short(dtype)} N={count}", lambda d=dtype, n=count: forms(bench, d, n)
+                yield f"forms {_short(dtype)} N={count}", partial(forms, bench, dtype, count)
         for dtype in (torch.bfloat16, torch.float16):
-            yield f"autocast {_short(dtype)}", lambda d=dtype: autocast(bench, d)
+            yield f"autocast {_short(dtype)}", partial(autocast, bench, dtype)
         yield "gradient bit for bit", lambda: reproducible(bench)
         yield "no stale folds", lambda: no_stale_folds(bench)
         yield "DataParallel", lambda: data_parallel(bench)
-        yield "torch.compile", lambda: compiled(bench)
+        yield "torch.compile", lambda: compiled(bench, "aot_eager")
+        if device.type == "cuda":
+            yield "torch.compile, inductor", lambda: compiled(bench, "inductor")
         yield "merge, unmerge, export", lambda: merged(bench)
         yield "two compositions", lambda: two_compositions(bench)
         yield "save and reload", lambda: reloaded(bench)
@@ -244,19 +247,33 @@ def no_stale_folds(bench: Bench) -> list[Check]:
 
 
 def data_parallel(bench: Bench) -> list[Check]:
-    """`nn.DataParallel` over one device, which the Trainer uses where one process sees several."""
+    """What `nn.DataParallel` does, which the Trainer uses where one process sees several devices.
+
+    With one device it would call the model itself. So the replicas are made here, two on the same device.
+    """
     model = bench.compose(5)
-    _, _, gradients = bench.formula(model, 5)
-    parallel = nn.DataParallel(model, [bench.device.index or 0]) if bench.device.type == "cuda" else model
-    bench.loss(parallel).backward()
-    found = {name: theta.grad for name, theta in thetas(model).items() if theta.grad is not None}
-    return [Check("gradient", worst(found, gradients), GRADIENT_EPS * torch.finfo(torch.float32).eps)]
+    output, _, gradients = bench.formula(model, 5)
+    eps = torch.finfo(torch.float32).eps
+    if bench.device.type != "cuda":  # PyTorch replicates on accelerators alone
+        return [Check("output", error_of(bench.output(nn.DataParallel(model)), output), OUTPUT_EPS * eps)]
+    devices = [bench.device, bench.device]
+    halves = bench.ids.to(bench.device).chunk(2)
+    replicas = nn.parallel.replicate(model, devices)
+    parts = nn.parallel.parallel_apply(replicas, [(half,) for half in halves], devices=devices)
+    found = torch.cat(parts)
+    (found - bench.targets.to(bench.device)).square().mean().backward()
+    own = {name: theta.grad for name, theta in thetas(model).items() if theta.grad is not None}
+    return [
+        Check("output", error_of(found, output), OUTPUT_EPS * eps),
+        Check("gradient", worst(own, gradients), GRADIENT_EPS * eps),
+    ]
 
 
-def compiled(bench: Bench) -> list[Check]:
+def compiled(bench: Bench, backend: str) -> list[Check]:
     """One graph for training and one for inference, and weights that move between."""
     model = bench.compose(5)
-    graph = torch.compile(model, fullgraph=True)
+    torch.compiler.reset()
+    graph = torch.compile(model, fullgraph=True, backend=backend)
     eps = torch.finfo(torch.float32).eps
     output, _, gradients = bench.formula(model, 5)
     bench.loss(graph).backward()
@@ -330,7 +347,7 @@ def trainer(bench: Bench) -> list[Check]:
     """Five steps of a plain Trainer in bf16 on a tiny BERT, saved and loaded again."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     base = BertForSequenceClassification(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -341,7 +358,7 @@ def trainer(bench: Bench) -> list[Check]:
         composition = CompositionConfig(adapters=[f"{folder}/{seed}" for seed in range(3)], task_type="SEQ_CLS")
         model = get_peft_model(copy.deepcopy(base), composition)
         data = [
-            {"input_ids": ids, "labels": torch.tensor(number % 3)}
+            {"input_ids": ids, "labels": torch.tensor(number % 2)}
             for number, ids in enumerate(torch.randint(0, 60, (40, 10)))
         ]
         arguments = TrainingArguments(
@@ -361,7 +378,8 @@ def trainer(bench: Bench) -> list[Check]:
         moved = all(bool(theta.detach().any()) for theta in thetas(model).values())
         ids = torch.randint(0, 60, (4, 10), device=bench.device)
         model.eval().save_pretrained(f"{folder}/saved")
-        again = PeftModel.from_pretrained(copy.deepcopy(base).to(bench.device), f"{folder}/saved").eval()
+        plain: nn.Module = copy.deepcopy(base)
+        again = PeftModel.from_pretrained(plain.to(bench.device), f"{folder}/saved").eval()
         with torch.no_grad(), nullcontext():
             same = torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
     return [_holds("weights move", moved), _holds("reloaded bit for bit", same)]

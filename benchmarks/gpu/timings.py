@@ -1,19 +1,16 @@
-"""Timings and memory on a device: training steps, forward passes and single tokens beside the peers, an 8B model, syncs."""
+"""Timings and memory on a device: training steps, forward passes and single tokens beside the peers, an 8B model."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, ViTConfig
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel, StaticCache, ViTConfig
 
 from ..measure import race
 from ..memory import give_back, peak_during, resident_bytes
@@ -23,11 +20,12 @@ from ..train import Step
 
 
 Row = dict[str, Any]
-LIBRARY = "/peft_composition/"
+FEW_TOKENS = 64
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def architectures(smoke: bool) -> dict[str, Architecture]:
-    """ViT-B/32 and a 1B Llama; in a smoke run tiny ones of the same kinds."""
+    """ViT-B/32 and a 1B Llama, with adapters on q, k and v or on all linear layers; in a smoke run tiny ones."""
     if smoke:
         vit = ViTConfig(
             hidden_size=32,
@@ -37,14 +35,21 @@ def architectures(smoke: bool) -> dict[str, Architecture]:
             image_size=32,
             patch_size=8,
         )
-        llama = LlamaConfig(
+        small = LlamaConfig(
             vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2,
         )  # fmt: skip
-        return {"vit": _vit(vit, "tiny ViT", 4), "llama": _llama(llama, "tiny Llama", 2, 16)}
+        tiny = _llama(small, "tiny Llama", 2, 16)
+        return {
+            "vit": _vit(vit, "tiny ViT", 4),
+            "llama": tiny,
+            "llama-all": dataclasses.replace(tiny, targets=ALL_LINEAR),
+        }
+    llama = _llama(llama_config(2048, 8192, 16, 32), "Llama-3.2-1B's shape", 4, 512)
     return {
         "vit": _vit(ViTConfig(patch_size=32), "ViT-B/32", 32),
-        "llama": _llama(llama_config(2048, 8192, 16, 32), "Llama-3.2-1B's shape", 4, 512),
+        "llama": llama,
+        "llama-all": dataclasses.replace(llama, targets=ALL_LINEAR),
     }
 
 
@@ -78,6 +83,19 @@ def workbench(architecture: Architecture, folder: Path, device: torch.device, dt
     targets = architecture.targets if names.issuperset(architecture.targets) else ("query", "key", "value")
     folder.mkdir(parents=True)
     return Workbench(dataclasses.replace(architecture, build=build, targets=targets), folder, device, dtype)
+
+
+def short(bench: Workbench) -> Workbench:
+    """The same with one sequence of few tokens, whose kernels take longer to launch than to run."""
+    few = copy.copy(bench)
+    inputs, labels = bench.architecture.inputs, bench.architecture.labels
+    few.architecture = dataclasses.replace(
+        bench.architecture,
+        batch_size=1,
+        inputs=lambda count: {name: tensor[:, :FEW_TOKENS] for name, tensor in inputs(count).items()},
+        labels=lambda count: {name: tensor[:, :FEW_TOKENS] for name, tensor in labels(count).items()},
+    )
+    return few
 
 
 def train(bench: Workbench, count: int, peers: Sequence[Peer], rounds: int) -> Iterator[Row]:
@@ -121,6 +139,40 @@ def decode(bench: Workbench, count: int, peers: Sequence[Peer], rounds: int) -> 
         return token
 
     yield from _without_gradient("token with KV cache", bench, count, peers, rounds, token_of)
+
+
+def graphed(bench: Workbench, count: int, peers: Sequence[Peer], rounds: int) -> Iterator[Row]:
+    """The same token with a static cache, recorded once as a CUDA graph: what the device itself takes."""
+    prompt = bench.batch(1)["input_ids"][:, :32]
+    last = prompt[:, -1:].clone()
+
+    def token_of(model: nn.Module) -> Callable[[], object]:
+        base = bench.base
+        assert isinstance(base, PreTrainedModel)
+        cache = StaticCache(config=base.config, max_cache_len=128)
+        model(input_ids=prompt, past_key_values=cache, use_cache=True)
+        lengths: list[Tensor] = [getattr(layer, "cumulative_length") for layer in cache.layers]  # noqa: B009
+
+        def token() -> object:
+            result = model(input_ids=last, past_key_values=cache, use_cache=True)
+            for length in lengths:
+                length.fill_(prompt.shape[1])
+            return result
+
+        if bench.device.type != "cuda":
+            return token
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                token()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            token()
+        return graph.replay
+
+    yield from _without_gradient("token, CUDA graph", bench, count, peers, rounds, token_of)
 
 
 def _without_gradient(
@@ -168,61 +220,13 @@ def eight_billion(device: torch.device, dtype: torch.dtype, folder: Path, smoke:
         give_back()
         peak = peak_during(step, device)
         rows[peer.title] = {
-            "what": "training step, checkpointing",
+            "what": "training step, checkpointed",
             "N": 8,
             "peer": peer.title,
             "peak_mb": (peak + resident_bytes(step.model, step.optimizer)) / 1e6,
         }
         steps[peer.title] = step
     yield from _with_times(rows, race(steps, LORA.title, rounds, device, "8B"))
-
-
-def synchronisations(bench: Workbench, count: int) -> Iterator[Row]:
-    """How often a training step waits for the device, by whose code asked, and how many kernels it launches."""
-    for peer in (LORA, COMPOSITION):
-        assert peer.build is not None
-        step = Step(peer.build(bench, count), bench)
-        for _ in range(3):
-            step()
-        row: Row = {"what": "host waits and kernels a step", "N": count, "peer": peer.title}
-        if bench.device.type == "cuda":
-            row["waits_of_ours"], row["waits_of_others"] = _waits(step)
-            activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        else:
-            activities = [ProfilerActivity.CPU]
-        with profile(activities=activities) as profiler:
-            step()
-            if bench.device.type == "cuda":
-                torch.cuda.synchronize()
-        kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-        row["kernels" if kernels else "operators"] = len(kernels or profiler.events())
-        top = Counter(event.name.partition("<")[0][-60:] for event in kernels)
-        row["most"] = top.most_common(8)
-        yield row
-
-
-def _waits(step: Callable[[], object]) -> tuple[int, int]:
-    ours, others = 0, 0
-
-    def note(*arguments: Any, **_: Any) -> None:
-        nonlocal ours, others
-        files = [frame.filename for frame in traceback.extract_stack()]
-        if any(LIBRARY in file for file in files):
-            ours += 1
-        else:
-            others += 1
-
-    torch.cuda.set_sync_debug_mode("warn")
-    before = warnings.showwarning
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = note
-            step()
-    finally:
-        warnings.showwarning = before
-        torch.cuda.set_sync_debug_mode("default")
-    return ours, others
 
 
 TRAINED = (COMPOSITION, FROZEN)
