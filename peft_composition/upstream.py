@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from itertools import islice, repeat
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -301,7 +302,7 @@ class WeightsFile:
                 self._entries = _entries(path)
         except pickled.UnreadablePickleError as error:
             raise AdapterError(name, f"{path} {error}") from error
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
@@ -329,7 +330,7 @@ class WeightsFile:
                 with safe_open(self._path, framework="pt", device="cpu") as file:
                     return file.get_tensor(key)
             return torch.frombuffer(self._mapped(), dtype=dtype, count=math.prod(shape), offset=start).view(shape)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise AdapterError(self._name, f"{self._path} cannot be read at {key!r}: {error}") from error
 
     def unmap(self) -> None:
@@ -611,14 +612,15 @@ def read_adapters(
     Raises:
         AdapterError: one is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
     """
-    pool = ThreadPoolExecutor(PARALLEL_HASHES)
+    pool, refused = ThreadPoolExecutor(PARALLEL_HASHES), Event()
     hashes = [
-        pool.submit(_sha256, file.weights) if hashed or sha256 else _never()
+        pool.submit(_sha256, file.weights, refused) if hashed or sha256 else _never()
         for file, sha256 in zip(files, expected_sha256)
     ]
     try:
         return [_read_adapter(*entry) for entry in zip(files, hashes, expected_sha256)]
     except BaseException:
+        refused.set()
         pool.shutdown(cancel_futures=True)  # the rest need not be hashed
         raise
     finally:
@@ -682,12 +684,15 @@ def read_config(files: AdapterFiles) -> dict[str, Any]:
         raise AdapterError(files.name, str(error)) from error
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, stop: Event) -> str:
+    """The hash of a file; of a part of it, once nobody wants it any more."""
     # One call per file, mostly: for each the thread must win the interpreter back from the one that reads adapters.
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for start in range(0, size, HASHED_AT_ONCE):
+            if stop.is_set():
+                break
             length = min(HASHED_AT_ONCE, size - start)
             with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as content:
                 digest.update(content)
@@ -782,7 +787,7 @@ class _Key(NamedTuple):
 def _parse_key(key: str) -> _Key:
     plain = _WRAPPED.sub("", key).removeprefix("module.").removeprefix("base_model.model.")
     match = _FACTOR_KEY.match(plain)
-    if match is None:
+    if match is None or not (match["embedding"] or match["leaf"]):  # a name of an adapter is no tensor of a layer's
         return _Key(plain)
     part = match["factor"] + (".bias" if match["leaf"] == "bias" else "")
     return _Key(plain, match["module"], part, is_embedding=match["embedding"] is not None)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_composition import CompositionConfig, inspection, upstream
+from peft_composition import AdapterError, CompositionConfig, inspection, upstream
 from peft_composition.inspection import AdapterReport, inspect_adapters
 
 from . import tiny
@@ -154,6 +154,14 @@ def test_gigabytes_of_nothing(good: Path, bad: Path) -> None:
     assert second.reason is None
 
 
+def test_a_refusal_does_not_wait_for_the_hash_of_gigabytes(good: Path, bad: Path) -> None:
+    os.truncate(bad / WEIGHTS, 1 << 40)
+    start = time.perf_counter()
+    with pytest.raises(AdapterError, match=r"'bad'.*is not a readable safetensors file"):
+        tiny.compose("mlp", [str(good), str(bad)])
+    assert time.perf_counter() - start < 10
+
+
 def test_values_are_checked_in_parts(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "CHECKED_AT_ONCE", 7)
     tensors = load_file(bad / WEIGHTS)
@@ -166,7 +174,7 @@ def test_values_are_checked_in_parts(bad: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_hashes_that_nobody_asks_for_are_not_computed(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(upstream, "_sha256", lambda path: asked.append(path) or "")
+    monkeypatch.setattr(upstream, "_sha256", lambda path, _: asked.append(path) or "")
     (report,) = inspect(good)
     assert report.reason is None
     assert not asked

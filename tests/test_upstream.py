@@ -1039,6 +1039,7 @@ def test_no_tensors_at_all(save: Callable[[Path], Path], good: Path, bad: Path) 
         ("base_model.model.lin0.lora_A.other.weight", "module 'lin0' has two tensors A"),
         ("base_model.model.lin0.lora_A.bias", "module 'lin0' has a bias on lora_A"),
         ("base_model.model.lin0.lora_E", "tensor 'base_model.model.lin0.lora_E' is not part of a plain product B A"),
+        ("base_model.model.lin2.lora_A.weigth", "lora_A.weigth' is not part of a plain product B A"),
     ],
 )
 def test_tensors_beside_the_two_factors(key: str, message: str, good: Path, bad: Path) -> None:
