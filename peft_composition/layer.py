@@ -123,6 +123,16 @@ class Mixing(nn.Module):
         return f"adapters={self.count}, gain={self.gain}"
 
 
+def _mark_unwritten(parameter: nn.Parameter) -> None:
+    """Make the first value NaN, which no factor is."""
+    if not parameter.is_meta and parameter.numel():
+        parameter.data.view(-1)[0] = math.nan
+
+
+def _is_unwritten(parameter: nn.Parameter) -> bool:
+    return parameter.is_meta or (parameter.numel() > 0 and bool(parameter.data.view(-1)[0].isnan()))
+
+
 class Factors(nn.Module):
     """The frozen factors of all upstream adapters for one module, stacked; never trainable.
 
@@ -165,16 +175,26 @@ class Factors(nn.Module):
             self.register_parameter(name, parameter)
         # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
         self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+        for parameter in self._placeholders.values():
+            _mark_unwritten(parameter)
         self._widest, self._places = functional.places_of_ranks(self.ranks)
         self._places_here: Tensor | None = None
         self._place_ranks(real_device(device))
 
     @property
     def is_pending(self) -> bool:
-        """Whether the factors were built from a saved configuration and their values never came."""
-        return bool(self._placeholders) and any(
-            self._parameters.get(name, parameter) is parameter for name, parameter in self._placeholders.items()
-        )
+        """Whether the factors were built from a saved configuration and their values never came.
+
+        They come with other parameters, from a state dict, or are written into these, as TRL does that copies a
+        composition to have a reference.
+        """
+        if not self._placeholders:
+            return False
+        for name, parameter in self._placeholders.items():
+            if self._parameters.get(name, parameter) is parameter and _is_unwritten(parameter):
+                return True
+        self._placeholders.clear()
+        return False
 
     def _replicate_for_data_parallel(self) -> Factors:
         replica = cast(Factors, super()._replicate_for_data_parallel())
