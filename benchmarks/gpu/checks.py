@@ -366,7 +366,7 @@ def trainer(bench: Bench) -> list[Check]:
             max_steps=5,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
-            bf16=bench.device.type == "cuda",
+            bf16=True,
             use_cpu=bench.device.type == "cpu",
             report_to=[],
             save_strategy="no",
@@ -374,7 +374,10 @@ def trainer(bench: Bench) -> list[Check]:
             disable_tqdm=True,
             average_tokens_across_devices=False,
         )
-        Trainer(model=model, args=arguments, train_dataset=data).train()
+        trained = Trainer(model=model, args=arguments, train_dataset=data)
+        trained.train()
+        # accelerate leaves autocast around the forward of what it has prepared
+        model = trained.accelerator.unwrap_model(trained.model, keep_fp32_wrapper=False)
         moved = all(bool(theta.detach().any()) for theta in thetas(model).values())
         ids = torch.randint(0, 60, (4, 10), device=bench.device)
         model.eval().save_pretrained(f"{folder}/saved")
