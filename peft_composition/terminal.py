@@ -18,7 +18,7 @@ from .report import Part, WeightRow
 from .text import LONG, one_line
 
 
-MOST_COLUMNS = 8  # of adapters in a table by parts
+MOST_COLUMNS = 6  # of adapters in a table by parts: beside a name of a block there is no room for more
 MOST_NAMES = 6  # of adapters that a note is about
 
 
@@ -74,11 +74,13 @@ def print_errors(lora: LoraExport) -> None:
 def print_means(rows: Sequence[WeightRow]) -> None:
     """The mixing weights of every adapter over the whole model."""
     table = Table(title="Mixing weights")
+    table.add_column("", justify="right", no_wrap=True)
     table.add_column("adapter", overflow="fold")
     for heading in ("modules", "mean", "min", "max"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(_plain(row.adapter), str(row.modules), f"{row.mean:.3f}", f"{row.min:.3f}", f"{row.max:.3f}")
+    for number, row in enumerate(rows, 1):
+        values = (f"{value:.3f}" for value in (row.mean, row.min, row.max))
+        table.add_row(f"({number})", _plain(row.adapter), str(row.modules), *values)
     Console().print(table)
 
 
@@ -87,14 +89,19 @@ def print_parts(rows: Sequence[WeightRow], whole: Sequence[WeightRow], by: Part)
     largest = sorted(whole, key=lambda row: -abs(row.mean))[:MOST_COLUMNS]
     shown = [row.adapter for row in whole if row in largest]
     few = f"the {len(shown)} of {len(whole)} adapters with the largest weights; all with --json"
+    console = Console()
+    headings = [one_line(adapter) for adapter in shown]
+    width = sum(len(heading) + 3 for heading in headings) + max(len(row.part) for row in rows) + 4
+    if width > console.width:  # names would be broken: the numbers are those of the rows of the table before
+        headings = [f"({number})" for number, row in enumerate(whole, 1) if row in largest]
     table = Table(title=f"Mean weight by {by}", caption=few if len(shown) < len(whole) else None)
     table.add_column(by, overflow="fold")
-    for adapter in shown:
-        table.add_column(_plain(adapter), justify="right", overflow="fold")
+    for heading in headings:
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     means = {(row.part, row.adapter): f"{row.mean:.3f}" for row in rows}
     for part in dict.fromkeys(row.part for row in rows):
         table.add_row(_plain(part), *(means.get((part, adapter), "-") for adapter in shown))
-    Console().print(table)
+    console.print(table)
 
 
 def _plain(text: str) -> Text:

@@ -96,20 +96,19 @@ def test_what_adapters_say_stays_text_however_often_it_is_saved(hostile: PeftMod
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_a_record_says_stays_text(pair: Any, tmp_path: Path, text: str) -> None:
     """A checkpoint from somebody hostile, for which a card is written."""
-    saved(trained(pair("bert")), tmp_path)
+    names = (text, text + "2")
+    saved(trained([{"path": path, "name": name} for path, name in zip(pair("bert"), names, strict=True)]), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     config.update(base_model_name_or_path=text, revision=text, task_type=None)
     config["auto_mapping"] = {"base_model_class": text, "parent_library": "transformers.models.bert"}
     (tmp_path / CONFIG).write_text(json.dumps(config))
     edit_provenance(
         tmp_path,
-        name=[text, text + "2"],
         path=[text, text],
         commit=[text, None],
         subfolder=[text, text],
         base_model_name_or_path=[text, text],
         license=[text, "mit"],
-        sha256=[text, text],
     )
     cards = [write_model_card(tmp_path).read_text() for _ in range(5)]
     assert cards == [cards[0]] * 5

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from peft_composition.report import weights_table
+from peft_composition.terminal import print_means, print_parts
 from peft_composition_cli import app
 
 from . import tiny
@@ -98,3 +100,18 @@ def test_errors_and_lines_show_names_escaped(hostile: Path, tmp_path: Path) -> N
         assert r"evil\x1b[2J" in refused.stderr
     (hostile / CONFIG).unlink()
     assert r"a\x1b[31mred" in run("inspect", hostile, columns=400).stdout
+
+
+def test_columns_of_many_adapters_with_long_names_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"some-long-adapter-name-{number}" for number in range(10)]
+    weights = {f"model.layers.{n}.q_proj": {name: 0.01 * k for k, name in enumerate(names)} for n in range(2)}
+    whole = weights_table(weights)
+    print_means(whole)
+    print_parts(weights_table(weights, "block"), whole, "block")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split("│")[1:3] == [" (10) ", " some-long-adapter-name-9 "] for line in lines if "│" in line)
+    heading = next(line for line in lines if "block" in line and "┃" in line)
+    assert [cell.strip() for cell in heading.split("┃")[2:-1]] == [f"({number})" for number in range(5, 11)]
+    row = next(line for line in lines if line.startswith("│ model.layers.1 "))
+    assert [float(cell) for cell in row.split("│")[2:-1]] == pytest.approx([0.01 * k for k in range(4, 10)])
