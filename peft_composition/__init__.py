@@ -2,10 +2,15 @@
 
 __version__ = "0.1.0"
 
-from .registration import add_peft_type, register_method, require_supported_peft
+from .registration import add_peft_type, register_method
+from .versions import require_supported_versions, unknown_versions
 
 
-require_supported_peft()
+require_supported_versions()
+try:
+    from . import compat  # noqa: F401  (everything that only some versions have)
+except ImportError as error:
+    raise unknown_versions(error) from error
 add_peft_type()
 
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)

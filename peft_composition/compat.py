@@ -64,8 +64,7 @@ def key_renamer(model: PreTrainedModel, weights: dict[str, bool]) -> Callable[[s
         return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
     def renamed(key: str) -> str:
-        return rename_source_key(
-            key, renamings(), [], base_model_prefix=model.base_model_prefix, meta_state_dict=weights
-        )[0]
+        # By position: the last two had other names in some versions.
+        return rename_source_key(key, renamings(), [], model.base_model_prefix, weights)[0]
 
     return renamed

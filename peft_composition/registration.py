@@ -5,10 +5,7 @@ PEFT has no hook for methods from outside and `PeftType` is a closed enum; every
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TYPE_CHECKING
-
-from packaging.version import Version
 
 
 if TYPE_CHECKING:
@@ -17,24 +14,6 @@ if TYPE_CHECKING:
     from peft.utils import PeftType
 
 METHOD = "COMPOSITION"
-MINIMUM_PEFT = "0.21.0"
-
-
-def require_supported_peft() -> None:
-    """Refuse a PEFT that lacks the hooks this plugin is built on.
-
-    Raises:
-        ImportError: PEFT is missing or older than `MINIMUM_PEFT`; the message says what to install.
-    """
-    advice = f'install it with: pip install "peft>={MINIMUM_PEFT}"'
-    try:
-        installed = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(f"peft-composition needs PEFT; {advice}") from error
-    if Version(installed) < Version(MINIMUM_PEFT):
-        raise ImportError(
-            f"peft-composition needs PEFT {MINIMUM_PEFT} or newer but {installed} is installed; {advice}"
-        )
 
 
 def add_peft_type() -> PeftType:

@@ -49,6 +49,7 @@ from peft_composition import CompositionConfig, to_lora
 from peft_composition.model import composition_layers
 
 from . import loading_memory, tiny
+from .upstream_faults import composed_by_transformers
 
 
 # Of the two blocks of the tiny Llama the second is on disk.
@@ -579,6 +580,7 @@ class TestRecomputation:
             for key, parameter in trained[None].items():
                 torch.testing.assert_close(trained[kind][key], parameter, rtol=1e-4, atol=1e-7)
 
+    @composed_by_transformers
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_in_a_model_of_transformers(self, use_reentrant: bool, pair: Callable[[str], list[str]]) -> None:
         """Composed by transformers' own add_adapter, which knows no PeftModel."""

@@ -43,6 +43,7 @@ from transformers import (
 from peft_composition import CompositionConfig, CompositionLayer
 
 from . import tiny
+from .upstream_faults import composed_by_transformers
 
 
 CONFIG = "adapter_config.json"
@@ -461,6 +462,7 @@ class TestOtherWaysIn:
         equal(output(loaded, name), output(model, name))
         assert any(parameter.requires_grad for parameter in loaded.parameters()) == is_trainable
 
+    @composed_by_transformers
     @every_transformer
     def test_saved_by_transformers(self, name, pair, tmp_path) -> None:
         model = saved_base(name, tmp_path / "base")

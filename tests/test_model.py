@@ -30,6 +30,7 @@ from peft_composition import CompositionConfig, CompositionLayer
 
 from . import tiny
 from .reference import read_lora
+from .upstream_faults import composed_by_transformers
 
 
 MODELS = list(tiny.TINY)
@@ -635,6 +636,7 @@ class TestOtherWaysIn:
             f"{tiny.path_of(module)}.composition_mixing.mix.weight" for module in tiny.touched_modules(pair(name))
         }
 
+    @composed_by_transformers
     @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "mixtral", "gpt_oss"])
     def test_add_adapter_of_transformers(self, name, pair) -> None:
         model = tiny.build(name)
@@ -647,6 +649,7 @@ class TestOtherWaysIn:
         model.disable_adapters()
         equal(tiny.output(model, name), tiny.output(tiny.build(name), name))
 
+    @composed_by_transformers
     def test_several_compositions_through_transformers(self, pair) -> None:
         model = tiny.build("bert")
         model.add_adapter(CompositionConfig(adapters=pair("bert")), adapter_name="first")

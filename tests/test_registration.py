@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import packaging
 import peft
 import pytest
+from packaging.requirements import Requirement
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from torch.utils.data import DataLoader, Dataset
 
 from peft_composition import CompositionConfig, CompositionModel
 from peft_composition.registration import add_peft_type, register_method
+from peft_composition.versions import MINIMUM
 
 
 LIBRARY = Path(__file__).parents[1] / "peft_composition"
@@ -154,22 +157,73 @@ def test_config_survives_pickle_and_copies(two_adapters: list[str]) -> None:
     assert json.loads(json.dumps(config.to_dict()))["peft_type"] == "COMPOSITION"
 
 
-def test_older_peft_is_refused_at_import(tmp_path: Path) -> None:
-    """A real older distribution on the path, as far as its metadata go: the refusal comes before anything of PEFT."""
-    metadata = tmp_path / "peft-0.20.0.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.20.0\n")
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [
+        ("torch", "2.7.1+cu126"),
+        ("peft", "0.20.0"),
+        ("transformers", "4.57.6"),
+        ("accelerate", "1.2.1"),
+        ("safetensors", "0.6.1"),
+        ("huggingface_hub", "1.2.4"),
+    ],
+)
+def test_what_is_too_old_is_refused_at_import(tmp_path: Path, name: str, old: str) -> None:
+    """A real older distribution on the path, as far as its metadata go: the refusal comes before anything of it."""
+    error = error_at_import(tmp_path, **{name: old})
+    minimum = MINIMUM[name]
+    assert error == (
+        f"ImportError: peft-composition needs {name} {minimum} or newer but {old} is installed; "
+        f'install what fits with: pip install "{name}>={minimum}"'
+    )
+
+
+def test_all_that_is_too_old_is_named_at_once(tmp_path: Path) -> None:
+    error = error_at_import(tmp_path, peft="0.20.0", torch="2.5.1")
+    assert "torch 2.8 or newer but 2.5.1 is installed, and peft 0.21.0 or newer but 0.20.0 is installed" in error
+    assert error.endswith('pip install "torch>=2.8" "peft>=0.21.0"')
+
+
+@pytest.mark.parametrize("number", ["2.8.0a0+34c6371d24.nv25.08", "2.11.0+cu128"])
+def test_builds_of_vendors_are_taken_for_their_release(tmp_path: Path, number: str) -> None:
+    assert error_at_import(tmp_path, torch=number) == ""
+
+
+def test_a_version_that_lacks_something_is_named() -> None:
+    program = (
+        "import peft, transformers.conversion_mapping as changed\n"
+        "del changed.get_model_conversion_mapping\n"
+        "import peft_composition\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("ImportError: peft-composition does not work with these versions: ")
+    assert "get_model_conversion_mapping" in error
+    assert f"transformers {version('transformers')}" in error
+
+
+def test_minimums_are_those_of_setup_cfg() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(LIBRARY.parent / "setup.cfg")
+    asked = [Requirement(line) for line in parser["options"]["install_requires"].split("\n") if line]
+    minimum = {r.name: [s.version for s in r.specifier if s.operator == ">="] for r in asked}
+    assert {name: [oldest] for name, oldest in MINIMUM.items()} == {name: minimum[name] for name in MINIMUM}
+
+
+def error_at_import(folder: Path, **versions: str) -> str:
+    """The error of an import where these distributions come first on the path; empty if there is none."""
+    for name, number in versions.items():
+        metadata = folder / f"{name}-{number}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
     done = subprocess.run(
         [sys.executable, "-c", "import peft_composition"],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(LIBRARY.parent)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(LIBRARY.parent)])},
     )
-    assert done.returncode != 0
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("ImportError: ")
-    assert re.search(r'needs PEFT 0\.21\.0 or newer but 0\.20\.0 is installed; .*pip install "peft>=0\.21\.0"', error)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 def test_import_in_a_fresh_process_registers() -> None:

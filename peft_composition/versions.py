@@ -1,0 +1,52 @@
+"""The oldest versions of other packages that this one works with; what is older is refused at import, by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from packaging.version import Version
+
+
+# As in setup.cfg, which a copy of the sources on PYTHONPATH does not bring along.
+MINIMUM = {
+    "torch": "2.8",
+    "peft": "0.21.0",
+    "transformers": "5.0",
+    "accelerate": "1.3",
+    "safetensors": "0.6.2",
+    "huggingface_hub": "1.3",
+}
+
+
+def require_supported_versions() -> None:
+    """Refuse packages that are missing or too old, all at once.
+
+    Only the release counts: vendors' builds of PyTorch have versions such as 2.8.0a0+34c6371d24.
+
+    Raises:
+        ImportError: names each package with the version that is installed and says what to install.
+    """
+    faults, needed = [], []
+    for name, minimum in MINIMUM.items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = None
+        if installed is not None and Version(installed).release >= Version(minimum).release:
+            continue
+        found = "is not installed" if installed is None else f"{installed} is installed"
+        faults.append(f"{name} {minimum} or newer but {found}" if installed else f"{name}, which {found}")
+        needed.append(f'"{name}>={minimum}"')
+    if faults:
+        raise ImportError(
+            f"peft-composition needs {', and '.join(faults)}; install what fits with: pip install {' '.join(needed)}"
+        )
+
+
+def unknown_versions(error: ImportError) -> ImportError:
+    """What to say where a package is recent enough and yet lacks something that this one is built on."""
+    installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in MINIMUM)
+    return ImportError(
+        f"peft-composition does not work with these versions: {error}. Installed are {installed}. If one of them is "
+        "newer than this package: pip install --upgrade peft-composition, or install the release before it."
+    )
