@@ -11,10 +11,10 @@ from packaging.version import Version
 MINIMUM = {
     "torch": "2.8",
     "peft": "0.21.0",
-    "transformers": "5.0",
+    "transformers": "5.16",
     "accelerate": "1.3",
-    "safetensors": "0.6.2",
-    "huggingface_hub": "1.3",
+    "safetensors": "0.8",
+    "huggingface_hub": "1.11",
 }
 
 
