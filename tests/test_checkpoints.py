@@ -43,7 +43,7 @@ from transformers import (
 from peft_composition import CompositionConfig, CompositionLayer
 
 from . import tiny
-from .upstream_faults import composed_by_transformers
+from .upstream_faults import composed_by_transformers, loaded_by_transformers
 
 
 CONFIG = "adapter_config.json"
@@ -433,6 +433,7 @@ class TestSeveral:
 
 
 class TestOtherWaysIn:
+    @loaded_by_transformers
     @every_transformer
     @pytest.mark.parametrize("save_adapters", [True, False])
     def test_load_adapter_of_transformers(self, name, save_adapters, pair, tmp_path) -> None:
@@ -443,6 +444,7 @@ class TestOtherWaysIn:
         equal(output(plain, name), output(model, name))
         assert not any(p.requires_grad for key, p in plain.named_parameters() if ".composition_" in key)
 
+    @loaded_by_transformers
     @every_transformer
     @pytest.mark.parametrize("save_adapters", [True, False])
     def test_auto_model_from_the_folder_of_the_adapter(self, name, save_adapters, pair, tmp_path) -> None:
