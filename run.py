@@ -99,7 +99,17 @@ def install_range(end: str) -> Path:
     if end == "newest" or not (stamp.is_file() and stamp.read_text() == wanted):
         print(f"Installing the {end} versions; the first time this takes some minutes ...", flush=True)
         run(python, "-m", "pip", "install", "--quiet", UV)
-        uv = (python, "-m", "uv", "pip", "install", "--quiet", "--upgrade", "--resolution", RANGES[end])
+        uv: tuple[str | Path, ...] = (
+            python,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--upgrade",
+            "--resolution",
+            RANGES[end],
+        )
         if end == "newest":  # also what the range leaves out: tests say by name what does not work there
             left_out = environment / "overrides.txt"
             left_out.write_text("".join(f"{line}\n" for line in excluded()))
