@@ -55,10 +55,10 @@ def run(
     return results
 
 
-def assert_same(one: dict[str, Any], two: dict[str, Any], metric: str) -> None:
-    """Two processes sum the same gradients in another order, which changes the weights by about 1e-8."""
+def assert_same(one: dict[str, Any], two: dict[str, Any], metric: str, bound: float = 1e-4) -> None:
+    """Two processes sum the same gradients in another order; Adam's division by small gradients makes more of that."""
     assert abs(one["metrics"][metric] - two["metrics"][metric]) <= 2 / TEST_EXAMPLES
-    assert two["mixing_weights"] == pytest.approx(one["mixing_weights"], abs=1e-4)
+    assert two["mixing_weights"] == pytest.approx(one["mixing_weights"], abs=bound)
     assert len(set(one["mixing_weights"].values())) > 1, "the weights have not moved"
 
 
@@ -208,12 +208,15 @@ def test_question_answering(questions: Inputs, tmp_path: Path, counts: tuple[int
             processes,
             *shared,
             "--per_device_train_batch_size",
-            16 // processes,
+            16 // max(counts),  # the same micro-batches in both: the same numbers are added
+            "--gradient_accumulation_steps",
+            max(counts) // processes,
         )
         for processes in counts
     ]
     if len(results) > 1:
-        assert_same(results[0], results[1], "exact_match")
+        # Halves of a float32 sum are exact: what is left is one rounding a step.
+        assert_same(results[0], results[1], "exact_match", bound=1e-6)
     assert min(result["metrics"]["exact_match"] for result in results) > above_chance(4)
 
 
