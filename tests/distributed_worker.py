@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from huggingface_hub import constants
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -164,18 +164,33 @@ def ddp(inputs: Path, folder: Path) -> dict[str, Any]:
         runs[name] = lambda more=more: outcome(train(composition(adapters), folder / "out", **more))
     runs["zero"] = lambda: outcome(train(composition([{"path": zero, "name": name} for name in "ab"]), folder / "out"))
     runs["saving"] = lambda: saving(adapters, folder)
+    runs["resuming"] = lambda: resuming(lambda: composition(adapters), folder, "saved")
+    runs["LoRA resuming"] = lambda: resuming(lora, folder, "saved-lora")
     return {name: attempt(run) for name, run in runs.items()}
 
 
 def saving(adapters: list[str], folder: Path) -> dict[str, Any]:
-    """Checkpoints, the card, and training that goes on from rank 0's checkpoint."""
+    """Checkpoints and the card, as far as this process writes them."""
     model = composition(adapters)
     trainer = train(model, folder / "saved", save_strategy="steps", save_steps=3)
     trainer.create_model_card()
     model.save_pretrained(str(folder / "pretrained"), is_main_process=trainer.is_world_process_zero())
-    checkpoint = folder.with_name("rank0") / "saved" / "checkpoint-3"
-    resumed = train(composition(adapters), folder / "resumed", resume=str(checkpoint))
-    return {"whole": trained(model), "resumed": trained(resumed.model), "files": files_in(folder)}
+    return {"whole": trained(model), "files": files_in(folder)}
+
+
+def resuming(make: Callable[[], nn.Module], folder: Path, name: str) -> dict[str, Any]:
+    """Training to its end, and once more from rank 0's checkpoint in its middle."""
+    whole = train(make(), folder / name, save_strategy="steps", save_steps=3)
+    checkpoint = folder.with_name("rank0") / name / "checkpoint-3"
+    resumed = train(make(), folder / "resumed", resume=str(checkpoint))
+    return {"whole": trained(whole.model), "resumed": trained(resumed.model)}
+
+
+def lora() -> nn.Module:
+    """PEFT's LoRA on the same base, as a witness where upstream packages fail."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    return get_peft_model(composition_base(), config)
 
 
 def files_in(folder: Path) -> list[str]:

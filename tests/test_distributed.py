@@ -24,6 +24,7 @@ from peft_composition.layer import Mixing
 from . import distributed_worker as worker
 from . import tiny
 from .hub_server import HubServer, environment_of
+from .upstream_faults import TRANSFORMERS_RESUMES_ON_GPUS_ALONE
 
 
 pytestmark = pytest.mark.xdist_group("distributed")  # two processes at a time are enough for two cores
@@ -161,8 +162,13 @@ def test_only_the_first_process_writes(ddp: list[dict[str, Any]]) -> None:
 
 
 def test_resumed_training_ends_where_an_uninterrupted_one_does(ddp: list[dict[str, Any]]) -> None:
-    for of_rank in result(ddp, "saving"):
-        assert_equal(of_rank["resumed"], of_rank["whole"])
+    if TRANSFORMERS_RESUMES_ON_GPUS_ALONE:
+        for name in ("resuming", "LoRA resuming"):  # fails again as soon as one of them works
+            assert all("don't know how to restore data location" in of_rank[name]["error"] for of_rank in ddp), name
+        return
+    for name in ("resuming", "LoRA resuming"):
+        for of_rank in result(ddp, name):
+            assert_equal(of_rank["resumed"], of_rank["whole"])
 
 
 # FSDP

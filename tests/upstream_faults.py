@@ -68,3 +68,7 @@ def loaded_by_transformers(test: Callable[..., None]) -> Callable[..., None]:
             test(*args, name=name, tmp_path=tmp_path, **kwargs)
 
     return outcome
+
+
+# The Trainer before 5.18 reads the optimizer of several CPU processes onto "cpu:0", which PyTorch does not know.
+TRANSFORMERS_RESUMES_ON_GPUS_ALONE = Version(version("transformers")) < Version("5.18")
