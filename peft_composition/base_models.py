@@ -6,14 +6,20 @@ makes the decoder of a Whisper, the language model of a Llama 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from .text import one_line
 
 
 # For each task type of PEFT the classes that load a model for it, with the tables of the models that they know; first
@@ -78,6 +84,7 @@ class Loader:
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         num_labels: int | None = None,
+        is_reported: bool = True,
     ) -> tuple[nn.Module, list[str]]:
         """Load a base model.
 
@@ -86,6 +93,7 @@ class Loader:
             revision: of the Hub id.
             dtype: of the weights. Default: as they are saved.
             num_labels: of the head; one of another size is replaced. Default: as in the base's config.
+            is_reported: whether transformers may report what is new in the model. Without, who calls has to tell it.
 
         Returns:
             The model, and the names of the modules that are not in the base's weights and so are new and untrained.
@@ -93,7 +101,8 @@ class Loader:
         kwargs: dict[str, Any] = {"revision": revision} if revision else {}
         if num_labels is not None:
             kwargs.update(num_labels=num_labels, ignore_mismatched_sizes=True)
-        model, info = self.loads.from_pretrained(base, dtype=dtype or "auto", output_loading_info=True, **kwargs)
+        with _named(base), _load_report(is_reported):
+            model, info = self.loads.from_pretrained(base, dtype=dtype or "auto", output_loading_info=True, **kwargs)
         keys = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
         return model, sorted({key.rpartition(".")[0] for key in keys})
 
@@ -101,6 +110,21 @@ class Loader:
         """The model without values: its modules and shapes."""
         with torch.device("meta"):
             return self.loads.from_config(config) if hasattr(self.loads, "from_config") else self.loads(config)
+
+
+def base_config(base: str, revision: str | None = None) -> PretrainedConfig:
+    """The config of a base model.
+
+    Args:
+        base: Hub id or folder.
+        revision: of the Hub id.
+
+    Raises:
+        ValueError: there is no such folder, or the Hub could not be asked for it.
+        OSError: the Hub has no such model, or it has no config.
+    """
+    with _named(base):
+        return AutoConfig.from_pretrained(base, revision=revision)
 
 
 def loaders(task: str | None, config: PretrainedConfig, stated: str | None = None) -> list[Loader]:
@@ -180,3 +204,53 @@ def _known(table: str, config_class: type[PretrainedConfig] | None) -> tuple[typ
 
 def _sub_configs(config: PretrainedConfig) -> tuple[type[PretrainedConfig], ...]:
     return tuple(getattr(config, "sub_configs", {}).values())
+
+
+@contextmanager
+def _named(base: str) -> Iterator[None]:
+    """What transformers says of a network that cannot be reached does not name the base model."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.isdir(base):
+            raise
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, LocalEntryNotFoundError):
+                raise ValueError(
+                    f"base model {one_line(base)} is neither a folder here nor in the Hub cache, and the Hub could "
+                    "not be asked"
+                ) from error
+            if isinstance(cause, HFValidationError):
+                raise ValueError(
+                    f"base model {one_line(base)} is no folder here, and it cannot be a Hub id"
+                ) from error
+            cause = cause.__cause__
+        raise
+
+
+@contextmanager
+def _load_report(is_shown: bool) -> Iterator[None]:
+    """Hold back transformers' report of a loaded model, unless loading fails: its errors refer to it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_report = " LOAD REPORT" in record.getMessage()
+        if is_report:
+            held.append(record)
+        return not is_report
+
+    if is_shown:
+        yield
+        return
+    logger.addFilter(hold)
+    try:
+        yield
+    except Exception:
+        logger.removeFilter(hold)
+        for record in held:
+            logger.handle(record)
+        raise
+    finally:
+        logger.removeFilter(hold)

@@ -15,14 +15,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers import AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
 
 from . import upstream
-from .base_models import AUTO_CLASSES, Loader, choose, loaders, stated_class
+from .base_models import AUTO_CLASSES, Loader, base_config, choose, loaders, stated_class
 from .config import AdapterReference, CompositionConfig
 from .export import lora_from_checkpoint, to_lora
-from .hub import LORA_SUBFOLDER, head_hash, push_to_hub, saved_mixing_weights, write_model_card
+from .hub import LORA_SUBFOLDER, head_hash, push_to_hub, saved_head, saved_mixing_weights, write_model_card
 from .inspection import inspect_adapters
 from .model import require_composable
 from .report import Part, plot_weights, weights_table
@@ -44,7 +44,7 @@ def inspect(
     references = _references(adapters)
     model = None
     if base is not None:
-        config = AutoConfig.from_pretrained(base)
+        config = base_config(base)
         task, loader = _task_and_loader(references, task, config, check_base, is_strict=False)
         model = loader.empty(config)
     reports = inspect_adapters(references, model, task, check_base)
@@ -74,10 +74,14 @@ def compose(
 ) -> None:
     """Build a composition, save it, and push it where that is asked for."""
     references = _references(adapters)
-    task, loader = _task_and_loader(references, task, AutoConfig.from_pretrained(base), check_base, is_strict=True)
+    task, loader = _task_and_loader(references, task, base_config(base), check_base, is_strict=True)
     if num_labels is not None and not loader.is_classifier:
         raise ValueError(f"--num-labels is for models that classify, not for a {loader.builds.__name__}")
-    base_model, new = loader.from_pretrained(base, num_labels=num_labels)
+    base_model, new = loader.from_pretrained(
+        base,
+        num_labels=num_labels,
+        is_reported=not loader.is_classifier,  # of classifiers it is told below
+    )
     has_new_head = loader.is_classifier and any(new)
     is_headless = has_new_head and num_labels is None
     config = CompositionConfig(
@@ -171,10 +175,23 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
     if not base:
         raise ValueError(f"{folder} does not say what its base model is; give --base")
     revision = config.revision if base == config.base_model_name_or_path else None
-    loader = _recorded_loader(config, task, AutoConfig.from_pretrained(base, revision=revision))
+    loader = _recorded_loader(config, task, base_config(base, revision))
     base_model, new = loader.from_pretrained(
-        base, revision=revision, dtype=_dtype(dtype), num_labels=config.num_labels if loader.is_classifier else None
+        base,
+        revision=revision,
+        dtype=_dtype(dtype),
+        num_labels=config.num_labels if loader.is_classifier else None,
+        is_reported=False,
     )
+    head, is_untrained = saved_head(folder)
+    dropped = _without_place(head, base_model)
+    if dropped and not is_untrained:
+        raise ValueError(
+            f"a {type(base_model).__name__} has no place for the trained {', '.join(map(one_line, dropped))} of "
+            f"{one_line(folder)}, which would be lost; "
+            + (f"leave out --task {task}, or export it" if task else "give the --task that it was trained for")
+        )
+    untrained = [module for module in head if module not in dropped] if is_untrained else []
     saved = tuple(config.modules_to_save or ())
     new = [module for module in new if not any(part in saved for part in module.split(".")) and module not in saved]
     model = PeftModel.from_pretrained(base_model, str(folder))
@@ -186,13 +203,17 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
     kind = type(merged).__name__
     stored = str(merged.dtype).removeprefix("torch.")
     if as_json:
-        found = {"model": kind, "dtype": stored, "processor": has_processor, "untrained": new}
+        found = {"model": kind, "dtype": stored, "processor": has_processor, "untrained": sorted({*new, *untrained})}
         print_json({"out": str(out), **found})
         return
     beside = "with" if has_processor else "the base has no"
     say(f"Merged into a {kind} ({stored}, {beside} tokenizer or processor): {out}")
     if new:
         say(f"Neither {base} nor the composition has weights for {', '.join(new)}: they are new and untrained.")
+    if untrained:
+        say(f"Its head ({', '.join(untrained)}) was saved as new and untrained: train it before use.")
+    if dropped:
+        say(f"Left out, since it is untrained and a {kind} has no place for it: {', '.join(dropped)}.")
 
 
 # What goes in
@@ -281,6 +302,21 @@ def _recorded_loader(config: CompositionConfig, task: str | None, base_config: P
         return composed <= {*dict(model.named_modules()), *dict(model.named_parameters())}
 
     return choose(loaders(task or config.task_type, base_config, stated), base_config, fits)
+
+
+def _without_place(modules: Sequence[str], model: nn.Module) -> list[str]:
+    """Those that a model does not have, whatever comes before its names and theirs."""
+    names = {name for name, _ in model.named_modules()} - {""}
+    ends = {name[start:] for name in names for start in _starts(name)}
+    return [
+        module
+        for module in filter(None, modules)
+        if module not in ends and not any(module.endswith(f".{n}") for n in names)
+    ]
+
+
+def _starts(name: str) -> list[int]:
+    return [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
 
 
 def _new_modules(new: Sequence[str], task: str | None) -> list[str] | None:

@@ -204,6 +204,21 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
     }
 
 
+def saved_head(folder: str | os.PathLike[str]) -> tuple[list[str], bool]:
+    """The modules beside the composition's own in a saved composition, and whether they are known to be untrained.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+
+    Raises:
+        ValueError: there is no saved composition.
+    """
+    saved = _Saved(Path(folder), None)
+    if not saved.is_complete:
+        raise ValueError(f"There is no saved composition in {saved.folder}.")
+    return saved.head_modules, saved.has_untrained_head
+
+
 class CompositionCardMixin(_TrainerBase):
     """Completes the model card that a Trainer writes, and adds the plain LoRA, so that `push_to_hub` pushes both.
 
@@ -368,6 +383,15 @@ class _Saved:
         file = WeightsFile(self.subfolder or "default", self.weights_file)
         return {key: file.read(key) for key in file if not _is_of_composition(key)}
 
+    @property
+    def head_modules(self) -> list[str]:
+        return sorted({key.removeprefix("base_model.model.").rpartition(".")[0] for key in self.head})
+
+    @property
+    def has_untrained_head(self) -> bool:
+        """Whether it is still the one that was recorded as untrained."""
+        return self.config.untrained_head is not None and self.config.untrained_head == head_hash(self.head)
+
     def mixing_weights(self) -> dict[str, list[float]]:
         """The weight of every adapter in every composed module, from theta in the weights file; empty if not there."""
         mixing = Mixing(self.config, torch.float32)
@@ -493,8 +517,8 @@ def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -
         ),
         lora_code=_loading_code(saved, repo_id, lora_subfolder) if saved.has_lora else None,
         lora_subfolder=lora_subfolder,
-        head=sorted({key.removeprefix("base_model.model.").rpartition(".")[0] for key in saved.head}),
-        is_untrained=saved.config.untrained_head is not None and saved.config.untrained_head == head_hash(saved.head),
+        head=saved.head_modules,
+        is_untrained=saved.has_untrained_head,
         is_classifier="Classification" in str((saved.config.auto_mapping or {}).get("base_model_class")),
         modules=len(saved.ranks),
         different_weights=len({tuple(row) for row in weights.values()}),

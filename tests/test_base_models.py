@@ -31,6 +31,7 @@ from peft_composition_cli import Task
 from . import tiny
 from .test_card import code_blocks
 from .test_card import run as run_code
+from .test_cli import run as run_command
 from .test_cli import run_json
 
 
@@ -197,3 +198,26 @@ def test_merge_of_a_checkpoint_that_does_not_record_the_class(tmp_path: Path) ->
     assert told["model"] == "BartForConditionalGeneration"
     told = run_json("merge", tmp_path / "mix", "--task", "SEQ_2_SEQ_LM", "--out", tmp_path / "given")
     assert told["model"] == "BartForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("no\x1bbase", r"no\x1bbase is no folder here, and it cannot be a Hub id"),
+        ("/no/such/base", "/no/such/base is no folder here, and it cannot be a Hub id"),
+        ("me/nobase", "me/nobase is neither a folder here nor in the Hub cache, and the Hub could not be asked"),
+    ],
+)
+def test_a_base_model_that_is_not_there_is_named(name: str, complaint: str, tmp_path: Path) -> None:
+    base = tiny.build("bert")
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    lora = tiny.save_lora(tmp_path / "lora", base, ["query"])
+    run_json("compose", "--base", tmp_path / "base", "--adapters", lora, "--out", tmp_path / "mix")
+    for command in (
+        ["inspect", lora],
+        ["compose", "--adapters", lora, "--out", tmp_path / "o"],
+        ["merge", tmp_path / "mix", "--out", tmp_path / "o"],
+    ):
+        result = run_command(*command, "--base", name)
+        assert result.exit_code == 1
+        assert result.stderr.strip().splitlines()[-1] == f"Error: base model {complaint}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from peft_composition.base_models import Loader
 
 from . import tiny
 from .test_cli import CONFIG, TOLERANCE, WEIGHTS, load_base, run, run_json
@@ -129,7 +133,7 @@ def test_a_new_head_of_a_model_without_a_task_type_is_written(tmp_path: Path) ->
     assert (told["head"], told["num_labels"]) == ("new", 5)
     assert {tuple(tensor.shape) for tensor in heads(tmp_path / "with").values()} == {(5, 16), (5,)}
     merged = run_json("merge", tmp_path / "with", "--out", tmp_path / "merged")
-    assert (merged["model"], merged["untrained"]) == ("ViTForImageClassification", [])
+    assert (merged["model"], merged["untrained"]) == ("ViTForImageClassification", ["classifier"])
 
 
 def test_labels_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
@@ -149,3 +153,53 @@ def test_merge_says_what_nobody_has_trained(tmp_path: Path, encoder: Path, loras
     assert result.exit_code == 0, result.output
     assert "has weights for classifier: they are new and untrained." in result.stdout
     assert load_base(tmp_path / "merged").config.num_labels == 2
+
+
+def test_merge_does_not_lose_a_trained_head(tmp_path: Path, encoder: Path, loras: list[Path]) -> None:
+    out = tmp_path / "mix"
+    run_json("compose", "--base", encoder, "--adapters", *loras, "--num-labels", 4, "--out", out)
+    merged = run("merge", out, "--out", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    assert "Its head (classifier) was saved as new and untrained: train it before use." in merged.stdout
+    dropped = run("merge", out, "--task", "CAUSAL_LM", "--out", tmp_path / "language")
+    assert dropped.exit_code == 0, dropped.output
+    assert "a BertLMHeadModel has no place for it: classifier." in dropped.stdout
+
+    model = PeftModel.from_pretrained(
+        BertForSequenceClassification.from_pretrained(encoder, num_labels=4), str(out), is_trainable=True
+    )
+    with torch.no_grad():
+        model.get_submodule("base_model.model.classifier.modules_to_save.default").bias.add_(0.1)
+    model.save_pretrained(str(tmp_path / "trained"))
+    refused = run("merge", tmp_path / "trained", "--task", "CAUSAL_LM", "--out", tmp_path / "lost")
+    assert refused.exit_code == 1
+    assert "a BertLMHeadModel has no place for the trained classifier of" in refused.stderr
+    assert "leave out --task CAUSAL_LM" in refused.stderr
+    assert not (tmp_path / "lost").exists()
+    told = run_json("merge", tmp_path / "trained", "--out", tmp_path / "kept")
+    assert told["untrained"] == []
+    kept = BertForSequenceClassification.from_pretrained(tmp_path / "kept")
+    assert torch.equal(kept.classifier.bias, heads(tmp_path / "trained")["base_model.model.classifier.bias"])
+
+
+def test_no_report_of_transformers_contradicts_what_is_said(
+    tmp_path: Path, encoder: Path, loras: list[Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that its messages can be seen
+    BertForSequenceClassification.from_pretrained(encoder)
+    assert "LOAD REPORT" in caplog.text
+    caplog.clear()
+    run_json("compose", "--base", encoder, "--adapters", *loras, "--num-labels", 4, "--out", tmp_path / "mix")
+    run_json("merge", tmp_path / "mix", "--out", tmp_path / "merged")
+    assert "LOAD REPORT" not in caplog.text
+    with pytest.raises(RuntimeError, match="above report"):  # an error that refers to it
+        Loader("BertModel", BertModel).from_pretrained(str(broken(encoder, tmp_path)), is_reported=False)
+    assert "LOAD REPORT" in caplog.text
+
+
+def broken(encoder: Path, folder: Path) -> Path:
+    """A base whose weights have another size than its config says."""
+    shutil.copytree(encoder, folder / "broken")
+    path = folder / "broken" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 50}))
+    return folder / "broken"
