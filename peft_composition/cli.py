@@ -102,7 +102,7 @@ def compose(
     lora = to_lora(model) if with_lora else None
     model.save_pretrained(str(out))
     if lora is not None:
-        lora.save_pretrained(out / LORA_SUBFOLDER)
+        lora.save_beside(out, LORA_SUBFOLDER)
         write_model_card(out)  # once more: it tells of the export
     commit = push_to_hub(model, push, lora=with_lora) if push else None
     mixed = model.mixing_weights()

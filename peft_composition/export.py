@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import functional
 from .config import CompositionConfig, LoraLayout
 from .drafts import LORA_DRAFT, alone_in, draft_in
+from .exported import HEAD_NAME, RECORD_NAME, sha256_of, weights_file, write_record
 from .fingerprint import checked_weights
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
@@ -37,7 +38,6 @@ from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_ou
 
 # What vLLM takes as `max_lora_rank`.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-HEAD_NAME = "head.safetensors"
 # PEFT looks for a head in every adapter of these task types, and fails where there is none.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _PREFIX = "base_model.model."
@@ -88,12 +88,29 @@ class LoraExport:
         Args:
             folder: made where it does not exist.
         """
-        folder = Path(folder)
+        self._save(Path(folder))
+
+    def save_beside(self, composition: str | os.PathLike[str], subfolder: str, sha256: str | None = None) -> None:
+        """Save in a subfolder of the saved composition that it was made from, with a record of that.
+
+        Args:
+            composition: folder of the saved composition.
+            subfolder: where to, inside it.
+            sha256: of the weights file that it was made from. Default: of the one that is there.
+        """
+        weights = weights_file(Path(composition))
+        if sha256 is None and weights is not None:
+            sha256 = sha256_of(weights)
+        self._save(Path(composition, subfolder), sha256)
+
+    def _save(self, folder: Path, composition_sha256: str | None = None) -> None:
         with draft_in(folder, LORA_DRAFT) as draft:
             save_file(self.state_dict, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             self.config.save_pretrained(str(draft))
             if self.head:
                 save_file(self.head, draft / HEAD_NAME, metadata={"format": "pt"})
+            if composition_sha256 is not None:
+                write_record(draft, composition_sha256, self.total_error)
             with alone_in(folder):
                 _take_places(draft, folder)
 
@@ -146,7 +163,8 @@ def _take_places(draft: Path, folder: Path) -> None:
     if not is_same_config or head.exists() or (draft / HEAD_NAME).exists():
         config.unlink(missing_ok=True)
         head.unlink(missing_ok=True)
-    for name in (SAFETENSORS_WEIGHTS_NAME, HEAD_NAME, CONFIG_NAME):
+    (folder / RECORD_NAME).unlink(missing_ok=True)
+    for name in (SAFETENSORS_WEIGHTS_NAME, HEAD_NAME, RECORD_NAME, CONFIG_NAME):
         if (draft / name).exists():
             os.replace(draft / name, folder / name)
 
@@ -259,7 +277,9 @@ def lora_from_checkpoint(
 def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = LORA_SUBFOLDER, **options: Any) -> LoraExport:
     """Put the export of a saved composition into a subfolder, for everybody who does not have this plugin.
 
-    Once pushed, `PeftModel.from_pretrained(base, "me/composed", subfolder="lora")` loads it with PEFT alone.
+    Once pushed, `PeftModel.from_pretrained(base, "me/composed", subfolder="lora")` loads it with PEFT alone. When
+    other weights are saved into the folder, the export in `lora` no longer belongs to them and is removed, with a
+    warning.
 
     Args:
         folder: of the saved composition.
@@ -273,8 +293,10 @@ def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = LORA_SUBF
     Raises:
         ValueError: as in `lora_from_checkpoint`.
     """
+    weights = weights_file(Path(folder))
+    before = None if weights is None else sha256_of(weights)  # what is saved from here on, it was not made from
     export = lora_from_checkpoint(folder, **options)
-    export.save_pretrained(Path(folder, subfolder))
+    export.save_beside(folder, subfolder, before)
     if Path(folder, REPOCARD_NAME).is_file():
         from .hub import write_model_card  # it builds on this module
 

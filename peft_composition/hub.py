@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,13 +28,14 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from .base_models import AUTO_CLASSES, class_to_load, stated_class
 from .config import CompositionConfig, Provenance
 from .drafts import CARD_DRAFT, draft_in
 from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
+from .exported import Exported, export_in, remove_outdated_export, weights_file
 from .fingerprint import checked_weights
 from .layer import Mixing
 from .model import block_of
@@ -160,7 +162,7 @@ def push_to_hub(
         model.save_pretrained(folder)
         for name, config in configs.items():
             if lora and config.save_adapters:
-                lora_from_checkpoint(_folder_of(folder, name)).save_pretrained(Path(folder, _lora_folder(name)))
+                lora_from_checkpoint(_folder_of(folder, name)).save_beside(_folder_of(folder, name), LORA_SUBFOLDER)
         for name in configs:
             publish(_folder_of(folder, name))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -252,7 +254,16 @@ class CompositionCardMixin(_TrainerBase):
 
 
 def complete_card(folder: Path) -> None:
-    """Complete the card that PEFT wrote into the folder of a saved composition, or above that of a named one."""
+    """Complete the card that PEFT wrote into the folder of a saved composition, or above that of a named one.
+
+    An export that was made from other weights than the new ones is removed.
+    """
+    if remove_outdated_export(folder):
+        warnings.warn(
+            f"{folder / LORA_SUBFOLDER} held the plain LoRA of the weights that were saved before, and was removed. "
+            f"For one of the new weights: peft_composition.add_to_checkpoint({str(folder)!r}).",
+            stacklevel=2,
+        )
     if (folder / REPOCARD_NAME).is_file():
         write_model_card(folder)
     else:
@@ -342,8 +353,7 @@ class _Saved:
 
     @property
     def weights_file(self) -> Path | None:
-        candidates = [self.folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-        return next((path for path in candidates if path.is_file()), None)
+        return weights_file(self.folder)
 
     @property
     def is_complete(self) -> bool:
@@ -352,9 +362,10 @@ class _Saved:
             return False
         return json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "COMPOSITION"
 
-    @property
-    def has_lora(self) -> bool:
-        return (self.folder / LORA_SUBFOLDER / CONFIG_NAME).is_file()
+    @cached_property
+    def lora(self) -> Exported | None:
+        """The plain LoRA of these weights, where there is one."""
+        return export_in(self.folder)
 
     @cached_property
     def config(self) -> CompositionConfig:
@@ -515,7 +526,8 @@ def _section(saved: _Saved, repo_id: str | None, metrics: Mapping[str, float]) -
         code=_loading_code(
             saved, repo_id, saved.subfolder, "import peft_composition  # registers the method with PEFT"
         ),
-        lora_code=_loading_code(saved, repo_id, lora_subfolder) if saved.has_lora else None,
+        lora_code=_loading_code(saved, repo_id, lora_subfolder) if saved.lora else None,
+        lora=saved.lora,
         lora_subfolder=lora_subfolder,
         head=saved.head_modules,
         is_untrained=saved.has_untrained_head,

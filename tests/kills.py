@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import random
@@ -25,7 +26,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_composition.export import HEAD_NAME, LoraExport, add_to_checkpoint, to_lora
+from peft_composition.export import LoraExport, add_to_checkpoint, to_lora
+from peft_composition.exported import HEAD_NAME
 
 from . import tiny
 
@@ -112,9 +114,8 @@ def _add_to_checkpoint(scratch: Path, head: bool | str) -> Save:
     old, new = _composed(scratch, 1), _composed(scratch, 2)
 
     def start(folder: Path) -> None:
-        old.save_pretrained(str(folder))
-        add_to_checkpoint(folder, include_head=head, rank=1)
         new.save_pretrained(str(folder))
+        to_lora(old, include_head=head, rank=1).save_pretrained(folder / "lora")
 
     def read(folder: Path) -> list[Tensor]:
         assert torch.equal(_composition_in(folder)[0], tiny.output(new, NAME))
@@ -131,6 +132,25 @@ def _save_over(before: PeftModel, now: PeftModel, **how: Any) -> Save:
     )
 
 
+def _save_beside_an_export(scratch: Path) -> Save:
+    """What the card says of the export must be true, whenever the save is killed."""
+    old, new = _composed(scratch, 1), _composed(scratch, 2)
+
+    def start(folder: Path) -> None:
+        old.save_pretrained(str(folder))
+        add_to_checkpoint(folder)
+
+    def read(folder: Path) -> list[Tensor]:
+        found = _composition_in(folder)
+        card = (folder / "README.md").read_text()
+        assert "holds the same" not in card
+        if hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest() in card:
+            assert torch.allclose(_lora_in(folder / "lora")[0], found[0], atol=1e-5)
+        return found
+
+    return Save(start, lambda folder: new.save_pretrained(str(folder)), read)
+
+
 SAVES: dict[str, Callable[[Path], Save]] = {
     "save_pretrained over another composition": lambda scratch: _save_over(
         _composed(scratch, 1), _composed(scratch, 2)
@@ -144,6 +164,7 @@ SAVES: dict[str, Callable[[Path], Save]] = {
     "save_pretrained after more training": lambda scratch: _save_over(
         _composed(scratch, 1), _scrambled(_composed(scratch, 1), 5)
     ),
+    "save_pretrained beside an export": _save_beside_an_export,
     "save_pretrained as a pickle": lambda scratch: _save_over(
         _composed(scratch, 1), _composed(scratch, 2), safe_serialization=False
     ),

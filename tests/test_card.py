@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import re
+import warnings
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from peft_composition import CompositionCardMixin, CompositionConfig, push_to_hub, write_model_card
+from peft_composition import CompositionCardMixin, CompositionConfig, add_to_checkpoint, push_to_hub, write_model_card
 
 from . import tiny
 from .hub_metadata import errors_in
@@ -509,12 +511,85 @@ def test_the_plain_lora_is_mentioned_where_there_is_one(pair: Any, hub_base: nn.
     assert "Without `peft-composition` this adapter cannot be loaded." in card
     assert len(code_blocks(card)) == 1
 
-    tiny.save_lora(tmp_path / "lora", hub_base, ["query"])
+    tiny.save_lora(tmp_path / "lora", hub_base, ["query"])  # whose it is, nobody knows
+    assert write_model_card(tmp_path).read_text() == card
+
+    add_to_checkpoint(tmp_path)
     card = write_model_card(tmp_path, repo_id="me/composed").read_text()
     assert "cannot be loaded" not in card
     _, stock = code_blocks(card)
     assert "peft_composition" not in stock
     assert stock.endswith('model = PeftModel.from_pretrained(base_model, "me/composed", subfolder="lora")\n')
+
+    assert f"{sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()}`, exactly." in card
+    error = add_to_checkpoint(tmp_path, rank=1).total_error
+    assert f"truncated, with a relative error of {error:.2g}." in (tmp_path / CARD).read_text()
+
+
+class TestALoraOfOtherWeights:
+    """The plain LoRA beside a composition that was trained on and saved once more."""
+
+    @staticmethod
+    def train_on(model: PeftModel) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "composition_mixing" in name:
+                    parameter[0] += 0.5
+
+    def test_is_removed_by_the_save_and_no_longer_in_the_card(self, pair: Any, tmp_path: Path) -> None:
+        model = trained(pair("bert"))
+        before = saved(model, tmp_path)
+        add_to_checkpoint(tmp_path, include_head="separate")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.save_pretrained(str(tmp_path))  # the same weights: it still belongs to them
+        assert (tmp_path / "lora" / WEIGHTS).is_file()
+        self.train_on(model)
+        with pytest.warns(UserWarning, match=r"was removed\. .*add_to_checkpoint") as told:
+            card = saved(model, tmp_path)
+        assert len(told) == 1
+        assert not (tmp_path / "lora").exists()
+        assert "Without `peft-composition` this adapter cannot be loaded." in card
+        assert card != before
+        add_to_checkpoint(tmp_path)
+        lora = PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path / "lora")).eval()
+        difference = tiny.output(lora, "bert") - tiny.output(model.eval(), "bert")
+        assert difference.abs().max() < 1e-5
+
+    def test_is_not_in_the_card_where_other_weights_came_without_a_save(self, pair: Any, tmp_path: Path) -> None:
+        model = trained(pair("bert"))
+        saved(model, tmp_path / "out")
+        add_to_checkpoint(tmp_path / "out")
+        self.train_on(model)
+        saved(model, tmp_path / "other")
+        (tmp_path / "out" / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+        assert "cannot be loaded" in write_model_card(tmp_path / "out").read_text()
+
+    @pytest.mark.parametrize("is_recorded", [False, True])
+    def test_of_somebody_else_stays(self, is_recorded: bool, pair: Any, tmp_path: Path) -> None:
+        model = trained(pair("bert"))
+        saved(model, tmp_path)
+        if is_recorded:
+            add_to_checkpoint(tmp_path)
+        tiny.save_lora(tmp_path / "lora", tiny.build("bert"), ["query"])
+        content = (tmp_path / "lora" / WEIGHTS).read_bytes()
+        self.train_on(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            card = saved(model, tmp_path)
+        assert (tmp_path / "lora" / WEIGHTS).read_bytes() == content
+        assert 'subfolder="lora"' not in card
+
+    def test_of_a_named_composition(self, pair: Any, tmp_path: Path) -> None:
+        model = get_peft_model(tiny.build("mlp"), CompositionConfig(adapters=pair("mlp")), adapter_name="other")
+        model.save_pretrained(str(tmp_path))
+        add_to_checkpoint(tmp_path / "other")
+        assert 'subfolder="other/lora"' in write_model_card(tmp_path, subfolder="other").read_text()
+        self.train_on(model)
+        with pytest.warns(UserWarning, match="was removed"):
+            card = saved(model, tmp_path)
+        assert not (tmp_path / "other" / "lora").exists()
+        assert "other/lora" not in card
 
 
 # The Trainer
