@@ -105,6 +105,22 @@ class CompositionModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (declared so by PEFT)
     peft_config: dict[str, CompositionConfig]  # type: ignore[assignment]
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        # Before PEFT, which puts the new config in the place of the old one.
+        if any(adapter_name in layer.composition_factors for _, layer in composition_layers(model)):
+            raise ValueError(
+                f"This model already holds a composition {adapter_name!r}. Compose or load into a fresh base model, "
+                'call `.unload()` of the PeftModel around it first, or pass another name: adapter_name="...".'
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def mixing_weights(self, adapter_name: str | None = None) -> dict[str, dict[str, float]]:
         """The normalised weight of every upstream adapter in every composed module that it touches.
 

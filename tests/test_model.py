@@ -456,6 +456,29 @@ class TestSeveralCompositions:
 
 
 class TestNames:
+    @pytest.mark.parametrize("name", ["mlp", "bert"])
+    def test_a_base_that_holds_the_composition_already_is_told_so(self, name, pair, tmp_path) -> None:
+        """`base` carries the composition after `get_peft_model(base, ...)`."""
+        base = tiny.build(name)
+        model = tiny.compose(name, pair(name), base=base)
+        model.save_pretrained(str(tmp_path))
+        before, config = fingerprint(model), model.peft_config["default"]
+        other = CompositionConfig(adapters=pair(name)[:1], modules_to_save=tiny.TINY[name].head)
+        again = [lambda: PeftModel.from_pretrained(base, str(tmp_path)), lambda: get_peft_model(base, other)]
+        for attempt in again:
+            with pytest.raises(
+                ValueError, match=r"already holds a composition 'default'.* fresh .*\.unload\(\).*name="
+            ):
+                attempt()
+            assert fingerprint(model) == before
+            assert model.peft_config["default"] is config
+        plain = model.unload()
+        loaded = PeftModel.from_pretrained(plain, str(tmp_path))
+        assert torch.equal(
+            tiny.output(loaded.eval(), name),
+            tiny.output(PeftModel.from_pretrained(tiny.build(name), str(tmp_path)).eval(), name),
+        )
+
     @pytest.mark.parametrize("adapter_name", ["composition", "a.b", "mixing", ""])
     def test_names_that_clash_with_keys_are_refused(self, adapter_name, pair) -> None:
         base = tiny.build("mlp")
