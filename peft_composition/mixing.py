@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import cast
 
 from peft import PeftModel
@@ -11,6 +12,7 @@ from torch import nn
 from .config import CompositionConfig
 from .layer import Factors
 from .model import composition_layers
+from .text import quoted
 
 
 def mixing_weights(model: nn.Module, adapter_name: str | None = None) -> dict[str, dict[str, float]]:
@@ -28,12 +30,23 @@ def mixing_weights(model: nn.Module, adapter_name: str | None = None) -> dict[st
         is not listed there: its weight multiplies nothing.
 
     Raises:
-        ValueError: there is no such composition, or several are active and none is named.
+        ValueError: there is no composition, or none of that name, or several are active and none is named.
+        TypeError: `model` is no model but the path of a saved one.
     """
+    if isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"mixing_weights reads a model, got the path {quoted(os.fspath(model))}. Load the composition first "
+            "(PeftModel.from_pretrained), or in a shell: peft-composition weights FOLDER"
+        )
     base = getattr(model, "_orig_mod", model)  # inside torch.compile
     while isinstance(base, (PeftModel, BaseTuner)):
         base = base.base_model if isinstance(base, PeftModel) else base.model
     layers = dict(composition_layers(base))
+    if not layers:
+        raise ValueError(
+            f"The model ({type(base).__name__}) holds no composition: it never did, or it was merged "
+            "(merge_and_unload) or unloaded. Read the weights before that, or load the saved composition."
+        )
     stated = getattr(base, "peft_config", None) or {}
     configs = {name: config for name, config in stated.items() if isinstance(config, CompositionConfig)}
     if adapter_name is None:

@@ -63,5 +63,21 @@ def test_which_one_is_said_or_asked(config: CompositionConfig) -> None:
         mixing_weights(model)
     with pytest.raises(ValueError, match=r"no composition 'third'; there are \['default', 'other'\]"):
         mixing_weights(model, "third")
-    with pytest.raises(ValueError, match=r"none is active of \[\]"):
+
+
+def test_where_there_is_none_it_says_why(config: CompositionConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(Linear\) holds no composition: it never did, or .*merged"):
         mixing_weights(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="holds no composition"):
+        mixing_weights(get_peft_model(tiny.build("mlp"), LoraConfig(target_modules=["lin0"])))
+    model = get_peft_model(tiny.build("llama"), config)
+    model.merge_adapter()
+    assert mixing_weights(model) == EXPECTED
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    for what in (lambda: mixing_weights(merged), lambda: mixing_weights(model, "default"), model.mixing_weights):
+        with pytest.raises(ValueError, match="holds no composition"):
+            what()
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(TypeError, match=r"Load the composition first .* peft-composition weights FOLDER"):
+            mixing_weights(path)  # type: ignore[arg-type]
