@@ -158,7 +158,8 @@ class RankCorrelation:
     Attributes:
         part: name of the block or module, or "all".
         adapters: number of adapters that were ranked.
-        rho: Spearman's correlation, -1 to 1; NaN where all weights or all similarities are equal.
+        rho: Spearman's correlation, -1 to 1; NaN where all weights or all similarities are equal, or fewer than 2
+            adapters are ranked.
         p_value: of a two-sided permutation test; NaN with `rho`. See `rank_correlations`.
     """
 
@@ -172,7 +173,9 @@ def rank_correlations(weights: Weights, similarities: Similarities, by: Part = "
     """Spearman's correlation between mixing weights and similarities, for every part of the model and pooled.
 
     Adapters are ranked within each part, so that parts which are more alike than others as a whole do not count as
-    agreement. The pooled value, the last, is the mean of the parts' correlations.
+    agreement; in each part those that have both a weight and a similarity there. The pooled value, the last, is the
+    mean of the parts' correlations, between the adapters that all of these parts have; NaN where these are fewer than
+    2.
 
     The p-values are exact (or, for more than 7 adapters, from 9999 random orders, seeded): the share of all ways to
     hand out the adapters' names anew, in all parts of the model alike, that give a correlation as far from zero. Parts
@@ -184,35 +187,49 @@ def rank_correlations(weights: Weights, similarities: Similarities, by: Part = "
 
     Args:
         weights: `{module: {adapter: weight}}`.
-        similarities: `{module: {adapter: similarity}}`, of every adapter in every module that has weights.
+        similarities: `{module: {adapter: similarity}}`.
         by: rank within each "module" (default) or "block" (mean of its modules), or the means over the whole "model".
 
     Returns:
         One entry for each part in the order of the weights, then "all"; by "model" that one alone.
 
     Raises:
-        ValueError: a weight or a similarity of an adapter is missing in a module that has weights; fewer than 2
-            adapters; nowhere both weights and similarities that differ.
+        ValueError: fewer than 2 adapters, or nowhere both weights and similarities of 2 that differ.
         ImportError: scipy is not installed.
     """
     parts, adapters = _rows_and_columns(weights, by)
     if len(adapters) < 2:
         raise ValueError(f"one adapter has no rank among others: {adapters[0]!r}")
-    for module, row in weights.items():
-        for adapter in adapters:
-            if adapter not in row or adapter not in similarities.get(module, {}):
-                what = "similarity" if adapter in row else "weight"
-                raise ValueError(f"module {module!r} has no {what} of adapter {adapter!r}: leave one of them out")
-    grid = _grid(weights, by, parts, adapters)
-    similar = _grid(_of_weights(similarities, weights), by, parts, adapters)
-    ranked = [_correlate(part, [own], [other]) for part, own, other in zip(parts, grid, similar)]
+    own = {m: {a: w for a, w in row.items() if a in similarities.get(m, {})} for m, row in weights.items()}
+    if not any(own.values()):
+        raise ValueError("weights and similarities have no module and adapter in common")
+    grid = _grid(own, by, parts, adapters)
+    similar = _grid({m: {a: similarities[m][a] for a in row} for m, row in own.items()}, by, parts, adapters)
+    ranked = []
+    for part, row, other in zip(parts, grid, similar):
+        columns = [number for number, value in enumerate(row) if not math.isnan(value)]
+        ranked.append(_correlate(part, [_of(row, columns)], [_of(other, columns)]))
+    if all(entry.adapters < 2 for entry in ranked):
+        module = next(module for module, row in own.items() if row)
+        raise ValueError(
+            "there is nothing to rank: no part has both weights and similarities of 2 adapters; "
+            f"module {module!r}, for one, has both of {', '.join(map(repr, own[module]))} alone"
+        )
     defined = [number for number, entry in enumerate(ranked) if not math.isnan(entry.rho)]
     if not defined:
         raise ValueError("there is nothing to rank: in no part do both weights and similarities differ")
     if by == "model":
         return ranked
-    pooled = _correlate(WHOLE_MODEL, [grid[number] for number in defined], [similar[number] for number in defined])
-    return [*ranked, pooled]
+    everywhere = [n for n in range(len(adapters)) if not any(math.isnan(grid[number][n]) for number in defined)]
+    rows = [(_of(grid[number], everywhere), _of(similar[number], everywhere)) for number in defined]
+    rows = [pair for pair in rows if not any(map(_is_constant, pair))]
+    if not rows:
+        return [*ranked, RankCorrelation(WHOLE_MODEL, len(everywhere), math.nan, math.nan)]
+    return [*ranked, _correlate(WHOLE_MODEL, [one for one, _ in rows], [other for _, other in rows])]
+
+
+def _of(row: list[float], columns: list[int]) -> list[float]:
+    return [row[number] for number in columns]
 
 
 def _correlate(part: str, weights: list[list[float]], similarities: list[list[float]]) -> RankCorrelation:
@@ -240,7 +257,7 @@ def _correlate(part: str, weights: list[list[float]], similarities: list[list[fl
 
 def _is_constant(row: list[float]) -> bool:
     """Whether values differ by no more than rounding: uniform weights are no ranking."""
-    return max(row) - min(row) <= 1e-9 * max(map(abs, row))
+    return len(row) < 2 or max(row) - min(row) <= 1e-9 * max(map(abs, row))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import warnings
@@ -266,11 +267,38 @@ def test_uniform_layers_have_no_ranks_and_do_not_count() -> None:
         rank_correlations({"m": weights["m"]}, similarities)
 
 
+def test_adapters_are_ranked_where_they_are() -> None:
+    """Adapters target different modules, and `mixing_weights` lists only those that touch one."""
+    random = np.random.default_rng(3)
+    has = {"l.0.q": "abcd", "l.0.v": "abc", "l.1.q": "abce", "l.1.v": "d"}
+    weights = {module: dict(zip(names, random.random(len(names)).tolist())) for module, names in has.items()}
+    similarities = {module: dict(zip("abcde", random.random(5).tolist())) for module in has}
+    del similarities["l.1.q"]["e"]
+    ranked = rank_correlations(weights, similarities)
+    assert [entry.part for entry in ranked] == [*has, "all"]
+    assert [entry.adapters for entry in ranked] == [4, 3, 3, 1, 3]
+    both = {"l.0.q": "abcd", "l.0.v": "abc", "l.1.q": "abc"}
+    for entry, (module, names) in zip(ranked, both.items()):
+        values = [[table[module][name] for name in names] for table in (weights, similarities)]
+        assert entry.rho == pytest.approx(stats.spearmanr(*values).statistic)
+    assert math.isnan(ranked[3].rho)
+    W, S = ([[table[module][name] for name in "abc"] for module in both] for table in (weights, similarities))
+    assert (ranked[-1].rho, ranked[-1].p_value) == pytest.approx(rank_correlation_by_hand(W, S))
+    (whole,) = rank_correlations(weights, similarities, by="model")
+    assert whole.adapters == 4
+    apart = {"m": {"a": 0.2, "b": 0.8}, "n": {"c": 0.2, "d": 0.8}}
+    assert [entry.rho for entry in rank_correlations(apart, apart)][:2] == pytest.approx([1, 1])
+    assert math.isnan(rank_correlations(apart, apart)[-1].rho)
+
+
 def test_what_cannot_be_ranked_is_refused() -> None:
-    with pytest.raises(ValueError, match="module 'n' has no similarity of adapter 'b'"):
+    with pytest.raises(ValueError, match=r"nothing to rank: .* module 'n', for one, has both of 'a' alone"):
         rank_correlations({"n": {"a": 0.4, "b": 0.6}}, {"n": {"a": 0.5}})
-    with pytest.raises(ValueError, match=r"module 'encoder.layer.1.query' has no weight of adapter 'b'"):
-        rank_correlations(WEIGHTS, {module: {"a": 0.1, "b": 0.2} for module in WEIGHTS})
+    with pytest.raises(ValueError, match="no module and adapter in common"):
+        rank_correlations({"n": {"a": 0.4, "b": 0.6}}, {"m": {"a": 0.5, "b": 0.5}})
+    disjoint = {"m": {"a": 1.0}, "n": {"b": 1.0}}
+    with pytest.raises(ValueError, match="no part has both weights and similarities of 2 adapters"):
+        rank_correlations(disjoint, disjoint)
     with pytest.raises(ValueError, match="one adapter has no rank among others: 'a'"):
         rank_correlations({"n": {"a": 1.0}}, {"n": {"a": 0.5}})
 
