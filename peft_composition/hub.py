@@ -570,6 +570,7 @@ class _Row:
         base = entry["base_model_name_or_path"]
         self.name = in_code(entry["name"])
         self.source = "a local folder"
+        self.is_local = entry["commit"] is None
         if _is_on_hub(entry):
             self.source = _link(entry["path"], entry["commit"], entry["subfolder"])
         self.ranks = ", ".join(map(str, sorted(set(ranks.values()))))

@@ -129,7 +129,7 @@ class _NoBar(tqdm):
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
-class _NotCachedError(AdapterError):
+class NotCachedError(AdapterError):
     """The Hub cannot be asked, and the cache does not have the file."""
 
 
@@ -509,13 +509,13 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     if config is None:
         raise AdapterError(reference["name"], _no_config(reference["path"], _files_on_hub(reference, None)))
     commit = _commit_of(config)
-    not_cached: _NotCachedError | None = None
+    not_cached: NotCachedError | None = None
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if _is_known_to_be_missing(reference, filename, commit):
             continue
         try:
             weights = _download(reference, filename, commit)
-        except _NotCachedError as error:  # without the Hub, the other file may still be in the cache
+        except NotCachedError as error:  # without the Hub, the other file may still be in the cache
             not_cached = not_cached or error
             continue
         if weights is not None:
@@ -559,7 +559,7 @@ def _download(reference: AdapterReference, filename: str, revision: str | None) 
             )
         )
     except LocalEntryNotFoundError as error:
-        raise _NotCachedError(
+        raise NotCachedError(
             name,
             f"{path}{at} is neither a folder here nor in the Hub cache, and the Hub could not be asked for {filename} "
             "(offline, or local_files_only)",

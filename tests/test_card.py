@@ -526,6 +526,16 @@ def test_the_plain_lora_is_mentioned_where_there_is_one(pair: Any, hub_base: nn.
     assert f"truncated, with a relative error of {error:.2g}." in (tmp_path / CARD).read_text()
 
 
+@pytest.mark.parametrize("commits", [[None, None], ["a" * 40, None], COMMITS], ids=["local", "both", "hub"])
+def test_without_the_factors_local_folders_have_no_commits(commits: list[Any], pair: Any, tmp_path: Path) -> None:
+    model = tiny.compose("mlp", pair("mlp"), save_adapters=False)
+    for entry, commit in zip(model.peft_config["default"].provenance, commits):
+        entry["commit"] = commit
+    card = saved(model, tmp_path).replace("\n", " ")
+    assert ("at these commits" in card) == (commits != [None, None])
+    assert ("local folders that they were in" in card) == (None in commits)
+
+
 class TestALoraOfOtherWeights:
     """The plain LoRA beside a composition that was trained on and saved once more."""
 

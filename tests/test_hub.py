@@ -90,7 +90,9 @@ def compose(
                 config = CompositionConfig(adapters=list(adapters), mixing="uniform", save_adapters=save_adapters)
                 model = get_peft_model(base, config)
         except Exception as error:
-            kind = "AdapterError" if isinstance(error, AdapterError) else type(error).__name__
+            kind = type(error).__name__
+            if isinstance(error, AdapterError) and not kind.startswith("_"):
+                kind = "AdapterError"
             return Outcome(error=f"{kind}: {error}", stderr=stderr.getvalue())
         if save:
             model.save_pretrained(save)
