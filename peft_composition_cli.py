@@ -25,6 +25,7 @@ except ImportError as missing:
 
 
 SUM_TOLERANCE = 2e-3  # as in `CompositionConfig`
+HEATMAP_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of those that matplotlib writes
 
 
 class Mixing(StrEnum):
@@ -77,7 +78,18 @@ class Part(StrEnum):
     model = "model"
 
 
-class _ManyValues(TyperCommand):
+class _Command(TyperCommand):
+    """A command whose complaints about arguments do not begin with the name of an exception."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
+class _ManyValues(_Command):
     """A command whose options `--adapters` and `--weights` take all values up to the next option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -87,14 +99,23 @@ class _ManyValues(TyperCommand):
             if arg in ("--adapters", "--weights"):
                 option, is_given = arg, False
             elif option and (not arg.startswith("-") or _is_number(arg)):
+                _require_number(option, arg)
                 expanded.append(f"{option}={arg}")
                 is_given = True
             else:
+                _require_number(*arg.partition("=")[::2])
                 expanded += [option, arg] if option and not is_given else [arg]
                 option = ""
         if option and not is_given:
             expanded.append(option)  # without a value: click says so
         return super().parse_args(ctx, expanded)
+
+
+def _require_number(option: str, text: str) -> None:
+    if option == "--weights" and not _is_number(text):
+        raise typer.BadParameter(
+            f"{text!r} is not a number; separate numbers with spaces: --weights 0.4 0.6", param_hint="'--weights'"
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -164,7 +185,7 @@ CheckBase = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=_Command)
 def inspect(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
@@ -235,7 +256,8 @@ def compose(
 ) -> None:
     """Compose adapters, uniformly or with given weights, and save the result."""
     if mixing is Mixing.fixed and len(weights or ()) != len(adapters):
-        raise typer.BadParameter(f"--mixing fixed needs one of --weights per adapter: {len(adapters)}.")
+        numbers = "1 number" if len(adapters) == 1 else f"{len(adapters)} numbers"
+        raise typer.BadParameter(f"--mixing fixed needs {numbers} in --weights, got {len(weights or ())}.")
     if mixing is Mixing.uniform and weights:
         raise typer.BadParameter("--weights mean nothing with --mixing uniform; give --mixing fixed.")
     _require_good_weights(weights or (), normalization)
@@ -260,7 +282,7 @@ def compose(
         )
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     folder: Saved,
     out: Out,
@@ -311,7 +333,7 @@ def export(
         )
 
 
-@app.command()
+@app.command(cls=_Command)
 def weights(
     folder: Saved,
     png: Annotated[
@@ -322,13 +344,16 @@ def weights(
     as_json: AsJson = False,
 ) -> None:
     """Show the mixing weights of a saved composition as tables and, if asked for, as a heatmap."""
+    if png is not None and png.suffix.lower() not in HEATMAP_ENDINGS:
+        endings = ", ".join(HEATMAP_ENDINGS)
+        raise typer.BadParameter(f"{png} must end with one of {endings}.", param_hint="'--png'")
     with _reported():
         from peft_composition import cli
 
         cli.weights(folder, png, by.value, as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def merge(
     folder: Saved,
     out: Out,

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
@@ -24,10 +25,11 @@ from .config import AdapterReference, CompositionConfig
 from .export import lora_from_checkpoint, to_lora
 from .hub import LORA_SUBFOLDER, head_hash, push_to_hub, saved_head, saved_mixing_weights, write_model_card
 from .inspection import inspect_adapters
+from .kinds import why_no_composition
 from .model import require_composable
 from .report import Part, plot_weights, weights_table
 from .terminal import print_errors, print_json, print_means, print_parts, print_reports, say
-from .text import one_line
+from .text import LONG, in_python, one_line
 
 
 # One of these is there where a tokenizer, an image processor, a feature extractor or a processor of several is.
@@ -104,7 +106,7 @@ def compose(
     if lora is not None:
         lora.save_beside(out, LORA_SUBFOLDER)
         write_model_card(out)  # once more: it tells of the export
-    commit = push_to_hub(model, push, lora=with_lora) if push else None
+    commit = _push(model, push, with_lora, out) if push else None
     mixed = model.mixing_weights()
     means = {row.adapter: row.mean for row in weights_table(mixed)}
     if as_json:
@@ -216,13 +218,28 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
         say(f"Left out, since it is untrained and a {kind} has no place for it: {', '.join(dropped)}.")
 
 
+def _push(model: PeftModel, repo_id: str, with_lora: bool, out: Path) -> CommitInfo:
+    """Push what has been saved; an error says that it has been."""
+    try:
+        return push_to_hub(model, repo_id, lora=with_lora)
+    except Exception as error:  # of the Hub, its HTTP client or the network
+        lora = "" if with_lora else ", lora=False"
+        raise RuntimeError(
+            f"{out} is written completely, but could not be pushed to {one_line(repo_id)}: "
+            f"{one_line(error, LONG // 2) or type(error).__name__} To push it later, load it as its README.md shows "
+            f"and call peft_composition.push_to_hub(model, {in_python(repo_id)}{lora})"
+        ) from error
+
+
 # What goes in
 
 
 def _saved_config(folder: Path) -> CompositionConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(why_no_composition(folder))
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, CompositionConfig):
-        raise ValueError(f"{folder} is no saved composition: its peft_type is {config.peft_type}")
+        raise ValueError(why_no_composition(folder))
     return config
 
 

@@ -27,6 +27,7 @@ from .config import CompositionConfig, LoraLayout
 from .drafts import LORA_DRAFT, alone_in, draft_in
 from .exported import HEAD_NAME, RECORD_NAME, sha256_of, weights_file, write_record
 from .fingerprint import checked_weights
+from .kinds import why_no_composition
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
 from .parameters import name_in_checkpoint
@@ -422,10 +423,10 @@ def _read_layer(layer: CompositionLayer, adapter_name: str) -> _Module:
 
 def _read_config(folder: Path) -> CompositionConfig:
     if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} is no saved composition: it has no {CONFIG_NAME}")
+        raise ValueError(why_no_composition(folder))
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, CompositionConfig):
-        raise ValueError(f"{folder} is no saved composition: its peft_type is {config.peft_type}")
+        raise ValueError(why_no_composition(folder))
     if not config.save_adapters:
         raise ValueError(
             f"{folder} was saved with save_adapters=False and does not hold the factors of its adapters. Load it "

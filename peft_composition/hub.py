@@ -37,6 +37,7 @@ from .drafts import CARD_DRAFT, draft_in
 from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
 from .exported import Exported, export_in, remove_outdated_export, weights_file
 from .fingerprint import checked_weights
+from .kinds import why_no_composition
 from .layer import Mixing
 from .model import block_of
 from .parameters import name_in_checkpoint
@@ -195,7 +196,7 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
     """
     saved = _Saved(Path(folder), None)
     if not saved.is_complete:
-        raise ValueError(f"There is no saved composition in {saved.folder}.")
+        raise ValueError(f"{why_no_composition(saved.folder)}.")
     weights = saved.mixing_weights()
     if not weights:
         raise ValueError(f"The weights file in {saved.folder} does not hold the mixing weights of all its modules.")
@@ -217,7 +218,7 @@ def saved_head(folder: str | os.PathLike[str]) -> tuple[list[str], bool]:
     """
     saved = _Saved(Path(folder), None)
     if not saved.is_complete:
-        raise ValueError(f"There is no saved composition in {saved.folder}.")
+        raise ValueError(f"{why_no_composition(saved.folder)}.")
     return saved.head_modules, saved.has_untrained_head
 
 

@@ -34,7 +34,7 @@ def print_json(value: object) -> None:
 
 def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
     """A row for every adapter; below, in the full width, why some cannot be composed and what else there is to say."""
-    title = _plain(f"{len(reports)} adapters" + (f" for {base}" if base else ""))
+    title = _plain(f"{len(reports)} adapter{'s' * (len(reports) != 1)}" + (f" for {base}" if base else ""))
     table = Table(title=title, show_lines=True, show_edge=False, pad_edge=False)
     table.add_column("adapter, base, targets, licence", overflow="fold")
     table.add_column("rank", no_wrap=True)

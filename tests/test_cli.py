@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -385,11 +386,17 @@ def test_merge_of_an_image_model_can_be_used_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["compose", "--mixing", "fixed", "--weights", "1"], "one of --weights per adapter: 2"),
+        (["compose", "--mixing", "fixed", "--weights", "1"], "--mixing fixed needs 2 numbers in --weights, got 1."),
         (["compose", "--weights", "0.5", "0.5"], "mean nothing with --mixing uniform"),
         (["compose", "--mixing", "learned"], "learned"),
         (["compose", "--weights"], "--weights"),
-        (["compose", "--weights", "0.5", "half"], "Invalid value for '--weights'"),
+        (["compose", "--weights", "0.5", "half"], "Invalid value for '--weights': 'half' is not a number"),
+        (
+            ["compose", "--weights", "0.4,0.6"],
+            "'0.4,0.6' is not a number; separate numbers with spaces: --weights 0.4 0",
+        ),
+        (["compose", "--weights=0.4,0.6"], "'0.4,0.6' is not a number; separate numbers with spaces"),
+        (["compose", "--mixing", "none"], "Invalid value for '--mixing': 'none' is not one of"),
         (["compose", "--mixing", "fixed", "--weights", "0.5", "nan"], "must be finite numbers, got 0.5 nan"),
         (["compose", "--mixing", "fixed", "--weights", "1.5", "-0.5"], "must not be negative, got 1.5 -0.5"),
         (["compose", "--mixing", "fixed", "--weights", "0.5", "0.6"], "must sum to 1, got 1.1"),
@@ -445,7 +452,50 @@ def test_a_folder_without_a_composition_is_refused(tmp_path: Path, loras: list[P
     for command in (["export", "--out", tmp_path / "o"], ["weights"], ["merge", "--out", tmp_path / "o"]):
         result = run(command[0], loras[0], *command[1:])
         assert result.exit_code == 1, result.output
-        assert "no saved composition" in result.stderr
+        assert f"{loras[0]} is no saved composition: it is a plain LoRA, not a composition" in result.stderr
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        result = run(command[0], tmp_path / "empty", *command[1:])
+        assert result.exit_code == 1, result.output
+        assert "empty is no saved composition: it has no adapter_config.json" in result.stderr
+
+
+def test_of_the_export_beside_a_composition_the_composition_is_named(
+    tmp_path: Path, loras: list[Path], base_folder: Path
+) -> None:
+    run_json("compose", "--base", base_folder, "--adapters", *loras, "--out", tmp_path / "mix")
+    result = run("weights", tmp_path / "mix" / "lora")
+    assert f"not a composition; the composition beside it is {tmp_path / 'mix'}" in result.stderr
+    (tmp_path / "mix" / WEIGHTS).unlink()
+    for command in (["weights"], ["export", "--out", tmp_path / "o"], ["merge", "--out", tmp_path / "o"]):
+        result = run(command[0], tmp_path / "mix", *command[1:])
+        assert result.exit_code == 1, result.output
+        assert "Error: " in result.stderr.splitlines()[-1], result.stderr
+        assert WEIGHTS in result.stderr or "its weights file is missing" in result.stderr
+
+
+def test_a_push_that_fails_says_what_is_there(tmp_path: Path, loras: list[Path], base_folder: Path) -> None:
+    """Offline, as all tests."""
+    out = tmp_path / "out"
+    options = ("--base", base_folder, "--adapters", *loras, "--out", out, "--no-lora", "--push", "me/mix")
+    result = run("compose", *options)
+    assert result.exit_code == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith(f"Error: {out} is written completely, but could not be pushed to me/mix: ")
+    assert 'call peft_composition.push_to_hub(model, "me/mix", lora=False)' in error
+    assert run("weights", out).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["w.txt", "w", "png"])
+def test_a_heatmap_with_another_ending_is_refused_at_once(composed: Path, tmp_path: Path, name: str) -> None:
+    result = run("weights", composed, "--png", tmp_path / name)
+    assert result.exit_code == 2
+    assert f"{name} must end with one of .png, .pdf" in result.stderr
+    assert result.stdout == ""
+
+
+def test_every_ending_of_a_heatmap_is_one_of_matplotlib() -> None:
+    endings = {f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()}
+    assert set(peft_composition_cli.HEATMAP_ENDINGS) <= endings
 
 
 def test_what_needs_no_torch_loads_none(composed: Path) -> None:

@@ -115,3 +115,8 @@ def test_columns_of_many_adapters_with_long_names_are_numbered(capsys: pytest.Ca
     assert [cell.strip() for cell in heading.split("┃")[2:-1]] == [f"({number})" for number in range(5, 11)]
     row = next(line for line in lines if line.startswith("│ model.layers.1 "))
     assert [float(cell) for cell in row.split("│")[2:-1]] == pytest.approx([0.01 * k for k in range(4, 10)])
+
+
+def test_one_adapter_is_no_plural(adapters: list[Path]) -> None:
+    title = run("inspect", adapters[0]).stdout.splitlines()[0]
+    assert title.strip() == "1 adapter"
