@@ -22,7 +22,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from peft_composition import CompositionCardMixin, CompositionConfig
@@ -125,9 +133,22 @@ def parse_arguments(kinds: Sequence[type], description: str | None, **defaults: 
         parser.set_defaults(**DEFAULTS)
     parser.set_defaults(**defaults)
     try:
-        return parser.parse_args_into_dataclasses(look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
+    found: dict[type, Any] = {type(part): part for part in parsed}
+    if {HeadArguments, TrainingArguments} <= found.keys() and parsed[0].method == "learned":
+        require_short_warmup(found[HeadArguments].head_warmup_steps, found[TrainingArguments].max_steps)
+    return parsed
+
+
+def require_short_warmup(warmup_steps: int, steps: int) -> None:
+    """Ends the script with a line where the mixing weights would never move; steps of 0 or less are not known yet."""
+    if warmup_steps >= steps > 0:
+        raise SystemExit(
+            f"Error: --head_warmup_steps {warmup_steps} takes the whole training of {steps} steps, and the mixing "
+            "weights would never move: make it smaller (0: no warm-up), or train longer"
+        )
 
 
 def prepare_process(settings: TrainingArguments) -> None:
@@ -318,6 +339,16 @@ def trainable(model: nn.Module) -> int:
 # Training
 
 
+class HeadWarmup(HeadWarmupCallback):
+    """The callback, where the number of steps follows from that of the epochs: its complaint names the argument."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_short_warmup(self.steps or 0, state.max_steps)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 class FewShotTrainer(CompositionCardMixin, Trainer):
     """The Trainer, with what the method needs: learning rates, warm-up of the head, logs and card of a composition."""
 
@@ -336,7 +367,7 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
         if few_shot.method == "learned":
             self.add_callback(MixingWeightsCallback(self))
             if head is not None and head.head_warmup_steps:
-                self.add_callback(HeadWarmupCallback(steps=head.head_warmup_steps))
+                self.add_callback(HeadWarmup(steps=head.head_warmup_steps))
 
     def run(self) -> None:
         """Trains, tests, saves and reports; pushes with `--push_to_hub`."""

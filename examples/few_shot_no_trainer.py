@@ -24,6 +24,7 @@ from few_shot import (
     parse_arguments,
     report,
     require_one_group,
+    require_short_warmup,
     trainable,
 )
 from few_shot_text_classification import TextArguments, load_model, load_tokenizer, tokenize
@@ -122,6 +123,8 @@ def measure_accuracy(accelerator: Accelerator, model: nn.Module, loader: DataLoa
 def main() -> None:
     """Runs it all."""
     arguments, head, loop = parse_arguments([TextArguments, HeadArguments, LoopArguments], __doc__)
+    if arguments.method == "learned":
+        require_short_warmup(head.head_warmup_steps, loop.steps)
     accelerator = Accelerator()
     require_one_group(accelerator.num_processes)
     if not accelerator.is_main_process:

@@ -282,7 +282,7 @@ def _figure() -> Figure:
 
 def _lay_out(figure: Figure, parts: list[str], adapters: list[str], panels: list[_Panel], by: str) -> list[Axes]:
     """Draw panels side by side, on rows that they share; the figure takes the size that its labels need."""
-    labels, common = _short_labels(parts)
+    labels, common = short_labels(parts)
     labels = [one_line(label) for label in labels]
     names = [_clipped(one_line(name)) for name in adapters]
     is_numbered = len(parts) * len(adapters) <= NUMBERED_CELLS
@@ -401,7 +401,7 @@ def _parts(weights: Weights, by: str) -> dict[str, list[str]]:
     return parts
 
 
-def _short_labels(names: list[str]) -> tuple[list[str], str]:
+def short_labels(names: list[str]) -> tuple[list[str], str]:
     """Names without the dotted parts that all of them begin with, and these parts."""
     split = [name.split(".") for name in names]
     common = 0

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .export import LoraExport
 from .inspection import AdapterReport
-from .report import Part, WeightRow
+from .report import Part, WeightRow, short_labels
 from .text import LONG, one_line
 
 
@@ -91,17 +91,26 @@ def print_parts(rows: Sequence[WeightRow], whole: Sequence[WeightRow], by: Part)
     few = f"the {len(shown)} of {len(whole)} adapters with the largest weights; all with --json"
     console = Console()
     headings = [one_line(adapter) for adapter in shown]
-    width = sum(len(heading) + 3 for heading in headings) + max(len(row.part) for row in rows) + 4
-    if width > console.width:  # names would be broken: the numbers are those of the rows of the table before
+    parts = [*dict.fromkeys(row.part for row in rows)]
+    labels, common = parts, ""
+    if _width(labels, headings) > console.width:  # names would be broken: the numbers are those of the table before
         headings = [f"({number})" for number, row in enumerate(whole, 1) if row in largest]
-    table = Table(title=f"Mean weight by {by}", caption=few if len(shown) < len(whole) else None)
+    if _width(labels, headings) > console.width:
+        labels, common = short_labels(parts)
+    title = f"Mean weight by {by}" + (f" of {common}" if common else "")
+    table = Table(title=_plain(title), caption=few if len(shown) < len(whole) else None)
     table.add_column(by, overflow="fold")
     for heading in headings:
         table.add_column(Text(heading), justify="right", no_wrap=True)
     means = {(row.part, row.adapter): f"{row.mean:.3f}" for row in rows}
-    for part in dict.fromkeys(row.part for row in rows):
-        table.add_row(_plain(part), *(means.get((part, adapter), "-") for adapter in shown))
+    for part, label in zip(parts, labels):
+        table.add_row(_plain(label), *(means.get((part, adapter), "-") for adapter in shown))
     console.print(table)
+
+
+def _width(labels: Sequence[str], headings: Sequence[str]) -> int:
+    """Of a table with columns of numbers, in characters."""
+    return sum(max(len(heading), 5) + 3 for heading in headings) + max(map(len, map(one_line, labels))) + 4
 
 
 def _plain(text: str) -> Text:

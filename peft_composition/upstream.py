@@ -53,7 +53,7 @@ from .front_matter import stated_license
 from .patterns import PatternError, value_for
 from .scalars import LARGEST_FLOAT32
 from .schema import UNPRINTABLE, read_adapter_config, read_bytes, shown
-from .text import LONG, one_line, quoted
+from .text import LONG, in_python, one_line, quoted
 
 
 # Initialisations after which the base model is the one that everybody has; the others (PiSSA, OLoRA, CorDA, LoftQ,
@@ -421,6 +421,12 @@ def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFi
     if _looks_like_path(reference["path"]):
         is_file = ": it is a file; give the folder that it is in" if os.path.isfile(reference["path"]) else ""
         raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}")
+    path, at, revision = reference["path"].rpartition("@")
+    if at and is_hub_id(path):
+        wanted = f'{{"path": {in_python(path)}, "revision": {in_python(revision)}}}'
+        raise AdapterError(
+            reference["name"], f"it is no folder here, and a Hub id has no @; for a revision of it write {wanted}"
+        )
     files = _locate_on_hub(reference)
     return replace(files, card=_download_card(reference, files.commit)) if with_card else files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,11 +14,17 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from few_shot import FewShotArguments, cross_entropy, draw, encode_classes, require_one_group
+from few_shot import FewShotArguments, HeadWarmup, cross_entropy, draw, encode_classes, require_one_group
 from few_shot_question_answering import ExactMatch, QuestionArguments, answers_of, prompt_of, token_cross_entropy
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from . import example_inputs
 from .example_inputs import QUESTION_TOKENS, TEST_EXAMPLES, TEXT_TOKENS, Inputs
@@ -88,6 +95,24 @@ def accuracy_of_saved(folder: Path, inputs: Inputs) -> float:
         with torch.no_grad():
             hits += CLASSES[int(model(**encoded).logits.argmax())] == row["label"]
     return hits / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "option"), [("few_shot_text_classification", "--max_steps"), ("few_shot_no_trainer", "--steps")]
+)
+def test_a_warmup_as_long_as_the_training_is_refused_by_its_argument(
+    script: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model_name_or_path", "m", "--dataset_name", "d", "--adapters", "a", option, "5"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit, match="--head_warmup_steps 50 takes the whole training of 5 steps"):
+        importlib.import_module(script).main()
+
+
+def test_a_warmup_as_long_as_the_epochs_is_refused_by_its_argument(tmp_path: Path) -> None:
+    settings = TrainingArguments(str(tmp_path), num_train_epochs=2, use_cpu=True)
+    with pytest.raises(SystemExit, match="--head_warmup_steps 4 takes the whole training of 4 steps"):
+        HeadWarmup(steps=4).on_train_begin(settings, TrainerState(max_steps=4), TrainerControl())
 
 
 @pytest.mark.xdist_group("examples-texts")

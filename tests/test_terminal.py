@@ -120,3 +120,17 @@ def test_columns_of_many_adapters_with_long_names_are_numbered(capsys: pytest.Ca
 def test_one_adapter_is_no_plural(adapters: list[Path]) -> None:
     title = run("inspect", adapters[0]).stdout.splitlines()[0]
     assert title.strip() == "1 adapter"
+
+
+def test_long_names_of_modules_are_shown_without_what_they_share(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {
+        f"base_model.vision_model.encoder.layers.{n}.self_attn.{module}": {f"adapter-{k}": 0.1 * k for k in range(6)}
+        for n in (0, 11)
+        for module in ("q_proj", "out_proj")
+    }
+    print_parts(weights_table(weights, "module"), weights_table(weights), "module")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].strip() == "Mean weight by module of base_model.vision_model.encoder.layers"
+    cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert cells == ["0.self_attn.q_proj", "0.self_attn.out_proj", "11.self_attn.q_proj", "11.self_attn.out_proj"]

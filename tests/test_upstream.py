@@ -624,6 +624,11 @@ def refuse(
     assert {**config.to_dict(), "base_model_name_or_path": None} == {**asked, "base_model_name_or_path": None}
 
 
+def test_a_revision_within_a_hub_id_is_told_how_to_be_written() -> None:
+    message = 'and a Hub id has no @; for a revision of it write {"path": "you/lora-b", "revision": "v2"}'
+    refuse(tiny.build("mlp"), "you/lora-b@v2", message=message)
+
+
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     """A healthy LoRA for the MLP, which stands before the bad one."""
