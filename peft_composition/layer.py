@@ -376,6 +376,12 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
                     f"A composition of a parameter cannot be merged into a module ({type(base_layer).__name__}) that "
                     "is used in several places: it would change all of them. Use it unmerged."
                 )
+            if backend is None and isinstance(base_layer, _PLAIN_LAYERS) and "weight" not in base_layer._parameters:
+                raise TypeError(
+                    f"The composition {name!r} cannot be merged into a base layer of type {_type_name(base_layer)} "
+                    "whose weight is computed from other tensors (a parametrization, pruning): the update would be "
+                    "lost. Remove that first, or use the composition unmerged."
+                )
             if backend is not None and not backend.supports_merge:
                 raise TypeError(
                     f"The composition {name!r} cannot be merged into a base layer of type {_type_name(base_layer)} "
@@ -607,8 +613,8 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         A change is noticed by PyTorch's version counters and by the steps of optimizers (see `folding`), theta's also
         by its values where comparing them does not wait for a device. Every forward pass with gradients, every
         `train()` or `eval()` and every move to another device or dtype starts anew, too. What is left is a write
-        through `.data` on a GPU, or in a CUDA graph, by something that is no optimizer of PyTorch, with none of these
-        in between: call `eval()` after it.
+        through `.data` into theta on a GPU, or into the base weight anywhere, or in a CUDA graph, by something that
+        is no optimizer of PyTorch, with none of these in between: call `eval()` after it.
 
         Args:
             adapter_name: name of the composition.

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     check_target_module_exists,
 )
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from . import compat, packing, processes, upstream
 from .base_copies import warn_about_other_bases
 from .config import AdapterReference, CompositionConfig, LoraLayout
+from .configs import Configs
 from .fingerprint import add_fingerprint, await_fingerprint, carrier, checked_weights, forget_awaited
 from .layer import (
     CompositionLayer,
@@ -152,6 +154,8 @@ class CompositionModel(BaseTuner):
         Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
         """
         config = self.peft_config[adapter_name]
+        if not isinstance(self.peft_config, Configs):
+            self.peft_config = cast("dict[str, CompositionConfig]", Configs(self.peft_config))
         with config.building():
             targets = _target_layers(model)
             _require_usable_name(adapter_name, targets)
@@ -373,9 +377,20 @@ class CompositionModel(BaseTuner):
         # PEFT goes by the names of modules, which FSDP1 lengthens within the model: it would find none of them.
         infixes = f".composition_mixing.{adapter_name}.", f".composition_factors.{adapter_name}."
         selected.update((key, state_dict[key]) for key in state_dict if any(infix in key for infix in infixes))
-        for _, layer in composition_layers(model):
+        copied = set(cast(CompositionConfig, config).composed_modules or ())
+        for name, layer in composition_layers(model):
             if adapter_name in layer.composition_factors:
                 layer._ready_factors(adapter_name)
+            # PEFT copies both embeddings of the base where one of them is a target under its bare name.
+            is_copied = (
+                not copied.isdisjoint(EMBEDDING_LAYER_NAMES) and name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+            )
+            if layer.merged and is_copied:
+                module = name.removeprefix(_PEFT_PREFIX)
+                raise ValueError(
+                    f"A composition is merged into {module!r}, of which PEFT saves a copy as that of the base model: "
+                    "loading it would add the update twice. Call unmerge_adapter() before saving."
+                )
         selected = {key: _onloaded(model, key) if t.is_meta else t for key, t in selected.items()}
         if not cast(CompositionConfig, config).save_adapters:
             selected = {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}

@@ -5,6 +5,7 @@ What adapters and modules are is not known here: errors say what is wrong with t
 
 from __future__ import annotations
 
+import mmap
 import zipfile
 import zlib
 from collections import Counter
@@ -105,10 +106,30 @@ def _require_checksums(path: Path) -> None:
 
 
 def _torch_load(path: Path, device: str) -> Any:
+    _require_no_allocations(path)
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it trips over
         raise _damaged(error) from error
+
+
+def _require_no_allocations(path: Path) -> None:
+    """PyTorch's restricted unpickler allows bytearray(N), which takes any memory that a few bytes ask for."""
+    if _records(path) is None:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            allocates = content.find(b"bytearray") >= 0
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".pkl")]
+                allocates = any(b"bytearray" in archive.read(name) for name in names)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise _damaged(error) from error
+    if allocates:
+        raise UnreadablePickleError(
+            "is a pickle that makes a bytearray, which no state dict needs, and is not loaded. Save the adapter again "
+            "as safetensors from a machine that trusts it"
+        )
 
 
 def _damaged(error: Exception) -> UnreadablePickleError:
