@@ -43,7 +43,7 @@ from .model import block_of
 from .parameters import name_in_checkpoint
 from .public import publish
 from .text import SHORT, in_code, in_markdown, in_python, one_line
-from .upstream import WeightsFile, is_hub_id
+from .upstream import BASE_COPY, WeightsFile, is_hub_id
 
 
 if TYPE_CHECKING:
@@ -333,7 +333,8 @@ def head_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _is_of_composition(key: str) -> bool:
-    return any(part.startswith("composition_") for part in key.split("."))
+    """Whether a tensor belongs to the composed modules, as PEFT's copy of the base weight of one does."""
+    return key.endswith(BASE_COPY) or any(part.startswith("composition_") for part in key.split("."))
 
 
 @dataclass(frozen=True)
