@@ -511,7 +511,7 @@ def test_the_plain_lora_is_mentioned_where_there_is_one(pair: Any, hub_base: nn.
     assert "Without `peft-composition` this adapter cannot be loaded." in card
     assert len(code_blocks(card)) == 1
 
-    tiny.save_lora(tmp_path / "lora", hub_base, ["query"])  # whose it is, nobody knows
+    tiny.save_lora(tmp_path / "lora", tiny.build("bert"), ["query"])  # whose it is, nobody knows
     assert write_model_card(tmp_path).read_text() == card
 
     add_to_checkpoint(tmp_path)
