@@ -179,7 +179,7 @@ def timm_digits(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return example_inputs.images(tmp_path_factory.mktemp("timm"), "timm")
 
 
-IMAGES = ["--k", 10, "--max_steps", 50, "--head_warmup_steps", 20, "--seed", 0]
+IMAGES = ["--k", 10, "--max_steps", 200, "--head_warmup_steps", 100, "--seed", 0]
 
 
 @pytest.mark.xdist_group("examples-images")
@@ -192,7 +192,9 @@ def test_image_classification(digits: Inputs, tmp_path: Path) -> None:
             processes,
             *IMAGES,
             "--per_device_train_batch_size",
-            40 // processes,
+            20,  # the same micro-batches in both: the same numbers are added
+            "--gradient_accumulation_steps",
+            2 // processes,
         )
         for processes in (1, 2)
     ]
