@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import peft_composition  # noqa: F401  (registers the method)
@@ -35,6 +36,7 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 def _repeatable() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    transformers.logging.set_verbosity_warning()  # programs that ran in this process before may have silenced it
 
 
 @pytest.fixture
