@@ -23,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_composition.config import AdapterReference
+from peft_composition.references import AdapterReference
 
 
 RANK = 16

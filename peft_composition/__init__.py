@@ -1,8 +1,7 @@
 """peft-composition: mix trained LoRA adapters into one PEFT adapter. Importing it registers the method with PEFT."""
 
-__version__ = "0.1.0"
-
 from .registration import add_peft_type, register_method
+from .version import __version__
 from .versions import require_supported_versions, unknown_versions
 
 
@@ -15,7 +14,8 @@ add_peft_type()
 
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora  # noqa: E402
-from .hub import CompositionCardMixin, push_to_hub, write_model_card  # noqa: E402
+from .fingerprint import require_weights_in  # noqa: E402
+from .hub import CompositionCardMixin, complete_card, push_to_hub, write_model_card  # noqa: E402
 from .layer import CompositionLayer  # noqa: E402
 from .mixing import mixing_weights  # noqa: E402
 from .model import CompositionModel  # noqa: E402
@@ -30,6 +30,9 @@ from .upstream import AdapterError  # noqa: E402
 
 
 register_method(CompositionConfig, CompositionModel)
+# What builds on the config and has its part in reading and writing it.
+CompositionConfig.when_loaded = (require_weights_in,)
+CompositionConfig.when_saved = (complete_card,)
 
 __all__ = [
     "AdapterError",

@@ -19,17 +19,19 @@ from torch import nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
 
-from . import upstream
 from .base_models import AUTO_CLASSES, Loader, base_config, choose, loaders, stated_class
-from .config import AdapterReference, CompositionConfig
+from .config import CompositionConfig
 from .export import lora_from_checkpoint, to_lora
-from .hub import LORA_SUBFOLDER, head_hash, push_to_hub, saved_head, saved_mixing_weights, write_model_card
+from .hub import head_hash, push_to_hub, saved_head, saved_mixing_weights, write_model_card
 from .inspection import inspect_adapters
 from .kinds import why_no_composition
 from .model import require_composable
+from .names import LORA_SUBFOLDER
+from .references import AdapterReference, is_hub_id
 from .report import Part, plot_weights, weights_table
 from .terminal import print_errors, print_json, print_means, print_parts, print_reports, say
 from .text import LONG, in_python, one_line
+from .upstream import HEADS, locate_one, read_adapters, read_config
 
 
 # One of these is there where a tokenizer, an image processor, a feature extractor or a processor of several is.
@@ -248,7 +250,7 @@ def _references(adapters: Sequence[str]) -> list[AdapterReference]:
     entries: list[str | Path | AdapterReference] = []
     for adapter in adapters:
         path, at, revision = adapter.rpartition("@")
-        is_revision = at and not os.path.isdir(adapter) and upstream.is_hub_id(path)
+        is_revision = at and not os.path.isdir(adapter) and is_hub_id(path)
         entries.append(AdapterReference(path=path, revision=revision) if is_revision else adapter)
     return CompositionConfig(adapters=entries).references
 
@@ -272,7 +274,7 @@ def _task_and_loader(
     configs = []
     for reference in references:
         try:
-            configs.append(upstream.read_config(upstream.locate_one(reference, with_card=False)))
+            configs.append(read_config(locate_one(reference, with_card=False)))
         except Exception:  # whatever it is, the report tells it
             if is_strict:
                 raise
@@ -296,12 +298,12 @@ def _fits_one_of(references: Sequence[AdapterReference], task: str | None, check
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is read once more, to be composed
             try:
-                (adapter,) = upstream.read_adapters([upstream.locate_one(reference, with_card=False)], [None])
+                (adapter,) = read_adapters([locate_one(reference, with_card=False)], [None])
             except Exception:
                 continue
             try:
                 config = CompositionConfig(
-                    adapters=[reference], modules_to_save=upstream.HEADS.get(task or ""), check_base_model=check_base
+                    adapters=[reference], modules_to_save=HEADS.get(task or ""), check_base_model=check_base
                 )
                 require_composable(config, model, [adapter])
             except ValueError:
@@ -338,7 +340,7 @@ def _starts(name: str) -> list[int]:
 
 def _new_modules(new: Sequence[str], task: str | None) -> list[str] | None:
     """Those of the new modules that PEFT does not take for heads of the task by itself."""
-    heads = upstream.HEADS.get(task or "", [])
+    heads = HEADS.get(task or "", [])
     return [module for module in new if not any(part in heads for part in module.split("."))] or None
 
 

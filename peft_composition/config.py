@@ -6,21 +6,23 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
-from . import __version__
 from .drafts import CONFIG_DRAFT, draft_in
+from .public import without_local_paths
 from .record import require_valid_record, summary
+from .references import AdapterReference, LoraLayout, Provenance, named_references
 from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_list, as_text
-from .schema import shown
 from .selection import layer_indices, layer_lists, names_or_expression, saved_modules
+from .text import shown
+from .version import __version__
 
 
 MIXINGS = ("learned", "uniform", "fixed")
@@ -42,48 +44,6 @@ DEFINING = (
 DEFAULT_GAIN = {"softmax": 40.0, "none": 10.0}
 # Hand-written weights such as [0.333, 0.333, 0.333] are meant to sum to 1.
 SUM_TOLERANCE = 2e-3
-
-
-class AdapterReference(TypedDict, total=False):
-    """Where one upstream adapter is found and what it is called; `path` is a Hub id or a local folder."""
-
-    path: str
-    name: str
-    revision: str | None
-    subfolder: str | None
-    local_files_only: bool
-
-
-class Provenance(TypedDict):
-    """What one upstream adapter turned out to be when it was read."""
-
-    name: str
-    path: str
-    subfolder: str | None
-    commit: str | None
-    sha256: str
-    base_model_name_or_path: str | None
-    license: str | None
-
-
-class _LayoutOfLayers(TypedDict):
-    target_modules: list[str] | str
-    embeddings: list[str]
-    fan_in_fan_out: bool
-
-
-class LoraLayout(_LayoutOfLayers, total=False):
-    """What a plain LoRA on the composed modules must say of the base model and factors do not show.
-
-    `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
-    embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`. Where there are such: `attentions` lists
-    those that are `nn.MultiheadAttention`; `target_parameters` select the composed parameters, and `parameters` lists
-    them by the module they belong to, in its order.
-    """
-
-    attentions: list[str]
-    target_parameters: list[str]
-    parameters: dict[str, list[str]]
 
 
 @dataclass
@@ -133,6 +93,10 @@ class CompositionConfig(PeftConfig):
     Raises:
         ValueError: a field has a value that is not listed above; the message names the field and the value.
     """
+
+    # Who builds on this class adds what must be done when a config is read from a folder, or written into one.
+    when_loaded: ClassVar[tuple[Callable[[Path, CompositionConfig], None], ...]] = ()
+    when_saved: ClassVar[tuple[Callable[[Path], None], ...]] = ()
 
     adapters: list[str | Path | AdapterReference] | None = field(
         default=None, metadata={"help": "The upstream LoRA adapters: Hub ids, local folders or dicts."}
@@ -264,7 +228,7 @@ class CompositionConfig(PeftConfig):
 
     def _check(self) -> None:
         """Complete and check the fields; done again before a model is built, for they can be set."""
-        self.adapters = _named_references(self.adapters)
+        self.adapters = named_references(self.adapters)
         _require("mixing", self.mixing, MIXINGS)
         _require("normalization", self.normalization, NORMALIZATIONS)
         _require("weight_sharing", self.weight_sharing, SHARINGS)
@@ -303,7 +267,7 @@ class CompositionConfig(PeftConfig):
         """The upstream adapters as dicts with `path`, `name`, `revision` and `subfolder`."""
         adapters = self.adapters
         if not adapters or not all(isinstance(entry, dict) and "name" in entry for entry in adapters):
-            return _named_references(adapters)  # they were set since
+            return named_references(adapters)  # they were set since
         return adapters  # type: ignore[return-value]
 
     @property
@@ -341,12 +305,11 @@ class CompositionConfig(PeftConfig):
         Raises:
             ValueError: the record is damaged, or belongs to other weights.
         """
-        from .fingerprint import require_weights_in  # it builds on this module
-
         config = super().from_pretrained(os.fspath(pretrained_model_name_or_path), subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if isinstance(config, CompositionConfig) and config.is_restored and (folder / CONFIG_NAME).is_file():
-            require_weights_in(folder, config)
+            for check in CompositionConfig.when_loaded:
+                check(folder, config)
         return cast(PeftConfig, config)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -361,9 +324,6 @@ class CompositionConfig(PeftConfig):
             save_directory: folder, made where it does not exist.
             **kwargs: passed to PEFT's own `save_pretrained`.
         """
-        from .hub import complete_card  # they build on this module
-        from .public import without_local_paths
-
         folder = Path(save_directory)
         with draft_in(folder, CONFIG_DRAFT) as draft:
             super().save_pretrained(str(draft), **kwargs)
@@ -374,7 +334,8 @@ class CompositionConfig(PeftConfig):
         # So calls PEFT, which has written weights and card by now; transformers saves the config first.
         if "auto_mapping_dict" in kwargs:
             _remove_outdated_weights(folder)
-            complete_card(folder)
+            for complete in CompositionConfig.when_saved:
+                complete(folder)
 
     def _checked_weights(self) -> list[float] | None:
         """`weights` as floats, for softmax with sum exactly 1."""
@@ -432,80 +393,3 @@ def _remove_outdated_weights(folder: Path) -> None:
 def _require(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _named_references(adapters: object) -> list[Any]:
-    """Every entry as a dict with all keys, and a name of its own."""
-    if isinstance(adapters, (str, Path, Mapping)):
-        raise ValueError(f"adapters must be a list of adapters, got a single one: {adapters!r}")
-    if not isinstance(adapters, Sequence) or not adapters:
-        raise ValueError("adapters must name at least one trained LoRA adapter (a Hub id, a local folder or a dict)")
-    references = [_reference(entry) for entry in adapters]
-    _fill_in_names(references)
-    seen: dict[str, AdapterReference] = {}
-    for reference in references:
-        other = seen.setdefault(reference["name"], reference)
-        if other is not reference:
-            raise ValueError(
-                f"two adapters are named {reference['name']!r}: {_location(other)} and {_location(reference)}; "
-                'give each a name of its own: {"path": ..., "name": ...}'
-            )
-    return references
-
-
-def _reference(entry: object) -> AdapterReference:
-    if isinstance(entry, (str, os.PathLike)):
-        entry = {"path": entry}
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"an adapter is a Hub id, a local folder or a dict with 'path', got {shown(entry)}")
-    unknown = set(entry) - set(AdapterReference.__annotations__)
-    if unknown:
-        raise ValueError(
-            f"an adapter's dict has unknown keys {sorted(map(str, unknown))}; it may have "
-            f"{', '.join(map(repr, AdapterReference.__annotations__))}"
-        )
-    if not entry.get("path"):
-        raise ValueError(f"an adapter's dict needs a 'path', got {shown(dict(entry))}")
-    for key in ("path", "revision", "subfolder", "name"):
-        value = entry.get(key)
-        if key in ("path", "subfolder") and isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"the {key!r} in an adapter's dict must be text, got {shown(value)}")
-    reference = AdapterReference(
-        path=os.fspath(entry["path"]),
-        revision=entry.get("revision"),
-        subfolder=os.fspath(entry["subfolder"]) if entry.get("subfolder") else None,
-    )
-    if entry.get("name"):
-        reference["name"] = entry["name"]
-    if entry.get("local_files_only"):
-        reference["local_files_only"] = True
-    return reference
-
-
-def _location(reference: AdapterReference) -> str:
-    subfolder = reference.get("subfolder")
-    revision = reference.get("revision")
-    return reference["path"] + (f"/{subfolder}" if subfolder else "") + (f"@{revision}" if revision else "")
-
-
-def _parts(reference: AdapterReference) -> tuple[str, ...]:
-    """The parts of a location; of one such as "." or "..", which is no name, those of its full path."""
-    parts = Path(_location(reference)).parts
-    if parts and parts[-1] != "..":
-        return parts
-    return Path(os.path.abspath(_location(reference))).parts
-
-
-def _fill_in_names(references: list[AdapterReference]) -> None:
-    """Name the unnamed by the shortest end of their path that tells them apart."""
-    unnamed = [reference for reference in references if "name" not in reference]
-    taken = {reference["name"] for reference in references if "name" in reference}
-    parts = [_parts(reference) for reference in unnamed]
-    for reference, own in zip(unnamed, parts):
-        for length in range(1, len(own) + 1):
-            name = "/".join(own[-length:])
-            if name not in taken and sum(other[-length:] == own[-length:] for other in parts) == 1:
-                break
-        reference["name"] = name

@@ -23,17 +23,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import functional
-from .config import CompositionConfig, LoraLayout
+from .config import CompositionConfig
 from .drafts import LORA_DRAFT, alone_in, draft_in
 from .exported import HEAD_NAME, RECORD_NAME, sha256_of, weights_file, write_record
 from .fingerprint import checked_weights
 from .kinds import why_no_composition
 from .layer import CompositionLayer, Mixing
 from .model import composition_layers
-from .parameters import name_in_checkpoint
+from .names import LORA_SUBFOLDER, name_in_checkpoint
 from .public import publish
+from .references import LoraLayout
 from .text import one_line
-from .upstream import LORA_SUBFOLDER, WeightsFile
+from .upstream import WeightsFile
 from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
 
 

@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .parameters import name_in_checkpoint
+from .names import name_in_checkpoint
 from .record import summary
 from .text import one_line, quoted
 from .upstream import AdapterError, WeightsFile

@@ -32,18 +32,18 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from .base_models import AUTO_CLASSES, class_to_load, stated_class
-from .config import CompositionConfig, Provenance
+from .config import CompositionConfig
 from .drafts import CARD_DRAFT, draft_in
-from .export import LORA_SUBFOLDER, add_to_checkpoint, lora_from_checkpoint
+from .export import add_to_checkpoint, lora_from_checkpoint
 from .exported import Exported, export_in, remove_outdated_export, weights_file
 from .fingerprint import checked_weights
 from .kinds import why_no_composition
 from .layer import Mixing
-from .model import block_of
-from .parameters import name_in_checkpoint
+from .names import LORA_SUBFOLDER, block_of, name_in_checkpoint
 from .public import publish
+from .references import Provenance, is_hub_id
 from .text import SHORT, in_code, in_markdown, in_python, one_line
-from .upstream import BASE_COPY, WeightsFile, is_hub_id
+from .upstream import BASE_COPY, WeightsFile
 
 
 if TYPE_CHECKING:

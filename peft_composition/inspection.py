@@ -15,12 +15,28 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from . import misfits, upstream
+from . import misfits
 from .base_names import original
-from .config import AdapterReference, CompositionConfig
+from .config import CompositionConfig
+from .front_matter import stated_license
 from .model import require_composable
+from .references import AdapterReference, is_hub_id
 from .text import LONG, one_line, quoted
-from .upstream import HEADS, AdapterError, AdapterFiles, Factors, LayerShape, UpstreamAdapter
+from .upstream import (
+    HEADS,
+    PARALLEL_DOWNLOADS,
+    AdapterError,
+    AdapterFiles,
+    Factors,
+    LayerShape,
+    UpstreamAdapter,
+    locate_one,
+    match,
+    read_adapters,
+    read_config,
+    require_finite,
+    warn_about_other_names,
+)
 
 
 # Without a base model to compare with, values of larger files are not read.
@@ -96,7 +112,7 @@ def inspect_adapters(
             if isinstance(found, Exception):
                 raise found
             _describe_config(report, found)
-            (adapter,) = upstream.read_adapters([found], [None], hashed=False)
+            (adapter,) = read_adapters([found], [None], hashed=False)
             _describe_factors(report, adapter)
             same.add(adapter)
             read.append((report, adapter))
@@ -152,11 +168,11 @@ def _locate_each(references: Sequence[AdapterReference]) -> Iterator[AdapterFile
 
     def locate(reference: AdapterReference) -> AdapterFiles | Exception:
         try:
-            return upstream.locate_one(reference)
+            return locate_one(reference)
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(upstream.PARALLEL_DOWNLOADS) as pool:
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
         yield from tqdm(pool.map(locate, references), total=len(references), desc="Reading adapters", unit="adapter")
 
 
@@ -164,8 +180,8 @@ def _describe_config(report: AdapterReport, files: AdapterFiles) -> None:
     """What the config alone says; also of an adapter that is refused afterwards."""
     report.commit = files.commit
     report.bytes = files.weights.stat().st_size
-    report.license = upstream.stated_license(files.card)
-    config = upstream.read_config(files)
+    report.license = stated_license(files.card)
+    config = read_config(files)
     report.base = config.get("base_model_name_or_path")
     report.task_type = config.get("task_type")
     rank, targets = config.get("r"), config.get("target_modules")
@@ -201,7 +217,7 @@ class _Agreement:
         """Count an adapter in."""
         base = adapter.config.get("base_model_name_or_path")
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
-        if base and upstream.is_hub_id(base):
+        if base and is_hub_id(base):
             self._bases.append(base)
         for module, shape in shapes.items():
             self._shapes.setdefault(module, []).append((shape, adapter))
@@ -215,14 +231,14 @@ class _Agreement:
         """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
         trained_on = adapter.config.get("base_model_name_or_path")
         base = self._base
-        if self._check_base_model and base and upstream.is_hub_id(trained_on):
+        if self._check_base_model and base and is_hub_id(trained_on):
             if original(str(trained_on)) != original(base):
                 raise AdapterError(
                     adapter.name,
                     f"it was trained on {quoted(trained_on)}, but most others on {quoted(base)}. If these are "
                     "the same weights under another name, --no-check-base leaves names aside",
                 )
-            upstream.warn_about_other_names([adapter], base)
+            warn_about_other_names([adapter], base)
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         for module, shape in shapes.items():
             wanted, other = self._usual[module]
@@ -234,13 +250,13 @@ class _Agreement:
                     f"module {module!r} has the factors of {_words(shape)}, but {_words(wanted)} in {other.name!r}. "
                     + misfits.why_another_shape(module, is_embedding, has, needs),
                 )
-        upstream.match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
+        match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
         if adapter.weights.nbytes > MOST_BYTES:
             warnings.warn(
                 f"its values were not checked: they take {adapter.weights.nbytes / 1e9:.3g} GB", stacklevel=2
             )
         else:
-            upstream.require_finite(adapter, torch.float32)
+            require_finite(adapter, torch.float32)
 
 
 def _most_common(entries: list[Any], key: Any) -> Any:

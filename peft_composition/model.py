@@ -13,20 +13,16 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import compat, packing, processes, upstream
+from . import compat, packing, processes
 from .base_copies import warn_about_other_bases
-from .config import AdapterReference, CompositionConfig, LoraLayout
+from .config import CompositionConfig
 from .configs import Configs
 from .fingerprint import add_fingerprint, await_fingerprint, carrier, checked_weights, forget_awaited
 from .layer import (
@@ -40,23 +36,27 @@ from .layer import (
     layer_shape,
     real_device,
 )
-from .parameters import (
-    CONTAINER,
-    ParameterWrapper,
-    name_in_base,
-    name_in_checkpoint,
-    without_outer_adapters,
-    wrapper_for,
-)
+from .names import CONTAINER, block_of, name_in_base, name_in_checkpoint, without_outer_adapters
+from .parameters import ParameterWrapper, wrapper_for
 from .record import require_fitting_record, sizes_of
+from .references import AdapterReference, LoraLayout
 from .text import LONG, one_line
 from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
-from .upstream import CompositionPlan, LayerShape, StackedFactors
+from .upstream import (
+    CompositionPlan,
+    LayerShape,
+    StackedFactors,
+    UpstreamAdapter,
+    match,
+    read_adapters,
+    require_same_base,
+    stack,
+    warn_about_extras,
+    warn_about_other_names,
+)
 from .wrapping import TargetParameter, find_parameter, needs_unwrapping, parameter_shape, unwrap
 
 
-# As PEFT counts layers: the first numbered segment of a module's name ends its transformer block.
-_BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
 # What a `PeftModel` puts before the names of its base model; once more around another `PeftModel`.
 _PEFT_PREFIX = "base_model.model."
 # What FSDP1 and PyTorch's activation checkpointing insert into names.
@@ -139,6 +139,7 @@ class CompositionModel(BaseTuner):
 
         if adapter_name is None:
             adapter_name = next(iter(self.active_adapters), None)
+
         return mixing_weights(self, adapter_name)
 
     def inject_adapter(
@@ -488,25 +489,6 @@ def _sharing_key(config: CompositionConfig, module: str) -> str:
     return block_of(module, config.layers_pattern) or module
 
 
-def block_of(module: str, layers_pattern: list[str] | str | None = None) -> str | None:
-    """The transformer block that a module is in, by name; None for a module outside any block.
-
-    Args:
-        module: name of the module.
-        layers_pattern: as in `CompositionConfig`.
-    """
-    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    for pattern in patterns or []:
-        found = re.match(rf"(?P<block>(?:.*?\.)?{pattern}\.\d+)\.", module)
-        if found:
-            return found["block"]
-    found = _BLOCK.match(module)
-    return found["block"] if found else None
-
-
-# Preparation: all that can fail happens here, before the model is changed
-
-
 def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.Module]) -> _Injection:
     quantization_kwargs = get_quantization_kwargs(model)
     model_dtype = _model_dtype(model)
@@ -520,7 +502,7 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
         _require_recorded_modules(config, shape_of)
     if not config.is_restored or not config.save_adapters:
         plan = _read(config, model, targets, shape_of, current_name)
-        stacked = upstream.stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
+        stacked = stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
         config.record(
             {module: plan.ranks(module) for module in plan.factors},
             [module for module in plan.factors if plan.is_biased(module)],
@@ -547,7 +529,7 @@ def _prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.
     )
 
 
-def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[upstream.UpstreamAdapter]) -> None:
+def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[UpstreamAdapter]) -> None:
     """Check of adapters that are read already what building a composition checks; the model stays as it is.
 
     Args:
@@ -563,11 +545,11 @@ def require_composable(config: CompositionConfig, model: nn.Module, adapters: li
     shape_of = _shape_reader(targets, get_quantization_kwargs(model))
     current_name = _module_renamer(model, targets)
     if config.check_base_model:
-        upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
-        upstream.warn_about_other_names(adapters, getattr(model, "name_or_path", None))
+        require_same_base(adapters, getattr(model, "name_or_path", None))
+        warn_about_other_names(adapters, getattr(model, "name_or_path", None))
     plan = _match(config, model, targets, adapters, shape_of, current_name)
     model_dtype = _model_dtype(model)
-    upstream.stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
+    stack(plan, {name: _dtype_of(name, targets, model_dtype) for name in plan.factors})
 
 
 def _shape_reader(
@@ -607,7 +589,7 @@ def _match(
     config: CompositionConfig,
     model: nn.Module,
     targets: dict[str, nn.Module],
-    adapters: list[upstream.UpstreamAdapter],
+    adapters: list[UpstreamAdapter],
     shape_of: Callable[[str], LayerShape | None],
     current_name: Callable[[str], str],
 ) -> CompositionPlan:
@@ -617,7 +599,7 @@ def _match(
         adapters = [unwrap(adapter, targets, current_name) for adapter in adapters]
         names = _names_in_order(adapters, targets, current_name)
     is_wanted = _module_filter(config, model, targets, adapters, current_name)
-    plan = upstream.match(adapters, shape_of, names, current_name, is_wanted)
+    plan = match(adapters, shape_of, names, current_name, is_wanted)
     owners = _composed_parameters(plan.factors, targets)
     for owner, parameters in owners.items():
         if owner in plan.factors:
@@ -629,7 +611,7 @@ def _match(
 
 
 def _names_in_order(
-    adapters: list[upstream.UpstreamAdapter], targets: dict[str, nn.Module], current_name: Callable[[str], str]
+    adapters: list[UpstreamAdapter], targets: dict[str, nn.Module], current_name: Callable[[str], str]
 ) -> list[str]:
     """The modules in the model's order, each followed by those of its parameters that adapters touch."""
     touched = {current_name(name) for adapter in adapters for name in adapter.modules}
@@ -736,22 +718,22 @@ def _read(
             for reference, entry in zip(references, config.provenance)
         ]
     located = processes.locate(references, with_cards=not config.is_restored)
-    adapters = upstream.read_adapters(located, hashes)
+    adapters = read_adapters(located, hashes)
     if config.check_base_model:
-        upstream.require_same_base(adapters, getattr(model, "name_or_path", None))
+        require_same_base(adapters, getattr(model, "name_or_path", None))
     plan = _match(config, model, targets, adapters, shape_of, current_name)
     if config.is_restored:
         _require_recorded_ranks(config, plan)
     else:
         _warn_about_what_is_not_mixed(config, adapters, current_name)
         if config.check_base_model:
-            upstream.warn_about_other_names(adapters, getattr(model, "name_or_path", None))
+            warn_about_other_names(adapters, getattr(model, "name_or_path", None))
         warn_about_other_bases(adapters, targets, current_name)
     return plan
 
 
 def _warn_about_what_is_not_mixed(
-    config: CompositionConfig, adapters: list[upstream.UpstreamAdapter], current_name: Callable[[str], str]
+    config: CompositionConfig, adapters: list[UpstreamAdapter], current_name: Callable[[str], str]
 ) -> None:
     is_saved = cache(lambda module: _is_saved(config, current_name(module)))
     trained = {f"{a.name!r}: {module}" for a in adapters for module in a.modules if is_saved(module)}
@@ -761,7 +743,7 @@ def _warn_about_what_is_not_mixed(
             f"for them are not mixed: {one_line(', '.join(sorted(trained)), LONG)}.",
             stacklevel=2,
         )
-    upstream.warn_about_extras(adapters, is_saved)
+    warn_about_extras(adapters, is_saved)
 
 
 def _is_saved(config: CompositionConfig, module: str) -> bool:
@@ -841,7 +823,7 @@ def _module_filter(
     config: CompositionConfig,
     model: nn.Module,
     targets: Mapping[str, nn.Module],
-    adapters: list[upstream.UpstreamAdapter],
+    adapters: list[UpstreamAdapter],
     current_name: Callable[[str], str],
 ) -> Callable[[str], bool]:
     """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`.

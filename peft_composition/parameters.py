@@ -20,10 +20,6 @@ from .ties import Place
 from .wrapping import OUT_PROJ, TargetParameter
 
 
-# Where a wrapper keeps its compositions: part of the keys of a checkpoint.
-CONTAINER = "composed_parameters"
-
-
 class ParameterComposition(CompositionLayer):
     """The composition of one parameter of a module.
 
@@ -222,36 +218,3 @@ def _unload_children(module: nn.Module, merge: bool, safe_merge: bool, adapter_n
             setattr(module, name, child.get_base_layer())
         else:
             _unload_children(child, merge, safe_merge, adapter_names)
-
-
-def name_in_base(path: str, wrappers: list[str]) -> str:
-    """The name that a composed module or parameter has in the base model.
-
-    Args:
-        path: its path in the model.
-        wrappers: paths of the wrappers there, outer before inner.
-    """
-    for wrapper in reversed(wrappers):
-        for child in ("base_layer", CONTAINER):
-            if path.startswith(f"{wrapper}.{child}."):
-                path = wrapper + path.removeprefix(f"{wrapper}.{child}")
-    return path
-
-
-def name_in_checkpoint(path: str, composed: Mapping[str, Any]) -> str:
-    """The same from a key of a checkpoint, without the model.
-
-    Args:
-        path: what a key says before `.composition_`.
-        composed: the composed modules that the checkpoint records, by name.
-    """
-    if path in composed:
-        return path
-    return without_outer_adapters(path).replace(".base_layer.", ".").replace(f".{CONTAINER}.", ".")
-
-
-def without_outer_adapters(path: str) -> str:
-    """The path of a composed layer as if no adapter of another method lay around it."""
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path

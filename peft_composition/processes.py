@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch.distributed as dist
 
 from . import compat, upstream
-from .config import AdapterReference
+from .references import AdapterReference
 from .upstream import AdapterError, AdapterFiles
 
 

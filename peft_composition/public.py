@@ -11,7 +11,8 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from .drafts import CONFIG_DRAFT, draft_in
-from .upstream import LORA_SUBFOLDER, is_hub_id
+from .names import LORA_SUBFOLDER
+from .references import is_hub_id
 
 
 def without_local_paths(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from .references import Provenance
 from .text import one_line, quoted
 
 
 if TYPE_CHECKING:
-    from .config import CompositionConfig
     from .upstream import LayerShape
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -20,7 +20,26 @@ _MOST_ELEMENTS = 2**26
 _MOST_COPIES = 4
 
 
-def summary(config: CompositionConfig) -> dict[str, Any]:
+class Recorded(Protocol):
+    """What is read of a `CompositionConfig` here; it has a record once its composition is built."""
+
+    mixing: Literal["learned", "uniform", "fixed"]
+    weights: list[float] | None
+    normalization: Literal["softmax", "none"]
+    gain: float | None
+    weight_sharing: Literal["module", "block", "model"]
+    layers_pattern: list[str] | str | None
+    composed_modules: dict[str, list[int]] | None
+    biased_modules: list[str] | None
+    layer_sizes: dict[str, list[int]] | None
+    provenance: list[Provenance] | None
+    base_model_name_or_path: str | None
+
+    @property
+    def adapter_names(self) -> list[str]: ...
+
+
+def summary(config: Recorded) -> dict[str, Any]:
     """What a config says of its weights, in types that JSON has.
 
     Paths are not in it, since a checkpoint can move and its adapters, too; nor is what follows from the base model.
@@ -39,7 +58,7 @@ def summary(config: CompositionConfig) -> dict[str, Any]:
     }
 
 
-def require_valid_record(config: CompositionConfig) -> None:
+def require_valid_record(config: Recorded) -> None:
     """Check the record of a config that was read from a file, field by field.
 
     Raises:
@@ -68,7 +87,7 @@ def require_valid_record(config: CompositionConfig) -> None:
     _require_provenance(config.provenance, names)
 
 
-def require_fitting_record(config: CompositionConfig, module: str, shape: LayerShape) -> None:
+def require_fitting_record(config: Recorded, module: str, shape: LayerShape) -> None:
     """Check what a record says of a module against the model, before anything is changed or allocated.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from .model import block_of
+from .names import block_of
 from .text import one_line
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from . import formats
 from .patterns import PatternError, require_patterns
 from .scalars import as_float
-from .text import one_line
+from .text import one_line, shown
 
 
 MAX_CONFIG_BYTES = 8 << 20  # a rank for each of 100,000 modules
@@ -80,17 +79,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def shown(value: object) -> str:
-    """A value of a config for a message: short, and one line."""
-    return one_line(_SHORT.repr(value))
-
-
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
 
 
 def _require(config: Mapping[str, Any], fields: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> None:

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from .scalars import as_list
-from .schema import shown
+from .text import shown
 
 
 _NAME = re.compile(r"[\w.-]+")

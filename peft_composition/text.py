@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 
 
 SHORT = 160  # characters of a name
@@ -17,6 +18,8 @@ _MARKUP = re.compile(r"[\\`*\[\]<>&|~$#!{}\"']|(?<![^\W_])_|_(?![^\W_])")
 # And what they read as markup at the beginning of one: headings and lists.
 _FIRST = re.compile(r"^[-+=:]|^(\d+)[.)]")
 _HARMLESS_CODE = re.compile(r"[^\\`<>&|$]+")
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 120
 
 
 def one_line(text: object, limit: int = SHORT) -> str:
@@ -47,6 +50,11 @@ def one_line(text: object, limit: int = SHORT) -> str:
 def quoted(text: object, limit: int = SHORT) -> str:
     """As `one_line`, in quotes and with line breaks as escapes: the `repr` of a name that may be long."""
     return _shortened(repr(_shortened(str(text), limit)), limit)
+
+
+def shown(value: object) -> str:
+    """A value of a config for a message: short, and one line."""
+    return one_line(_BRIEF.repr(value))
 
 
 def in_markdown(text: object, limit: int = SHORT) -> str:

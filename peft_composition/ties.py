@@ -10,14 +10,11 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
 
-
-if TYPE_CHECKING:
-    from .layer import CompositionLayer
 
 FLAG = "tie_word_embeddings"
 
@@ -27,6 +24,17 @@ class Place(NamedTuple):
 
     module: nn.Module
     name: str
+
+
+class TiedLayer(Protocol):
+    """What is needed of a composed layer here."""
+
+    base_layer: nn.Module
+    tie: Tie | None
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    def base_parameters(self) -> list[Place]: ...
 
 
 @dataclass
@@ -70,7 +78,7 @@ class Tie:
         """What a second copy of its parameters takes."""
         return sum(_held(place).nbytes for place in self.places)
 
-    def leave(self, layer: CompositionLayer) -> None:
+    def leave(self, layer: TiedLayer) -> None:
         """Give the layer parameters of its own; their values stay shared until somebody sets new ones."""
         if self.has_left:
             return
@@ -85,7 +93,7 @@ class Tie:
         for flag in self.flags:
             flag.lower()
 
-    def rejoin(self, layer: CompositionLayer) -> None:
+    def rejoin(self, layer: TiedLayer) -> None:
         """Give the layer the tied parameters back, with the values that they have had all along."""
         if not self.has_left:
             return
@@ -101,13 +109,13 @@ class Tie:
         for flag in self.flags:
             flag.hoist()
 
-    def _own_places(self, layer: CompositionLayer) -> list[Place]:
+    def _own_places(self, layer: TiedLayer) -> list[Place]:
         if self.shared_module is None:
             return self.places
         return [Place(layer.get_base_layer(), place.name) for place in self.places]
 
 
-def find_ties(model: nn.Module, layers: Mapping[str, CompositionLayer]) -> dict[str, Tie]:
+def find_ties(model: nn.Module, layers: Mapping[str, TiedLayer]) -> dict[str, Tie]:
     """Tell the composed layers of a model which of their parameters other modules hold, too.
 
     Args:

@@ -25,12 +25,7 @@ from threading import Event
 from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub import (
-    constants,
-    hf_hub_download,
-    list_repo_files,
-    try_to_load_from_cache,
-)
+from huggingface_hub import constants, hf_hub_download, list_repo_files, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -39,7 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.utils import tqdm
 from peft import LoraConfig
 from peft import __version__ as peft_version
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -48,12 +43,13 @@ from torch import Tensor
 
 from . import compat, formats, misfits, pickled
 from .base_names import original, without_owner
-from .config import AdapterReference, Provenance
 from .front_matter import stated_license
+from .names import LORA_SUBFOLDER
 from .patterns import PatternError, value_for
+from .references import AdapterReference, Provenance, is_hub_id, is_local, looks_like_path
 from .scalars import LARGEST_FLOAT32
-from .schema import UNPRINTABLE, read_adapter_config, read_bytes, shown
-from .text import LONG, in_python, one_line, quoted
+from .schema import UNPRINTABLE, read_adapter_config, read_bytes
+from .text import LONG, in_python, one_line, quoted, shown
 
 
 # Initialisations after which the base model is the one that everybody has; the others (PiSSA, OLoRA, CorDA, LoftQ,
@@ -61,8 +57,6 @@ from .text import LONG, in_python, one_line, quoted
 BASE_PRESERVING_INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Fields of LoraConfig that change what the adapter computes and that PEFT does not mark as variants.
 OTHER_VARIANTS = ("use_qalora", "layer_replication", "megatron_config", "enable_lora")
-# Where a saved composition keeps its export as a plain LoRA.
-LORA_SUBFOLDER = "lora"
 # How PEFT names its copy of the base weight, beside the factors of an embedding or of the output layer.
 BASE_COPY = ".base_layer.weight"
 # The modules that PEFT trains in full for a task type, and that are not composed therefore.
@@ -104,8 +98,6 @@ _MAPPED_DTYPES = {
 }
 # Powers of two and pairs of values, with which others are scaled and packed.
 _NO_NUMBERS = tuple(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -380,9 +372,6 @@ def _entries(path: Path) -> dict[str, _Entry]:
     return dict(sorted(entries.items()))
 
 
-# Finding the files
-
-
 def locate(
     references: Sequence[AdapterReference], with_cards: bool = True, progress: bool = True
 ) -> list[AdapterFiles]:
@@ -401,7 +390,7 @@ def locate(
     Raises:
         AdapterError: an adapter is not there, not reachable, or is no adapter.
     """
-    remote = [reference for reference in references if not _is_local(reference["path"])]
+    remote = [reference for reference in references if not is_local(reference["path"])]
     if not remote:
         return [locate_one(reference, with_cards) for reference in references]
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
@@ -410,15 +399,11 @@ def locate(
         return list(bar)
 
 
-def _is_local(path: str) -> bool:
-    return os.path.isdir(path)
-
-
 def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFiles:
     """As `locate`, one adapter and without a progress bar."""
-    if _is_local(reference["path"]):
+    if is_local(reference["path"]):
         return _locate_in_folder(reference)
-    if _looks_like_path(reference["path"]):
+    if looks_like_path(reference["path"]):
         is_file = ": it is a file; give the folder that it is in" if os.path.isfile(reference["path"]) else ""
         raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}")
     path, at, revision = reference["path"].rpartition("@")
@@ -429,27 +414,6 @@ def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFi
         )
     files = _locate_on_hub(reference)
     return replace(files, card=_download_card(reference, files.commit)) if with_card else files
-
-
-def _looks_like_path(path: str) -> bool:
-    return (
-        os.path.isabs(path)
-        or path.startswith((".", "~"))
-        or path.count("/") > 1
-        or "\\" in path
-        or os.path.exists(path)
-    )
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name is that of a repository on the Hub and not a folder, as far as can be told without asking."""
-    if not name or name != name.strip() or _is_local(name) or _looks_like_path(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
@@ -596,9 +560,6 @@ def _commit_of(cached: Path) -> str | None:
     return None
 
 
-# Reading the adapters
-
-
 def read_adapters(
     files: Sequence[AdapterFiles], expected_sha256: Sequence[str | None], hashed: bool = True
 ) -> list[UpstreamAdapter]:
@@ -660,7 +621,7 @@ def _of_composition(files: AdapterFiles) -> str:
     """How to compose a composition: as the plain LoRA that it was exported to."""
     path, subfolder = files.reference["path"], files.reference.get("subfolder")
     exported = f"{subfolder}/{LORA_SUBFOLDER}" if subfolder else LORA_SUBFOLDER
-    if _is_local(path):
+    if is_local(path):
         is_there = (files.config.parent / LORA_SUBFOLDER / CONFIG_NAME).is_file()
         command = shlex.join(["peft-composition", "export", str(files.config.parent), "--out", "NEW_FOLDER"])
     else:
@@ -774,8 +735,6 @@ _FACTOR_KEY = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
     r"(?:\.(?P<label>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
 )
-
-
 # What torch.compile, FSDP and activation checkpointing put into the names of what they wrap.
 _WRAPPED = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
@@ -943,9 +902,6 @@ def _by_pattern(name: str, config: Mapping[str, Any], pattern: str, module: str,
         raise AdapterError(name, f"{pattern}: {error}") from error
 
 
-# Matching adapters to a model
-
-
 @dataclass
 class CompositionPlan:
     """Which factors of which adapter go into which module of the model.
@@ -1107,11 +1063,11 @@ def _otherwise_named(
     adapters: Iterable[UpstreamAdapter], model_name: str | None
 ) -> Iterator[tuple[UpstreamAdapter, str]]:
     """The adapters that were trained on a model of the Hub with another name, and that name."""
-    if not model_name or _is_local(model_name) or _looks_like_path(model_name):
+    if not model_name or is_local(model_name) or looks_like_path(model_name):
         return
     for adapter in adapters:
         trained_on = adapter.config.get("base_model_name_or_path")
-        if not trained_on or _is_local(trained_on) or _looks_like_path(trained_on):
+        if not trained_on or is_local(trained_on) or looks_like_path(trained_on):
             continue
         if without_owner(trained_on) != without_owner(model_name):
             yield adapter, trained_on
@@ -1151,9 +1107,6 @@ def _listed_by_name(entries: Iterable[tuple[str, str]]) -> str:
     for name, key in entries:
         keys.setdefault(name, []).append(key)
     return one_line("; ".join(f"{quoted(name)}: {', '.join(own)}" for name, own in keys.items()), LONG)
-
-
-# Stacking
 
 
 def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str, StackedFactors]:

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from .config import LoraLayout
+from .references import LoraLayout
 from .upstream import AdapterError, Factors, LayerShape, UpstreamAdapter, ranked
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, to_lora
 from peft_composition.inspection import inspect_adapters
-from peft_composition.model import block_of, composition_layers
+from peft_composition.model import composition_layers
+from peft_composition.names import block_of
 from peft_composition.parameters import ParameterWrapper
 from peft_composition.wrapping import attention_output_times
 

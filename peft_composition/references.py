@@ -1,0 +1,157 @@
+"""How users name an upstream adapter, and what is recorded of it and of its base: before any file is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .text import shown
+
+
+def is_local(path: str) -> bool:
+    return os.path.isdir(path)
+
+
+def looks_like_path(path: str) -> bool:
+    return (
+        os.path.isabs(path)
+        or path.startswith((".", "~"))
+        or path.count("/") > 1
+        or "\\" in path
+        or os.path.exists(path)
+    )
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is that of a repository on the Hub and not a folder, as far as can be told without asking."""
+    if not name or name != name.strip() or is_local(name) or looks_like_path(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+class AdapterReference(TypedDict, total=False):
+    """Where one upstream adapter is found and what it is called; `path` is a Hub id or a local folder."""
+
+    path: str
+    name: str
+    revision: str | None
+    subfolder: str | None
+    local_files_only: bool
+
+
+class Provenance(TypedDict):
+    """What one upstream adapter turned out to be when it was read."""
+
+    name: str
+    path: str
+    subfolder: str | None
+    commit: str | None
+    sha256: str
+    base_model_name_or_path: str | None
+    license: str | None
+
+
+class _LayoutOfLayers(TypedDict):
+    target_modules: list[str] | str
+    embeddings: list[str]
+    fan_in_fan_out: bool
+
+
+class LoraLayout(_LayoutOfLayers, total=False):
+    """What a plain LoRA on the composed modules must say of the base model and factors do not show.
+
+    `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
+    embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`. Where there are such: `attentions` lists
+    those that are `nn.MultiheadAttention`; `target_parameters` select the composed parameters, and `parameters` lists
+    them by the module they belong to, in its order.
+    """
+
+    attentions: list[str]
+    target_parameters: list[str]
+    parameters: dict[str, list[str]]
+
+
+def named_references(adapters: object) -> list[Any]:
+    """Every entry as a dict with all keys, and a name of its own."""
+    if isinstance(adapters, (str, Path, Mapping)):
+        raise ValueError(f"adapters must be a list of adapters, got a single one: {adapters!r}")
+    if not isinstance(adapters, Sequence) or not adapters:
+        raise ValueError("adapters must name at least one trained LoRA adapter (a Hub id, a local folder or a dict)")
+    references = [_reference(entry) for entry in adapters]
+    _fill_in_names(references)
+    seen: dict[str, AdapterReference] = {}
+    for reference in references:
+        other = seen.setdefault(reference["name"], reference)
+        if other is not reference:
+            raise ValueError(
+                f"two adapters are named {reference['name']!r}: {_location(other)} and {_location(reference)}; "
+                'give each a name of its own: {"path": ..., "name": ...}'
+            )
+    return references
+
+
+def _reference(entry: object) -> AdapterReference:
+    if isinstance(entry, (str, os.PathLike)):
+        entry = {"path": entry}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"an adapter is a Hub id, a local folder or a dict with 'path', got {shown(entry)}")
+    unknown = set(entry) - set(AdapterReference.__annotations__)
+    if unknown:
+        raise ValueError(
+            f"an adapter's dict has unknown keys {sorted(map(str, unknown))}; it may have "
+            f"{', '.join(map(repr, AdapterReference.__annotations__))}"
+        )
+    if not entry.get("path"):
+        raise ValueError(f"an adapter's dict needs a 'path', got {shown(dict(entry))}")
+    for key in ("path", "revision", "subfolder", "name"):
+        value = entry.get(key)
+        if key in ("path", "subfolder") and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"the {key!r} in an adapter's dict must be text, got {shown(value)}")
+    reference = AdapterReference(
+        path=os.fspath(entry["path"]),
+        revision=entry.get("revision"),
+        subfolder=os.fspath(entry["subfolder"]) if entry.get("subfolder") else None,
+    )
+    if entry.get("name"):
+        reference["name"] = entry["name"]
+    if entry.get("local_files_only"):
+        reference["local_files_only"] = True
+    return reference
+
+
+def _location(reference: AdapterReference) -> str:
+    subfolder = reference.get("subfolder")
+    revision = reference.get("revision")
+    return reference["path"] + (f"/{subfolder}" if subfolder else "") + (f"@{revision}" if revision else "")
+
+
+def _parts(reference: AdapterReference) -> tuple[str, ...]:
+    """The parts of a location; of one such as "." or "..", which is no name, those of its full path."""
+    parts = Path(_location(reference)).parts
+    if parts and parts[-1] != "..":
+        return parts
+    return Path(os.path.abspath(_location(reference))).parts
+
+
+def _fill_in_names(references: list[AdapterReference]) -> None:
+    """Name the unnamed by the shortest end of their path that tells them apart."""
+    unnamed = [reference for reference in references if "name" not in reference]
+    taken = {reference["name"] for reference in references if "name" in reference}
+    parts = [_parts(reference) for reference in unnamed]
+    for reference, own in zip(unnamed, parts):
+        for length in range(1, len(own) + 1):
+            name = "/".join(own[-length:])
+            if name not in taken and sum(other[-length:] == own[-length:] for other in parts) == 1:
+                break
+        reference["name"] = name
