@@ -26,7 +26,7 @@ from .training import (  # noqa: E402
     last_complete_checkpoint,
     parameter_groups,
 )
-from .upstream import AdapterError  # noqa: E402
+from .upstream.errors import AdapterError  # noqa: E402
 
 
 register_method(CompositionConfig, CompositionModel)

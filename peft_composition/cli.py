@@ -31,7 +31,9 @@ from .references import AdapterReference, is_hub_id
 from .report import Part, plot_weights, weights_table
 from .terminal import print_errors, print_json, print_means, print_parts, print_reports, say
 from .text import LONG, in_python, one_line
-from .upstream import HEADS, locate_one, read_adapters, read_config
+from .upstream.adapter import read_adapters, read_config
+from .upstream.files import locate_one
+from .upstream.keys import HEADS
 
 
 # One of these is there where a tokenizer, an image processor, a feature extractor or a processor of several is.

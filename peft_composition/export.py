@@ -34,7 +34,7 @@ from .names import LORA_SUBFOLDER, name_in_checkpoint
 from .public import publish
 from .references import LoraLayout
 from .text import one_line
-from .upstream import WeightsFile
+from .upstream.weights import WeightsFile
 from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
 
 

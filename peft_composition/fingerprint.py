@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from .names import name_in_checkpoint
 from .record import summary
 from .text import one_line, quoted
-from .upstream import AdapterError, WeightsFile
+from .upstream.errors import AdapterError
+from .upstream.weights import WeightsFile
 
 
 if TYPE_CHECKING:

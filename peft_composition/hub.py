@@ -43,7 +43,8 @@ from .names import LORA_SUBFOLDER, block_of, name_in_checkpoint
 from .public import publish
 from .references import Provenance, is_hub_id
 from .text import SHORT, in_code, in_markdown, in_python, one_line
-from .upstream import BASE_COPY, WeightsFile
+from .upstream.keys import BASE_COPY
+from .upstream.weights import WeightsFile
 
 
 if TYPE_CHECKING:

@@ -15,28 +15,20 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from . import misfits
-from .base_names import original
 from .config import CompositionConfig
-from .front_matter import stated_license
 from .model import require_composable
 from .references import AdapterReference, is_hub_id
 from .text import LONG, one_line, quoted
-from .upstream import (
-    HEADS,
-    PARALLEL_DOWNLOADS,
-    AdapterError,
-    AdapterFiles,
-    Factors,
-    LayerShape,
-    UpstreamAdapter,
-    locate_one,
-    match,
-    read_adapters,
-    read_config,
-    require_finite,
-    warn_about_other_names,
-)
+from .upstream import misfits
+from .upstream.adapter import UpstreamAdapter, read_adapters, read_config
+from .upstream.base_names import original
+from .upstream.errors import AdapterError
+from .upstream.files import PARALLEL_DOWNLOADS, AdapterFiles, locate_one
+from .upstream.front_matter import stated_license
+from .upstream.keys import HEADS, FactorKeys
+from .upstream.matching import match, warn_about_other_names
+from .upstream.shapes import LayerShape
+from .upstream.stacking import require_finite
 
 
 # Without a base model to compare with, values of larger files are not read.
@@ -265,7 +257,7 @@ def _most_common(entries: list[Any], key: Any) -> Any:
     return max(entries, key=lambda entry: counts[key(entry)], default=None)
 
 
-def _shape_of(adapter: UpstreamAdapter, factors: Factors) -> LayerShape:
+def _shape_of(adapter: UpstreamAdapter, factors: FactorKeys) -> LayerShape:
     A, B = adapter.weights.shape(factors.A), adapter.weights.shape(factors.B)
     return LayerShape("the layer", tuple(A[1:]), next(iter(B), 0), factors.is_embedding)
 

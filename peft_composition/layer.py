@@ -25,7 +25,8 @@ from .config import CompositionConfig
 from .folding import Folded, Folds, Motion, Source
 from .packing import unpack
 from .ties import Place, Tie
-from .upstream import LayerShape, StackedFactors
+from .upstream.shapes import LayerShape
+from .upstream.stacking import StackedFactors
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import compat, packing, processes
+from . import compat, packing
 from .base_copies import warn_about_other_bases
 from .config import CompositionConfig
 from .configs import Configs
@@ -42,18 +42,11 @@ from .record import require_fitting_record, sizes_of
 from .references import AdapterReference, LoraLayout
 from .text import LONG, one_line
 from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
-from .upstream import (
-    CompositionPlan,
-    LayerShape,
-    StackedFactors,
-    UpstreamAdapter,
-    match,
-    read_adapters,
-    require_same_base,
-    stack,
-    warn_about_extras,
-    warn_about_other_names,
-)
+from .upstream import processes
+from .upstream.adapter import UpstreamAdapter, read_adapters
+from .upstream.matching import CompositionPlan, match, require_same_base, warn_about_extras, warn_about_other_names
+from .upstream.shapes import LayerShape
+from .upstream.stacking import StackedFactors, stack
 from .wrapping import TargetParameter, find_parameter, needs_unwrapping, parameter_shape, unwrap
 
 

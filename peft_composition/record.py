@@ -11,7 +11,7 @@ from .text import one_line, quoted
 
 
 if TYPE_CHECKING:
-    from .upstream import LayerShape
+    from .upstream.shapes import LayerShape
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Factors of one adapter that are larger than this and larger than so many copies of the weight which they update are

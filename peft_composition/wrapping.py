@@ -17,7 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from .references import LoraLayout
-from .upstream import AdapterError, Factors, LayerShape, UpstreamAdapter, ranked
+from .upstream.adapter import UpstreamAdapter
+from .upstream.errors import AdapterError
+from .upstream.keys import FactorKeys, ranked
+from .upstream.shapes import LayerShape
 
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
@@ -120,8 +123,8 @@ def unwrap(
         AdapterError: the factors do not fit the parameters that the adapter's config targets.
     """
     targets: Collection[str] = adapter.config.get("target_parameters") or ()
-    modules: dict[str, Factors] = {}
-    nests: dict[str, dict[int, Factors]] = {}
+    modules: dict[str, FactorKeys] = {}
+    nests: dict[str, dict[int, FactorKeys]] = {}
     for spelled, factors in adapter.modules.items():
         plain, depth = _without_wrappers(spelled)
         module = current_name(plain)
@@ -182,7 +185,7 @@ def _require_targeted(adapter: UpstreamAdapter, module: str, plain: str, targets
             )
 
 
-def _of_attention(adapter: UpstreamAdapter, factors: Factors, attention: str) -> Factors:
+def _of_attention(adapter: UpstreamAdapter, factors: FactorKeys, attention: str) -> FactorKeys:
     """Both projections of an attention have the rank and alpha that the config gives the attention."""
     if factors.bias is not None and adapter.weights.read(factors.bias).count_nonzero():
         raise AdapterError(
@@ -192,8 +195,8 @@ def _of_attention(adapter: UpstreamAdapter, factors: Factors, attention: str) ->
 
 
 def _of_parameters(
-    adapter: UpstreamAdapter, layer: nn.Module, plain: str, module: str, nest: Mapping[int, Factors]
-) -> dict[str, Factors]:
+    adapter: UpstreamAdapter, layer: nn.Module, plain: str, module: str, nest: Mapping[int, FactorKeys]
+) -> dict[str, FactorKeys]:
     """The factors of all targeted parameters of one module; those of the first parameter lie innermost."""
     targeted = _targeted(layer, plain, adapter.config["target_parameters"])
     if sorted(nest) != list(range(len(targeted))):
@@ -213,7 +216,7 @@ def _of_parameters(
     return found
 
 
-def _enter(adapter: UpstreamAdapter, modules: dict[str, Factors], name: str, factors: Factors) -> None:
+def _enter(adapter: UpstreamAdapter, modules: dict[str, FactorKeys], name: str, factors: FactorKeys) -> None:
     if name in modules:
         raise AdapterError(adapter.name, f"it has two pairs of factors for {name!r}")
     modules[name] = factors

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_composition import CompositionConfig
-from peft_composition.pickled import UnreadablePickleError, index, load
+from peft_composition.upstream.pickled import UnreadablePickleError, index, load
 
 from . import tiny
 

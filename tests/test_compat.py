@@ -13,7 +13,7 @@ from peft_composition import compat
 
 
 PACKAGE = Path(peft_composition.__file__).parent
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 ONLY_IN_SOME_VERSIONS = ("transformers.conversion_mapping", "transformers.core_model_loading")
 OTHERS = {"torch", "peft", "transformers", "huggingface_hub", "accelerate", "safetensors"}
 

@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_composition import AdapterError, CompositionConfig, inspection, upstream
+from peft_composition import AdapterError, CompositionConfig, inspection
 from peft_composition.inspection import AdapterReport, inspect_adapters
+from peft_composition.upstream import adapter, stacking, weights
 
 from . import tiny
 
@@ -55,15 +57,30 @@ class _Panic(BaseException):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-@pytest.mark.parametrize("where", ["read_config", "_index", "require_finite", "is_hub_id"])
+@pytest.mark.parametrize(
+    ("room", "where"),
+    [
+        (inspection, "read_config"),
+        (adapter, "index_factors"),
+        (inspection, "require_finite"),
+        (inspection, "is_hub_id"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_errors_that_nobody_thought_of(
-    where: str, error: BaseException, reason: str, good: Path, bad: Path, monkeypatch: pytest.MonkeyPatch
+    room: ModuleType,
+    where: str,
+    error: BaseException,
+    reason: str,
+    good: Path,
+    bad: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They cannot be caused otherwise: what can be is refused by name."""
     for folder in (good, bad):
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": f"{folder.name}/model"}))
-    whole = getattr(upstream, where)
+    whole = getattr(room, where)
 
     def fails(*args: Any) -> Any:
         what = args[0] if isinstance(args[0], str) else args[0].name
@@ -71,7 +88,7 @@ def test_errors_that_nobody_thought_of(
             raise error
         return whole(*args)
 
-    monkeypatch.setattr(upstream, where, fails)
+    monkeypatch.setattr(room, where, fails)
     first, second = inspect(bad, good)
     assert first.reason == reason
     assert second.reason is None
@@ -82,7 +99,7 @@ def test_who_wants_to_stop_can(stop: type[BaseException], bad: Path, monkeypatch
     def stops(*args: Any) -> Any:
         raise stop
 
-    monkeypatch.setattr(upstream, "read_config", stops)
+    monkeypatch.setattr(inspection, "read_config", stops)
     with pytest.raises(stop):
         inspect(bad)
 
@@ -163,7 +180,7 @@ def test_a_refusal_does_not_wait_for_the_hash_of_gigabytes(good: Path, bad: Path
 
 
 def test_values_are_checked_in_parts(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "CHECKED_AT_ONCE", 7)
+    monkeypatch.setattr(stacking, "CHECKED_AT_ONCE", 7)
     tensors = load_file(bad / WEIGHTS)
     tensors["base_model.model.lin1.lora_B.weight"][3, 1] = float("nan")
     tensors["base_model.model.lin1.lora_B.weight"][9, 0] = float("inf")
@@ -174,7 +191,7 @@ def test_values_are_checked_in_parts(bad: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_hashes_that_nobody_asks_for_are_not_computed(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(upstream, "_sha256", lambda path, _: asked.append(path) or "")
+    monkeypatch.setattr(weights, "sha256_of", lambda path, _: asked.append(path) or "")
     (report,) = inspect(good)
     assert report.reason is None
     assert not asked

@@ -9,8 +9,8 @@ import time
 import pytest
 from peft.utils.other import get_pattern_key
 
-from peft_composition import patterns
-from peft_composition.patterns import PatternError, value_for
+from peft_composition.upstream import patterns
+from peft_composition.upstream.patterns import PatternError, value_for
 
 
 MODULE = "base.model.layers.0.self_attn.q_proj"

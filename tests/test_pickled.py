@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_composition import pickled
+from peft_composition.upstream import pickled
 
 from . import tiny
 from .reference import Reference

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from peft_composition.text import LONG, SHORT, in_code, in_markdown, in_python, one_line, quoted
-from peft_composition.upstream import AdapterError
+from peft_composition.upstream.errors import AdapterError
 
 
 ANYTHING = st.text(st.characters(), max_size=400)  # surrogates and controls, too

@@ -32,9 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, compat, upstream
+from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, compat
 from peft_composition import model as composition
 from peft_composition.model import composition_layers
+from peft_composition.upstream import stacking, weights
 
 from . import tiny
 from .reference import Reference, relative_error
@@ -1207,7 +1208,7 @@ def test_bytes_that_changed_are_not_even_parsed(
 
 def test_the_recorded_hash_is_that_of_the_whole_file(good: Path, bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the file is hashed in several pieces."""
-    monkeypatch.setattr(upstream, "HASHED_AT_ONCE", 1 << 16)
+    monkeypatch.setattr(weights, "HASHED_AT_ONCE", 1 << 16)
     edit_tensors(bad, lambda tensors: tensors.update({"base_model.model.head.weight": torch.rand(3, 20_000)}))
     with pytest.warns(UserWarning, match=r"head\.weight"):
         model = compose(tiny.build("mlp"), good, bad)
@@ -1225,7 +1226,7 @@ def test_the_recorded_hash_is_that_of_the_whole_file(good: Path, bad: Path, monk
 def test_adapters_that_are_not_mapped_together(
     case: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upstream, limit, 1)
+    monkeypatch.setattr(stacking, limit, 1)
     name, loras = CASES[case]
     base = tiny.build(name).double()
     folders = [tiny.save_lora(tmp_path / str(seed), base, seed=seed, **lora) for seed, lora in enumerate(loras)]
@@ -1238,7 +1239,7 @@ def test_only_a_few_files_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pyte
     """Mapped files count as memory of the process: all at once would double its peak."""
     base = tiny.build("mlp")
     folders = [tiny.save_lora(tmp_path / str(seed), base, ["lin0"], seed=seed) for seed in range(7)]
-    stack_batch, counts = upstream._stack_batch, []
+    stack_batch, counts = stacking._stack_batch, []
 
     def mapped() -> int:
         return len(set(re.findall(rf"{tmp_path}/.*safetensors", Path("/proc/self/maps").read_text())))
@@ -1248,8 +1249,8 @@ def test_only_a_few_files_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pyte
         counts.append(mapped())
         return rows
 
-    monkeypatch.setattr(upstream, "MAPPED_FILES", 3)
-    monkeypatch.setattr(upstream, "_stack_batch", counting)
+    monkeypatch.setattr(stacking, "MAPPED_FILES", 3)
+    monkeypatch.setattr(stacking, "_stack_batch", counting)
     config = CompositionConfig(adapters=list(folders))
     get_peft_model(base, config)
     assert counts == [3, 3, 1]
@@ -1275,7 +1276,7 @@ def test_an_adapter_more_costs_no_more_than_reading_it(tmp_path: Path, monkeypat
     for name in ("rename_source_key", "get_model_conversion_mapping"):
         count(compat, name)
     count(nn.Module, "named_modules")
-    count(upstream, "safe_open")
+    count(weights, "safe_open")
 
     def cost(number: int) -> Counter[str]:
         base = tiny.build("vit")

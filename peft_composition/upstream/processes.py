@@ -17,9 +17,11 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from . import compat, upstream
-from .references import AdapterReference
-from .upstream import AdapterError, AdapterFiles
+from .. import compat
+from ..references import AdapterReference
+from .errors import AdapterError
+from .files import AdapterFiles
+from .files import locate as locate_here
 
 
 # How often each list of adapters was looked for; the processes do so in the same order.
@@ -27,7 +29,7 @@ _calls: Counter[str] = Counter()
 
 
 def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> list[AdapterFiles]:
-    """As `upstream.locate`; where a process group is initialised, only one process per node downloads.
+    """As `files.locate`; where a process group is initialised, only one process per node downloads.
 
     Rank 0 asks the Hub what the revisions are and downloads. The others then take the same commits: from the cache
     that they share with it, without a request; on another node the process with `LOCAL_RANK` 0 downloads, and its
@@ -47,26 +49,26 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
     """
     store = _store()
     if store is None:
-        return upstream.locate(references, with_cards)
+        return locate_here(references, with_cards)
     call = json.dumps([list(references), with_cards], sort_keys=True)
     _calls[call] += 1
     key = f"peft_composition/{hashlib.sha256(call.encode()).hexdigest()}/{_calls[call]}"
     on_node = f"{key}/{socket.gethostname()}"
     if dist.get_rank() == 0:
-        return _announced(store, [key, on_node], lambda: upstream.locate(references, with_cards))
+        return _announced(store, [key, on_node], lambda: locate_here(references, with_cards))
     if all(os.path.isdir(reference["path"]) for reference in references):
-        return upstream.locate(references, with_cards)
+        return locate_here(references, with_cards)
     pinned = [
         AdapterReference(**{**reference, "revision": commit or reference.get("revision")})
         for reference, commit in zip(references, _awaited(store, key, "rank 0"))
     ]
     local_rank = os.environ.get("LOCAL_RANK")
     if local_rank == "0":
-        files = _announced(store, [on_node], lambda: upstream.locate(pinned, with_cards))
+        files = _announced(store, [on_node], lambda: locate_here(pinned, with_cards))
     else:
         if local_rank is not None:
             _awaited(store, on_node, "the process with LOCAL_RANK 0")
-        files = upstream.locate(pinned, with_cards, progress=False)
+        files = locate_here(pinned, with_cards, progress=False)
     return [replace(file, reference=reference) for file, reference in zip(files, references)]
 
 

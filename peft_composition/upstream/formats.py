@@ -49,7 +49,6 @@ WEB_PAGE = (
     "is a web page, not the file itself. Download the file, with `hf download` or from its address with /resolve/ in "
     "place of /blob/"
 )
-
 _SHARD = re.compile(r"^adapter_model(-\d+-of-\d+\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)$")
 _MODEL = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt)$")

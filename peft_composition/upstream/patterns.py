@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from .text import quoted
+from ..text import quoted
 
 
 MAX_KEYS = 100_000
@@ -23,7 +23,6 @@ MAX_NESTING = 50
 MAX_STEPS_PER_MATCH = 200_000
 MAX_STEPS = 10_000_000
 CACHED_MODULES = 1 << 16
-
 _PLAIN = re.compile(r"[\w.-]*")
 _GROUP = re.compile(r"\((?:\?:|\?P<\w+>)?(?!\?)")
 _SET = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
@@ -148,9 +147,6 @@ class _Table:
             )
 
 
-# Matching: every node takes the set of positions where it may begin to the set of those where it may end
-
-
 class _TooManyStepsError(Exception):
     pass
 
@@ -267,9 +263,6 @@ class _Repetition:
 @lru_cache(maxsize=1 << 12)
 def _matches(source: str, char: str) -> bool:
     return re.compile(source).fullmatch(char) is not None
-
-
-# Parsing
 
 
 def _parsed(key: str) -> _Node:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..scalars import as_float
+from ..text import one_line, shown
 from . import formats
 from .patterns import PatternError, require_patterns
-from .scalars import as_float
-from .text import one_line, shown
 
 
 MAX_CONFIG_BYTES = 8 << 20  # a rank for each of 100,000 modules

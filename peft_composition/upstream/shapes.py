@@ -1,0 +1,64 @@
+"""`LayerShape`: what the factors of a target module must look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the factors of a target module must look like.
+
+    Attributes:
+        kind: class name of the base layer, for messages.
+        in_shape: shape of one row of A: (in,), or (in, *kernel) for a convolution.
+        out_features: rows of B.
+        is_embedding: whether the factors are those of an embedding.
+        refusal: why this layer cannot be composed, if so.
+        experts: how many matrices a parameter of three dimensions holds, each with factors of its own.
+        is_transposed: whether these are stored as (in, out).
+    """
+
+    kind: str
+    in_shape: tuple[int, ...]
+    out_features: int
+    is_embedding: bool = False
+    refusal: str | None = None
+    experts: int | None = None
+    is_transposed: bool = False
+
+    @property
+    def rank_dim_of_A(self) -> int:
+        return 0 if self.experts is None else 1
+
+    @property
+    def rank_dim_of_B(self) -> int:
+        return self.rank_dim_of_A + 1
+
+    def shape_of_A(self, rank: int) -> tuple[int, ...]:
+        experts = () if self.experts is None else (self.experts,)
+        return (*experts, rank, *self.in_shape)
+
+    def shape_of_B(self, rank: int) -> tuple[int, ...]:
+        if self.experts is not None:
+            return (self.experts, self.out_features, rank)
+        return (self.out_features, rank, *(1,) * (len(self.in_shape) - 1))
+
+    def saved_shape_of_A(self, rank: int) -> tuple[int, ...]:
+        """The shape in an adapter's file, where the experts come one below the other."""
+        return self.shape_of_A(rank) if self.experts is None else (self.experts * rank, *self.in_shape)
+
+    def saved_shape_of_B(self, rank: int) -> tuple[int, ...]:
+        return self.shape_of_B(rank) if self.experts is None else (self.out_features, rank * self.experts)
+
+    def unpack_A(self, saved: Tensor) -> Tensor:
+        """A of an adapter's file in the shape in which it is stacked."""
+        return saved if self.experts is None else saved.reshape(self.experts, -1, *self.in_shape)
+
+    def unpack_B(self, saved: Tensor) -> Tensor:
+        """B likewise; its columns go through the experts before the ranks."""
+        if self.experts is None:
+            return saved
+        return saved.reshape(self.out_features, -1, self.experts).permute(2, 0, 1)
