@@ -14,11 +14,7 @@ add_peft_type()
 
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora  # noqa: E402
-from .fingerprint import require_weights_in  # noqa: E402
 from .hub import CompositionCardMixin, complete_card, push_to_hub, write_model_card  # noqa: E402
-from .layer import CompositionLayer  # noqa: E402
-from .mixing import mixing_weights  # noqa: E402
-from .model import CompositionModel  # noqa: E402
 from .training import (  # noqa: E402
     HeadWarmupCallback,
     MixingWeightsCallback,
@@ -26,6 +22,10 @@ from .training import (  # noqa: E402
     last_complete_checkpoint,
     parameter_groups,
 )
+from .tuner.fingerprint import require_weights_in  # noqa: E402
+from .tuner.layer import CompositionLayer  # noqa: E402
+from .tuner.mixing_weights import mixing_weights  # noqa: E402
+from .tuner.model import CompositionModel  # noqa: E402
 from .upstream.errors import AdapterError  # noqa: E402
 
 

@@ -25,12 +25,12 @@ from .export import lora_from_checkpoint, to_lora
 from .hub import head_hash, push_to_hub, saved_head, saved_mixing_weights, write_model_card
 from .inspection import inspect_adapters
 from .kinds import why_no_composition
-from .model import require_composable
 from .names import LORA_SUBFOLDER
 from .references import AdapterReference, is_hub_id
 from .report import Part, plot_weights, weights_table
 from .terminal import print_errors, print_json, print_means, print_parts, print_reports, say
 from .text import LONG, in_python, one_line
+from .tuner.preparation import require_composable
 from .upstream.adapter import read_adapters, read_config
 from .upstream.files import locate_one
 from .upstream.keys import HEADS

@@ -22,20 +22,22 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import functional
 from .config import CompositionConfig
 from .drafts import LORA_DRAFT, alone_in, draft_in
 from .exported import HEAD_NAME, RECORD_NAME, sha256_of, weights_file, write_record
-from .fingerprint import checked_weights
 from .kinds import why_no_composition
-from .layer import CompositionLayer, Mixing
-from .model import composition_layers
 from .names import LORA_SUBFOLDER, name_in_checkpoint
 from .public import publish
 from .references import LoraLayout
 from .text import one_line
+from .tuner import functional
+from .tuner.base_parameter import IN_PROJ, OUT_PROJ
+from .tuner.fingerprint import checked_weights
+from .tuner.layer import CompositionLayer
+from .tuner.locating import composition_layers
+from .tuner.mixing import Mixing
+from .tuner.wrapping import attention_output_times, is_attention_output, target_of, wrapped_path
 from .upstream.weights import WeightsFile
-from .wrapping import IN_PROJ, OUT_PROJ, attention_output_times, is_attention_output, target_of, wrapped_path
 
 
 # What vLLM takes as `max_lora_rank`.

@@ -36,13 +36,13 @@ from .config import CompositionConfig
 from .drafts import CARD_DRAFT, draft_in
 from .export import add_to_checkpoint, lora_from_checkpoint
 from .exported import Exported, export_in, remove_outdated_export, weights_file
-from .fingerprint import checked_weights
 from .kinds import why_no_composition
-from .layer import Mixing
 from .names import LORA_SUBFOLDER, block_of, name_in_checkpoint
 from .public import publish
 from .references import Provenance, is_hub_id
 from .text import SHORT, in_code, in_markdown, in_python, one_line
+from .tuner.fingerprint import checked_weights
+from .tuner.mixing import Mixing
 from .upstream.keys import BASE_COPY
 from .upstream.weights import WeightsFile
 

@@ -16,10 +16,9 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from .config import CompositionConfig
-from .model import require_composable
 from .references import AdapterReference, is_hub_id
 from .text import LONG, one_line, quoted
-from .upstream import misfits
+from .tuner.preparation import require_composable
 from .upstream.adapter import UpstreamAdapter, read_adapters, read_config
 from .upstream.base_names import original
 from .upstream.errors import AdapterError
@@ -27,6 +26,7 @@ from .upstream.files import PARALLEL_DOWNLOADS, AdapterFiles, locate_one
 from .upstream.front_matter import stated_license
 from .upstream.keys import HEADS, FactorKeys
 from .upstream.matching import match, warn_about_other_names
+from .upstream.misfits import Sizes, why_another_shape
 from .upstream.shapes import LayerShape
 from .upstream.stacking import require_finite
 
@@ -236,11 +236,11 @@ class _Agreement:
             wanted, other = self._usual[module]
             if shape != wanted:
                 is_embedding = shape.is_embedding and wanted.is_embedding
-                has, needs = (misfits.Sizes(s.in_shape, s.out_features) for s in (shape, wanted))
+                has, needs = (Sizes(s.in_shape, s.out_features) for s in (shape, wanted))
                 raise AdapterError(
                     adapter.name,
                     f"module {module!r} has the factors of {_words(shape)}, but {_words(wanted)} in {other.name!r}. "
-                    + misfits.why_another_shape(module, is_embedding, has, needs),
+                    + why_another_shape(module, is_embedding, has, needs),
                 )
         match([adapter], shapes.get, shapes, lambda module: module, lambda module: True)
         if adapter.weights.nbytes > MOST_BYTES:

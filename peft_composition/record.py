@@ -1,4 +1,4 @@
-"""The record of a built composition in its config: what it must look like, and whether model and weights fit it."""
+"""The record of a built composition in its config: what it must look like."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from .text import one_line, quoted
 
 
 if TYPE_CHECKING:
-    from .upstream.shapes import LayerShape
+    pass
+
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Factors of one adapter that are larger than this and larger than so many copies of the weight which they update are
-# no adapter's, but a wrong number in the record.
-_MOST_ELEMENTS = 2**26
-_MOST_COPIES = 4
 
 
 class Recorded(Protocol):
@@ -87,41 +84,6 @@ def require_valid_record(config: Recorded) -> None:
     _require_provenance(config.provenance, names)
 
 
-def require_fitting_record(config: Recorded, module: str, shape: LayerShape) -> None:
-    """Check what a record says of a module against the model, before anything is changed or allocated.
-
-    Args:
-        config: with a valid record.
-        module: name of the module.
-        shape: what its factors look like in the model.
-
-    Raises:
-        ValueError: the module has other sizes than the recorded one, or a rank is far too large for it.
-    """
-    assert config.composed_modules is not None
-    found = sizes_of(shape)
-    recorded = (config.layer_sizes or {}).get(module, found)
-    if recorded != found:
-        raise ValueError(
-            f"Module {quoted(module)} has the sizes {found} (out, in) in the model and {one_line(recorded)} in the "
-            f"saved composition. It was made for {quoted(config.base_model_name_or_path)}."
-        )
-    per_rank = _product(shape.shape_of_A(1)) + _product(shape.shape_of_B(1))
-    most = max(_MOST_ELEMENTS, _MOST_COPIES * _product(found)) // per_rank
-    for name, rank in zip(config.adapter_names, config.composed_modules[module]):
-        if rank > most:
-            raise ValueError(
-                f"The saved composition says that adapter {quoted(name)} has rank {rank} in module {quoted(module)}. "
-                f"Its sizes are {found} (out, in), and no adapter of that size would have more than {most}: "
-                "adapter_config.json is damaged."
-            )
-
-
-def sizes_of(shape: LayerShape) -> list[int]:
-    """The sizes of a module as the record has them: matrices where there are several, out, in (and kernel)."""
-    return [*([] if shape.experts is None else [shape.experts]), shape.out_features, *shape.in_shape]
-
-
 def _require_modules(field: str, modules: object, composed: Mapping[str, Any]) -> None:
     if modules is None:
         return
@@ -151,10 +113,3 @@ def _refusal(what: str, value: object) -> ValueError:
         f"The record of the saved composition is damaged: {what}, got {one_line(repr(value))}. Save the composition "
         "again; to compose its adapters anew, clear the record: dataclasses.replace(config, composed_modules=None)."
     )
-
-
-def _product(sizes: Collection[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import CompositionLayer, Mixing
+from .tuner.layer import CompositionLayer
+from .tuner.mixing import Mixing
 
 
 def shard(model: nn.Module, blocks: Collection[str] | None = None, **options: Any) -> nn.Module:

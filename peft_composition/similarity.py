@@ -19,8 +19,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from .layer import CompositionLayer, Factors, Mixing
-from .model import CompositionModel, composition_layers
+from .tuner.factors import Factors
+from .tuner.layer import CompositionLayer
+from .tuner.locating import composition_layers
+from .tuner.mixing import Mixing
+from .tuner.model import CompositionModel
 
 
 Estimator = Literal["biased", "unbiased"]

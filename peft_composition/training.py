@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from .config import CompositionConfig
-from .model import composition_layers
+from .tuner.locating import composition_layers
 
 
 if TYPE_CHECKING:  # the Trainer is slow to import, and not everybody trains

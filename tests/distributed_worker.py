@@ -37,8 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_composition import CompositionLayer, to_lora
-from peft_composition.layer import Mixing
 from peft_composition.sharding import shard
+from peft_composition.tuner.mixing import Mixing
 
 from . import tiny
 from .test_trainer import Sentences

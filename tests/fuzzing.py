@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from peft_composition import AdapterError, CompositionConfig
 from peft_composition.inspection import inspect_adapters
-from peft_composition.model import composition_layers
+from peft_composition.tuner.locating import composition_layers
 
 from . import tiny
 from .mutations import CONFIG, ENDLESS, MUTATIONS, PICKLE, WEIGHTS

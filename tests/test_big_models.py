@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from peft_composition import CompositionConfig, to_lora
-from peft_composition.model import composition_layers
+from peft_composition.tuner.locating import composition_layers
 
 from . import loading_memory, tiny
 from .upstream_faults import composed_by_transformers

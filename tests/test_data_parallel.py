@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_composition.model import composition_layers
+from peft_composition.tuner.locating import composition_layers
 
 from . import tiny
 from .reference import TOLERANCE, relative_error

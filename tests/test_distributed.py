@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
-from peft_composition.layer import Mixing
+from peft_composition.tuner.mixing import Mixing
 
 from . import distributed_worker as worker
 from . import tiny

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_composition import CompositionConfig
-from peft_composition.folding import STEPS, Folded, Source
-from peft_composition.model import composition_layers
+from peft_composition.tuner.folding import STEPS, Folded, Source
+from peft_composition.tuner.locating import composition_layers
 
 from . import test_forms
 from .reference import relative_error

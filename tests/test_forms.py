@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft_composition import CompositionConfig, functional
-from peft_composition.layer import CompositionLayer
+from peft_composition import CompositionConfig
+from peft_composition.tuner import functional, merged
+from peft_composition.tuner.layer import CompositionLayer
 
 from . import tiny
 from .reference import TOLERANCE, Reference, mixing_weights, relative_error
@@ -105,13 +106,13 @@ def expected_output(base: nn.Module, folders: list[str], model: nn.Module, x: Te
 def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The forms in which merged weights are used, in the order of the calls."""
     seen: list[str] = []
-    real = functional.merged_linear
+    real = merged.merged_linear
 
     def recorded(*args: object) -> Tensor:
         seen.append(str(args[6]) if len(args) > 6 else "tokens")
         return real(*args)
 
-    monkeypatch.setattr(functional, "merged_linear", recorded)
+    monkeypatch.setattr(merged, "merged_linear", recorded)
     return seen
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_composition import functional
+from peft_composition.tuner import functional, merged
 
 from .reference import TOLERANCE, relative_error
 
@@ -333,7 +333,7 @@ IN, OUT = 24, 16
 @pytest.mark.parametrize("form", ["tokens", "weight"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_linear_and_its_gradients_are_those_of_the_composed_weight(
-    dtype: torch.dtype, form: functional.Form, ranks: tuple[int, ...], leading: tuple[int, ...], has_bias: bool
+    dtype: torch.dtype, form: merged.Form, ranks: tuple[int, ...], leading: tuple[int, ...], has_bias: bool
 ) -> None:
     A, B, weights = _factors(ranks, (IN,), OUT, dtype)
     W, x = torch.randn(OUT, IN, dtype=dtype), torch.randn(*leading, IN, dtype=dtype, requires_grad=True)
@@ -342,7 +342,7 @@ def test_merged_linear_and_its_gradients_are_those_of_the_composed_weight(
     exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, bias, weights)]
 
     u = _spread(weights, ranks)
-    y = functional.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
+    y = merged.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
 
     exact_x, exact_bias, exact_weights = exact
     expected = F.linear(exact_x, W.double() + _composed(exact_weights, A, B), exact_bias)
@@ -367,7 +367,7 @@ def test_merged_linear_saves_no_more_than_a_gradient_needs(needs: str) -> None:
     saved = []
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = functional.merged_linear(x, W, None, A, B, u)
+        y = merged.merged_linear(x, W, None, A, B, u)
 
     assert y.requires_grad == (needs != "neither")
     new = [t for t in saved if t.untyped_storage().data_ptr() not in given]
@@ -376,25 +376,25 @@ def test_merged_linear_saves_no_more_than_a_gradient_needs(needs: str) -> None:
 
 @pytest.mark.parametrize("ranks", [(1, 3), (9, 11)], ids=["dense weight made anew", "dense weight kept"])
 @pytest.mark.parametrize("form", ["tokens", "weight"])
-def test_merged_linear_has_right_second_derivatives(form: functional.Form, ranks: tuple[int, ...]) -> None:
+def test_merged_linear_has_right_second_derivatives(form: merged.Form, ranks: tuple[int, ...]) -> None:
     A, B, _ = _factors(ranks, (6,), 5, torch.float64)
     W = torch.randn(5, 6, dtype=torch.float64)
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (5,), (sum(ranks),))]
 
     def output(x: Tensor, bias: Tensor, u: Tensor) -> Tensor:
-        return functional.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
+        return merged.merged_linear(x, W, bias, torch.cat(A), torch.cat(B, 1), u, form)
 
     assert torch.autograd.gradcheck(output, inputs)
     assert torch.autograd.gradgradcheck(output, inputs)
 
 
 @pytest.mark.parametrize("form", ["tokens", "weight"])
-def test_merged_linear_works_under_function_transforms(form: functional.Form) -> None:
+def test_merged_linear_works_under_function_transforms(form: merged.Form) -> None:
     A, B, _ = _factors((2, 3), (IN,), OUT, torch.float64)
     W, x, many = torch.randn(OUT, IN).double(), torch.randn(4, IN).double(), torch.randn(6, 5).double()
 
     def loss(u: Tensor) -> Tensor:
-        return functional.merged_linear(x, W, None, torch.cat(A), torch.cat(B, 1), u, form).square().sum()
+        return merged.merged_linear(x, W, None, torch.cat(A), torch.cat(B, 1), u, form).square().sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss))(many)
 
@@ -406,12 +406,12 @@ def test_merged_linear_works_under_function_transforms(form: functional.Form) ->
 
 
 @pytest.mark.parametrize("form", ["tokens", "weight"])
-def test_merged_linear_compiles_without_a_graph_break(form: functional.Form) -> None:
+def test_merged_linear_compiles_without_a_graph_break(form: merged.Form) -> None:
     torch.compiler.reset()
     A, B, W = torch.randn(5, IN), torch.randn(OUT, 5), torch.randn(OUT, IN)
 
     def output(x: Tensor, u: Tensor) -> Tensor:
-        return functional.merged_linear(x, W, None, A, B, u, form)
+        return merged.merged_linear(x, W, None, A, B, u, form)
 
     results = []
     for run in (output, torch.compile(output, fullgraph=True, backend="aot_eager")):
@@ -450,13 +450,12 @@ def test_cheapest_form_needs_the_fewest_multiplications(
     tokens: int, rank: int, trains_input: bool, trains_weights: bool, form: str
 ) -> None:
     assert (
-        functional.cheapest_form(tokens, rank, IN, OUT, trains_input=trains_input, trains_weights=trains_weights)
-        == form
+        merged.cheapest_form(tokens, rank, IN, OUT, trains_input=trains_input, trains_weights=trains_weights) == form
     )
 
 
 def test_dense_is_smaller_from_the_rank_on_where_factors_hold_as_many_numbers() -> None:
-    assert [functional.dense_is_smaller(rank, IN, OUT) for rank in (1, 9, 10, 100)] == [False, False, True, True]
+    assert [merged.dense_is_smaller(rank, IN, OUT) for rank in (1, 9, 10, 100)] == [False, False, True, True]
 
 
 # For an export: factors without weights, and of lower rank
@@ -567,13 +566,13 @@ def test_composed_parameter_has_right_first_and_second_derivatives(
     u = torch.randn(5, dtype=torch.float64)
     product = torch.einsum("...or,r,...ri->...oi", B, u, A)
 
-    composed = functional.composed_parameter(weight, A, B, u, is_transposed)
+    composed = merged.composed_parameter(weight, A, B, u, is_transposed)
 
     assert relative_error(composed, weight + (product.mT if is_transposed else product)) < 1e-13
     assert relative_error(functional.parameter_delta(A, B, u), product) < 1e-13
 
     def squared(weight: Tensor, u: Tensor) -> Tensor:
-        return functional.composed_parameter(weight, A, B, u, is_transposed).square()
+        return merged.composed_parameter(weight, A, B, u, is_transposed).square()
 
     inputs = weight.requires_grad_(), u.requires_grad_()
     assert torch.autograd.gradcheck(squared, inputs)
@@ -585,7 +584,7 @@ def test_composed_parameter_is_not_rounded_by_autocast() -> None:
     u.requires_grad_()
     exact = torch.einsum("eor,r,eri->eoi", B.double(), u.detach().double(), A.double()) + weight
     with torch.autocast("cpu", torch.bfloat16):
-        composed = functional.composed_parameter(weight, A, B, u)
+        composed = merged.composed_parameter(weight, A, B, u)
         (gradient,) = torch.autograd.grad(composed.sum(), u)
     assert composed.dtype == torch.float32
     assert relative_error(composed, exact) < 1e-6

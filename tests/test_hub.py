@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_composition import AdapterError, CompositionConfig
-from peft_composition.model import composition_layers
+from peft_composition.tuner.locating import composition_layers
 
 from . import tiny
 from .hub_server import Client, HubServer

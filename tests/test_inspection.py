@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_composition import AdapterError, CompositionConfig, inspection
 from peft_composition.inspection import AdapterReport, inspect_adapters
-from peft_composition.upstream import adapter, stacking, weights
+from peft_composition.upstream import adapter, stacking
 
 from . import tiny
 
@@ -191,7 +191,7 @@ def test_values_are_checked_in_parts(bad: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_hashes_that_nobody_asks_for_are_not_computed(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(weights, "sha256_of", lambda path, _: asked.append(path) or "")
+    monkeypatch.setattr(adapter, "sha256_of", lambda path, _: asked.append(path) or "")
     (report,) = inspect(good)
     assert report.reason is None
     assert not asked

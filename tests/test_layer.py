@@ -20,7 +20,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from peft_composition import AdapterError, CompositionConfig, CompositionLayer
-from peft_composition.layer import Factors, Mixing
+from peft_composition.tuner.factors import Factors
+from peft_composition.tuner.mixing import Mixing
 
 from . import tiny
 from .reference import TOLERANCE, Reference, logits, mixing_weights, relative_error

@@ -17,8 +17,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from peft_composition import CompositionConfig, packing
-from peft_composition.model import composition_layers
+from peft_composition import CompositionConfig
+from peft_composition.tuner import packing
+from peft_composition.tuner.locating import composition_layers
 
 from . import tiny
 from .reference import relative_error

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, to_lora
 from peft_composition.inspection import inspect_adapters
-from peft_composition.model import composition_layers
 from peft_composition.names import block_of
-from peft_composition.parameters import ParameterWrapper
-from peft_composition.wrapping import attention_output_times
+from peft_composition.tuner.locating import composition_layers
+from peft_composition.tuner.parameters import ParameterWrapper
+from peft_composition.tuner.wrapping import attention_output_times
 
 from . import tiny
 from .reference import Reference, mixing_weights, read_lora, relative_error

@@ -38,8 +38,9 @@ from transformers.integrations.bitnet import BitLinear
 from transformers.integrations.eetq import EetqLinear
 from transformers.integrations.gemma_quant import QuantizedLinear
 
-from peft_composition import AdapterError, CompositionConfig, packing, to_lora
-from peft_composition.layer import CompositionLayer
+from peft_composition import AdapterError, CompositionConfig, to_lora
+from peft_composition.tuner import packing
+from peft_composition.tuner.layer import CompositionLayer
 
 from . import tiny
 

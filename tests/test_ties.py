@@ -36,7 +36,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from peft_composition import CompositionConfig, to_lora
-from peft_composition.model import composition_layers
+from peft_composition.tuner.locating import composition_layers
 from peft_composition_cli import app
 
 from . import tiny

@@ -39,8 +39,8 @@ from peft_composition import (
     last_complete_checkpoint,
     parameter_groups,
 )
-from peft_composition.layer import Mixing
 from peft_composition.training import _weights_by_composition
+from peft_composition.tuner.mixing import Mixing
 
 from . import tiny
 from .test_trainer import Sentences, StopAt

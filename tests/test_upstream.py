@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, compat
-from peft_composition import model as composition
-from peft_composition.model import composition_layers
+from peft_composition.tuner import base_model, preparation
+from peft_composition.tuner.locating import composition_layers
 from peft_composition.upstream import stacking, weights
 
 from . import tiny
@@ -1271,8 +1271,8 @@ def test_an_adapter_more_costs_no_more_than_reading_it(tmp_path: Path, monkeypat
 
         monkeypatch.setattr(owner, name, counting)
 
-    for name in ("layer_shape", "check_target_module_exists"):
-        count(composition, name)
+    count(base_model, "layer_shape")
+    count(preparation, "check_target_module_exists")
     for name in ("rename_source_key", "get_model_conversion_mapping"):
         count(compat, name)
     count(nn.Module, "named_modules")

@@ -13,22 +13,20 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .names import name_in_checkpoint
-from .record import summary
-from .text import one_line, quoted
-from .upstream.errors import AdapterError
-from .upstream.weights import WeightsFile
+from ..config import CompositionConfig
+from ..names import name_in_checkpoint
+from ..record import summary
+from ..text import one_line, quoted
+from ..upstream.errors import AdapterError
+from ..upstream.weights import WeightsFile
 
-
-if TYPE_CHECKING:
-    from .config import CompositionConfig
 
 # In a checkpoint, behind the path of the module that carries it. transformers hands a key with this end to
 # `set_extra_state`, as PyTorch does.

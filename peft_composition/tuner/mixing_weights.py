@@ -9,10 +9,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .config import CompositionConfig
-from .layer import Factors
-from .model import composition_layers
-from .text import quoted
+from ..config import CompositionConfig
+from ..text import quoted
+from .factors import Factors
+from .locating import composition_layers
 
 
 def mixing_weights(model: nn.Module, adapter_name: str | None = None) -> dict[str, dict[str, float]]:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, merged
+from .base_parameter import OUT_PROJ, TargetParameter
 from .folding import Folded, Source
 from .layer import CompositionLayer
 from .ties import Place
-from .wrapping import OUT_PROJ, TargetParameter
 
 
 class ParameterComposition(CompositionLayer):
@@ -68,7 +68,7 @@ class ParameterComposition(CompositionLayer):
         return self._add(weight, cast(Tensor, folded.A), cast(Tensor, folded.B), None)
 
     def _add(self, weight: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
-        return functional.composed_parameter(weight, A.to(weight.dtype), B.to(weight.dtype), u, self.is_transposed)
+        return merged.composed_parameter(weight, A.to(weight.dtype), B.to(weight.dtype), u, self.is_transposed)
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .config import CompositionConfig
+from ..config import CompositionConfig
 
 
 class Configs(dict[str, PeftConfig]):

@@ -55,6 +55,8 @@ class Steps:
 
 
 STEPS = Steps()
+
+
 register_optimizer_step_post_hook(STEPS)
 
 

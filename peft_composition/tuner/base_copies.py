@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .upstream.adapter import UpstreamAdapter
-from .upstream.keys import BASE_COPY
+from ..upstream.adapter import UpstreamAdapter
+from ..upstream.keys import BASE_COPY
 
 
 def warn_about_other_bases(

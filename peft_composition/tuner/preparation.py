@@ -1,0 +1,301 @@
+"""Everything that can fail before a model is changed: reading, matching, and the record of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .. import compat
+from ..config import CompositionConfig
+from ..references import AdapterReference, LoraLayout
+from ..text import LONG, one_line
+from ..upstream.adapter import UpstreamAdapter, read_adapters
+from ..upstream.matching import CompositionPlan, match, require_same_base, warn_about_extras, warn_about_other_names
+from ..upstream.processes import locate
+from ..upstream.shapes import LayerShape
+from ..upstream.stacking import StackedFactors, stack
+from .base_copies import warn_about_other_bases
+from .base_model import (
+    composed_parameters,
+    dtype_of,
+    model_dtype,
+    module_renamer,
+    num_labels,
+    shape_reader,
+    target_layers,
+)
+from .base_parameter import TargetParameter, find_parameter
+from .fingerprint import carrier
+from .layer import CompositionLayer
+from .mixing import Mixing
+from .recorded import rename_recorded_modules, require_recorded_modules, require_recorded_ranks, sizes_of
+from .wrapping import needs_unwrapping, unwrap
+
+
+@dataclass
+class Injection:
+    """What `inject_adapter` prepared for one composition, until its layers are in place.
+
+    `parameters` are those that are composed by themselves, by the module they belong to and their composed name;
+    `layers` are the layers so far; `awaits_fingerprint` is the module whose keys bring it, where a saved composition
+    is built.
+    """
+
+    ranks: dict[str, list[int]]
+    parameters: dict[str, dict[str, TargetParameter]]
+    biased: set[str]
+    shapes: dict[str, LayerShape]
+    dtypes: dict[str, torch.dtype]
+    mixings: dict[str, Mixing]
+    layers: dict[str, CompositionLayer]
+    stacked: dict[str, StackedFactors] | None
+    awaits_fingerprint: str | None
+    quantization_kwargs: dict[str, Any]
+
+
+def prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.Module]) -> Injection:
+    quantization_kwargs = get_quantization_kwargs(model)
+    dtype = model_dtype(model)
+    current_name = module_renamer(model, targets)
+    shape_of = shape_reader(targets, quantization_kwargs)
+    stacked = None
+    sealed = None
+    if config.is_restored:
+        sealed = current_name(carrier(config))
+        rename_recorded_modules(config, current_name)
+        require_recorded_modules(config, shape_of)
+    if not config.is_restored or not config.save_adapters:
+        plan = _read(config, model, targets, shape_of, current_name)
+        stacked = stack(plan, {name: dtype_of(name, targets, dtype) for name in plan.factors})
+        config.record(
+            {module: plan.ranks(module) for module in plan.factors},
+            [module for module in plan.factors if plan.is_biased(module)],
+            (config.provenance if config.is_restored else None) or [adapter.provenance for adapter in plan.adapters],
+        )
+    config.num_labels = num_labels(model)
+    if isinstance(model, PreTrainedModel):  # PEFT says so only of models without a task type, which may mislead
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    assert config.composed_modules is not None
+    config.lora_layout = _lora_layout(config.composed_modules, targets)
+    shapes = {module: cast(LayerShape, shape_of(module)) for module in config.composed_modules}
+    config.layer_sizes = {module: sizes_of(shape) for module, shape in shapes.items()}
+    return Injection(
+        ranks=config.composed_modules,
+        parameters=composed_parameters(config.composed_modules, targets),
+        biased=set(config.biased_modules or ()),
+        shapes=shapes,
+        dtypes={module: dtype_of(module, targets, dtype) for module in config.composed_modules},
+        mixings={},
+        layers={},
+        stacked=stacked,
+        awaits_fingerprint=sealed,
+        quantization_kwargs=quantization_kwargs,
+    )
+
+
+def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[UpstreamAdapter]) -> None:
+    """Check of adapters that are read already what building a composition checks; the model stays as it is.
+
+    Args:
+        config: the composition that they would be part of; tells the modules that are left out.
+        model: the base model; may be on the meta device.
+        adapters: the adapters.
+
+    Raises:
+        AdapterError: one of them cannot be composed.
+        ValueError: nothing is left to compose.
+    """
+    targets = target_layers(model)
+    shape_of = shape_reader(targets, get_quantization_kwargs(model))
+    current_name = module_renamer(model, targets)
+    if config.check_base_model:
+        require_same_base(adapters, getattr(model, "name_or_path", None))
+        warn_about_other_names(adapters, getattr(model, "name_or_path", None))
+    plan = _match(config, model, targets, adapters, shape_of, current_name)
+    dtype = model_dtype(model)
+    stack(plan, {name: dtype_of(name, targets, dtype) for name in plan.factors})
+
+
+def _match(
+    config: CompositionConfig,
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    adapters: list[UpstreamAdapter],
+    shape_of: Callable[[str], LayerShape | None],
+    current_name: Callable[[str], str],
+) -> CompositionPlan:
+    """Find what in the model the factors of adapters belong to."""
+    names: Iterable[str] = targets
+    if needs_unwrapping(adapters, targets):
+        adapters = [unwrap(adapter, targets, current_name) for adapter in adapters]
+        names = _names_in_order(adapters, targets, current_name)
+    is_wanted = _module_filter(config, model, targets, adapters, current_name)
+    plan = match(adapters, shape_of, names, current_name, is_wanted)
+    owners = composed_parameters(plan.factors, targets)
+    for owner, parameters in owners.items():
+        if owner in plan.factors:
+            raise ValueError(
+                f"Some adapters touch the module {owner!r} and others its parameter {', '.join(parameters)} by itself "
+                "(target_parameters); compose without one of them (exclude_modules)"
+            )
+    return plan
+
+
+def _names_in_order(
+    adapters: list[UpstreamAdapter], targets: dict[str, nn.Module], current_name: Callable[[str], str]
+) -> list[str]:
+    """The modules in the model's order, each followed by those of its parameters that adapters touch."""
+    touched = {current_name(name) for adapter in adapters for name in adapter.modules}
+    parameters = composed_parameters(touched, targets)
+    names = []
+    for module, layer in targets.items():
+        names.append(module)
+        keys = {parameter.key: name for name, parameter in parameters.get(module, {}).items()}
+        names += [keys[key] for key in layer._parameters if key in keys]
+    return names
+
+
+def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> LoraLayout:
+    """What a plain LoRA on these modules says of the model; a regex where no list of name ends selects just them."""
+    owners = composed_parameters(composed, layers)
+    attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]
+    parameters = {
+        owner: [key for key in layers[owner]._parameters if f"{owner}.{key}" in names]
+        for owner, names in owners.items()
+        if owner not in attentions
+    }
+    wrapped = {name for names in owners.values() for name in names}
+    modules = [*(name for name in composed if name not in wrapped), *attentions]
+    ends = _name_ends(modules, layers)
+    layout = LoraLayout(
+        target_modules="|".join(map(re.escape, modules)) if ends is None else ends,
+        embeddings=[name for name in modules if isinstance(layers[name], nn.Embedding)],
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
+    )
+    if attentions:
+        layout["attentions"] = attentions
+    if parameters:
+        names = [f"{owner}.{key}" for owner, keys in parameters.items() for key in keys]
+        everything = [f"{name}.{key}" for name, layer in layers.items() for key in layer._parameters]
+        layout["target_parameters"] = _name_ends(names, everything) or names
+        layout["parameters"] = parameters
+    return layout
+
+
+def _name_ends(wanted: Collection[str], names: Iterable[str]) -> list[str] | None:
+    """The fewest name ends that select these names and no others; None where there are none."""
+    if not wanted:
+        return []
+    ends = compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted))
+    selected = {name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)}
+    return sorted(ends) if selected == set(wanted) else None
+
+
+def _read(
+    config: CompositionConfig,
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    shape_of: Callable[[str], LayerShape | None],
+    current_name: Callable[[str], str],
+) -> CompositionPlan:
+    """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
+    references = config.references
+    hashes: list[str | None] = [None] * len(references)
+    if config.is_restored:
+        assert config.provenance is not None
+        hashes = [entry["sha256"] for entry in config.provenance]
+        references = [
+            cast(AdapterReference, {**reference, "revision": entry["commit"] or reference.get("revision")})
+            for reference, entry in zip(references, config.provenance)
+        ]
+    located = locate(references, with_cards=not config.is_restored)
+    adapters = read_adapters(located, hashes)
+    if config.check_base_model:
+        require_same_base(adapters, getattr(model, "name_or_path", None))
+    plan = _match(config, model, targets, adapters, shape_of, current_name)
+    if config.is_restored:
+        require_recorded_ranks(config, plan)
+    else:
+        _warn_about_what_is_not_mixed(config, adapters, current_name)
+        if config.check_base_model:
+            warn_about_other_names(adapters, getattr(model, "name_or_path", None))
+        warn_about_other_bases(adapters, targets, current_name)
+    return plan
+
+
+def _warn_about_what_is_not_mixed(
+    config: CompositionConfig, adapters: list[UpstreamAdapter], current_name: Callable[[str], str]
+) -> None:
+    is_saved = cache(lambda module: _is_saved(config, current_name(module)))
+    trained = {f"{a.name!r}: {module}" for a in adapters for module in a.modules if is_saved(module)}
+    if trained:
+        warnings.warn(
+            "These modules are trained in full (modules_to_save); the LoRA factors that upstream adapters have "
+            f"for them are not mixed: {one_line(', '.join(sorted(trained)), LONG)}.",
+            stacklevel=2,
+        )
+    warn_about_extras(adapters, is_saved)
+
+
+def _is_saved(config: CompositionConfig, module: str) -> bool:
+    """Whether a module is one of `modules_to_save`, or inside one, and so trained in full instead of composed."""
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.modules_to_save or ())
+
+
+def _module_filter(
+    config: CompositionConfig,
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    adapters: list[UpstreamAdapter],
+    current_name: Callable[[str], str],
+) -> Callable[[str], bool]:
+    """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`.
+
+    In a checkpoint they have been applied. What holds for a module holds for its parameters.
+    """
+    if config.is_restored:
+        return (config.composed_modules or {}).__contains__
+
+    def names_of(name: str) -> list[str]:
+        parameter = find_parameter(targets, name)
+        if parameter is None:
+            return [name]
+        # As in PEFT, an attention is composed as a whole or not at all.
+        is_attention = isinstance(parameter.module, nn.MultiheadAttention)
+        return [parameter.owner] if is_attention else [name, parameter.owner]
+
+    target_modules = config.requested_target_modules
+    if target_modules is None:
+        # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
+        spelled = {module for adapter in adapters for module in adapter.modules}
+        names = {name for module in spelled for name in (module, *names_of(current_name(module)))}
+        target_modules = {name.rpartition(".")[2] for name in names}
+    rules = SimpleNamespace(
+        target_modules=target_modules,
+        target_parameters=None,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        task_type=config.task_type,
+    )
+    compat.maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
+
+    def is_wanted(name: str) -> bool:
+        found = [check_target_module_exists(rules, candidate) for candidate in names_of(name)]
+        return any(found) and not any(isinstance(result, compat.ExcludedModule) for result in found)
+
+    return is_wanted
