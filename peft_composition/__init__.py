@@ -12,9 +12,10 @@ except ImportError as error:
     raise unknown_versions(error) from error
 add_peft_type()
 
+from .checkpoint.card import complete_card, write_model_card  # noqa: E402
+from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora  # noqa: E402
+from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub  # noqa: E402
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
-from .export import LoraExport, add_to_checkpoint, lora_from_checkpoint, to_lora  # noqa: E402
-from .hub import CompositionCardMixin, complete_card, push_to_hub, write_model_card  # noqa: E402
 from .training import (  # noqa: E402
     HeadWarmupCallback,
     MixingWeightsCallback,

@@ -19,12 +19,14 @@ from torch import nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
 
-from .base_models import AUTO_CLASSES, Loader, base_config, choose, loaders, stated_class
+from .checkpoint.base_models import AUTO_CLASSES, Loader, base_config, choose, loaders, stated_class
+from .checkpoint.card import write_model_card
+from .checkpoint.export import lora_from_checkpoint, to_lora
+from .checkpoint.kinds import why_no_composition
+from .checkpoint.push import push_to_hub
+from .checkpoint.saved import head_hash, saved_head, saved_mixing_weights
 from .config import CompositionConfig
-from .export import lora_from_checkpoint, to_lora
-from .hub import head_hash, push_to_hub, saved_head, saved_mixing_weights, write_model_card
 from .inspection import inspect_adapters
-from .kinds import why_no_composition
 from .names import LORA_SUBFOLDER
 from .references import AdapterReference, is_hub_id
 from .report import Part, plot_weights, weights_table

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .export import LoraExport
+from .checkpoint.export import LoraExport
 from .inspection import AdapterReport
 from .report import Part, WeightRow, short_labels
 from .text import LONG, one_line

@@ -26,8 +26,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_composition.export import LoraExport, add_to_checkpoint, to_lora
-from peft_composition.exported import HEAD_NAME
+from peft_composition.checkpoint.export import LoraExport, to_lora
+from peft_composition.checkpoint.exported import HEAD_NAME
+from peft_composition.checkpoint.push import add_to_checkpoint
 
 from . import tiny
 

@@ -25,7 +25,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from peft_composition.base_models import AUTO_CLASSES, class_to_load, loaders
+from peft_composition.checkpoint.base_models import AUTO_CLASSES, class_to_load, loaders
 from peft_composition_cli import Task
 
 from . import tiny

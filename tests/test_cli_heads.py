@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from peft_composition.base_models import Loader
+from peft_composition.checkpoint.base_models import Loader
 
 from . import tiny
 from .test_cli import CONFIG, TOLERANCE, WEIGHTS, load_base, run, run_json

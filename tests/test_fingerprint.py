@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from peft_composition import CompositionConfig
-from peft_composition.export import add_to_checkpoint, lora_from_checkpoint
-from peft_composition.hub import saved_mixing_weights, write_model_card
+from peft_composition.checkpoint.card import write_model_card
+from peft_composition.checkpoint.export import lora_from_checkpoint
+from peft_composition.checkpoint.push import add_to_checkpoint
+from peft_composition.checkpoint.saved import saved_mixing_weights
 
 from . import tiny
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft_composition.checkpoint import lowrank
 from peft_composition.tuner import functional, merged
 
 from .reference import TOLERANCE, relative_error
@@ -482,7 +483,7 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_fold_evenly_keeps_the_update_and_the_shapes(ranks, in_shape, out, dtype) -> None:
     A, B, u, delta = _stacked(ranks, in_shape, out, dtype)
-    rows, columns = functional.fold_evenly(A, B, u)
+    rows, columns = lowrank.fold_evenly(A, B, u)
     assert (rows.shape, columns.shape) == (A.shape, B.shape)
     assert rows.dtype == columns.dtype == torch.float64
     assert relative_error(_product(rows, columns), delta) < 1e-12
@@ -490,7 +491,7 @@ def test_fold_evenly_keeps_the_update_and_the_shapes(ranks, in_shape, out, dtype
 
 def test_fold_evenly_rounds_no_digit_of_A() -> None:
     A, B, u = torch.randn(3, 10), 1e-3 * torch.randn(6, 3), torch.tensor([0.3, -1e-4, 0.0])
-    rows, columns = functional.fold_evenly(A, B, u)
+    rows, columns = lowrank.fold_evenly(A, B, u)
     assert torch.equal(torch.frexp(rows).mantissa, torch.frexp(A.double()).mantissa)
     ratio = rows[:2].abs().amax(1) / columns[:, :2].abs().amax(0)
     assert ((ratio >= 0.5) & (ratio <= 2)).all()
@@ -502,7 +503,7 @@ def test_evenly_folded_small_weights_survive_in_float16() -> None:
     """The weight would press B below what float16 resolves, were it all put there."""
     A, B, u = torch.randn(4, 64).half(), (1e-3 * torch.randn(48, 4)).half(), torch.full((4,), 1e-4)
     expected = (B.double() * u.double()) @ A.double()
-    rows, columns = (factor.half().double() for factor in functional.fold_evenly(A, B, u))
+    rows, columns = (factor.half().double() for factor in lowrank.fold_evenly(A, B, u))
     assert relative_error(columns @ rows, expected) < 1e-3
     assert relative_error((B.double() * u).half().double() @ A.double(), expected) > 0.1
 
@@ -514,10 +515,10 @@ def test_truncate_is_the_nearest_update_of_its_rank(ranks, in_shape, out, dtype)
     A, B, u, delta = _stacked(ranks, in_shape, out, dtype)
     U, S, Vh = np.linalg.svd(delta.flatten(1).numpy(), full_matrices=False)
     S = S[: sum(ranks)]
-    torch.testing.assert_close(functional.singular_values(A, B, u), torch.from_numpy(S), rtol=1e-10, atol=1e-12)
-    assert functional.norm_of_delta(A, B, u) == pytest.approx(float(delta.norm()), rel=1e-12)
+    torch.testing.assert_close(lowrank.singular_values(A, B, u), torch.from_numpy(S), rtol=1e-10, atol=1e-12)
+    assert lowrank.norm_of_delta(A, B, u) == pytest.approx(float(delta.norm()), rel=1e-12)
     for rank in range(1, len(S) + 1):
-        rows, columns, values = functional.truncate(A, B, u, rank)
+        rows, columns, values = lowrank.truncate(A, B, u, rank)
         assert rows.shape == (rank, *A.shape[1:])
         assert columns.shape == (out, rank, *B.shape[2:])
         nearest = torch.from_numpy(U[:, :rank] * S[:rank] @ Vh[:rank])
@@ -538,21 +539,21 @@ def test_the_update_itself_is_never_formed() -> None:
 
     A, B, u = torch.randn(6, 3000), torch.randn(2000, 6), torch.rand(6)
     with Largest() as largest:
-        functional.fold_evenly(A, B, u)
-        functional.truncate(A, B, u, 3)
-        functional.singular_values(A, B, u)
-        functional.norm_of_delta(A, B, u)
+        lowrank.fold_evenly(A, B, u)
+        lowrank.truncate(A, B, u, 3)
+        lowrank.singular_values(A, B, u)
+        lowrank.norm_of_delta(A, B, u)
     assert largest.numel == A.numel()
 
 
 @pytest.mark.parametrize(("energy", "rank"), [(0.1, 1), (0.64, 1), (0.65, 2), (0.9999, 2), (1.0, 2)])
 def test_rank_for_energy_is_the_least(energy: float, rank: int) -> None:
     """The squares are 64, 36 and 0 of 100: a share that is just reached needs no more."""
-    assert functional.rank_for_energy(torch.tensor([8.0, 6.0, 0.0]), energy) == rank
+    assert lowrank.rank_for_energy(torch.tensor([8.0, 6.0, 0.0]), energy) == rank
 
 
 def test_rank_for_energy_of_nothing_is_one() -> None:
-    assert functional.rank_for_energy(torch.zeros(3), 0.5) == 1
+    assert lowrank.rank_for_energy(torch.zeros(3), 0.5) == 1
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from peft_composition.checkpoint.export import to_lora
 from peft_composition.drafts import CONFIG_DRAFT, LORA_DRAFT, draft_in
-from peft_composition.export import to_lora
 
 from . import kills, tiny
 

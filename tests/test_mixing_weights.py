@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_composition import CompositionConfig, mixing_weights
-from peft_composition.hub import saved_mixing_weights
+from peft_composition.checkpoint.saved import saved_mixing_weights
 
 from . import tiny
 

@@ -9,7 +9,7 @@ import pytest
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from peft_composition.export import to_lora
+from peft_composition.checkpoint.export import to_lora
 from peft_composition.public import publish, without_local_paths
 
 from . import tiny

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..upstream.shapes import LayerShape
 from ..upstream.stacking import StackedFactors
-from . import functional, merged
+from . import functional
 from .base_layer import real_device
+from .merged import dense_is_smaller
 
 
 def _mark_unwritten(parameter: nn.Parameter) -> None:
@@ -54,11 +55,11 @@ class Factors(nn.Module):
         self.has_experts = shape.experts is not None
         # The factors of one token are few, however large the vocabulary of an embedding is.
         sizes = math.prod(shape.in_shape), shape.out_features
-        self.dense_is_smaller = not shape.is_embedding and merged.dense_is_smaller(total, *sizes)
+        self.dense_is_smaller = not shape.is_embedding and dense_is_smaller(total, *sizes)
         # In float16, folding changes A as well.
         self.copying_A_is_dear = shape.is_embedding and dtype == torch.float16
         # A merged weight saves the base layer's own product as well, so that it may take twice the memory.
-        self.merged_is_kept = not shape.is_embedding and merged.dense_is_smaller(2 * total, *sizes)
+        self.merged_is_kept = not shape.is_embedding and dense_is_smaller(2 * total, *sizes)
         bias_shape = (len(ranks), shape.out_features) if has_bias else None
         for name, size in (("A", shape.shape_of_A(total)), ("B", shape.shape_of_B(total)), ("bias", bias_shape)):
             parameter = None

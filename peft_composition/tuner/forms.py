@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import functional, merged
+from . import functional
 from .base_layer import CONVOLUTIONS, device_of, is_hooked, layer_shape
 from .factors import Factors
 from .layer import CompositionLayer
+from .merged import cheapest_form, merged_linear
 
 
 class Linear(CompositionLayer):
@@ -33,7 +34,7 @@ class Linear(CompositionLayer):
 
     def _merged_output(self, adapter_name: str, x: Tensor) -> Tensor | None:
         factors, learns, folds = self._pass(adapter_name)
-        form = merged.cheapest_form(
+        form = cheapest_form(
             x.numel() // self.in_features,
             factors.rank,
             self.in_features,
@@ -50,11 +51,11 @@ class Linear(CompositionLayer):
             bias = self._composed_bias(folded.bias)
             if folded.merged is not None:
                 return F.linear(x, folded.merged, bias)
-            return merged.merged_linear(x, self._base_matrix(), bias, cast(Tensor, folded.A), cast(Tensor, folded.B))
+            return merged_linear(x, self._base_matrix(), bias, cast(Tensor, folded.A), cast(Tensor, folded.B))
         weights = self._weights(adapter_name)
         bias = self._composed_bias(None if factors.bias is None else functional.delta_bias(factors.bias, weights))
         u = factors.spread(weights)
-        return merged.merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
+        return merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
 
     def _can_merge(self, x: Tensor, factors: Factors) -> bool:
         """Whether the base layer is no more than x W0^T + b, so that its weight may be replaced by a merged one.

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import functional, merged
+from . import functional
 from .base_parameter import OUT_PROJ, TargetParameter
 from .folding import Folded, Source
 from .layer import CompositionLayer
+from .merged import composed_parameter
 from .ties import Place
 
 
@@ -68,7 +69,7 @@ class ParameterComposition(CompositionLayer):
         return self._add(weight, cast(Tensor, folded.A), cast(Tensor, folded.B), None)
 
     def _add(self, weight: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
-        return merged.composed_parameter(weight, A.to(weight.dtype), B.to(weight.dtype), u, self.is_transposed)
+        return composed_parameter(weight, A.to(weight.dtype), B.to(weight.dtype), u, self.is_transposed)
 
     def _fold(self, adapter_name: str, into_base: bool) -> Folded:
         factors = self._ready_factors(adapter_name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .names import LORA_SUBFOLDER
+from ..names import LORA_SUBFOLDER
 
 
 RECORD_NAME = "made_from.json"

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .text import one_line
+from ..text import one_line
 
 
 # For each task type of PEFT the classes that load a model for it, with the tables of the models that they know; first

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft.utils import CONFIG_NAME
 
-from .text import one_line
+from ..text import one_line
 
 
 def why_no_composition(folder: Path) -> str:

@@ -1,0 +1,189 @@
+"""Model cards of saved compositions, written from their files, and pushing both to the Hub.
+
+PEFT writes the card before it saves the config, so `CompositionConfig.save_pretrained` completes it. transformers'
+`model.push_to_hub` and `Trainer.create_model_card` write it once more afterwards: hence `push_to_hub` and
+`CompositionCardMixin`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import unquote
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..drafts import CARD_DRAFT, draft_in
+from ..names import LORA_SUBFOLDER
+from ..references import Provenance, is_hub_id
+from .exported import remove_outdated_export
+from .markdown import BEGIN, END, is_on_hub, section_of
+from .saved import Saved
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+
+TAG = "peft-composition"
+NEW_TITLE = "# Composition of LoRA adapters"
+# A mark is a line of its own, which text from others never is. A begin mark whose end somebody deleted must not
+# swallow the text up to the end mark of a later section.
+_SECTION = re.compile(
+    rf"^{BEGIN}(?P<fields>[^>\n]*)-->[ \t]*$(?:(?!^{BEGIN}).)*?^{END}[ \t]*$", re.DOTALL | re.MULTILINE
+)
+_FIELD = re.compile(r"(\w+)=(\S+)")
+_LICENSE_ID = re.compile(r"(?!other$|unknown$)[a-z0-9][a-z0-9.+-]*")
+
+
+def write_model_card(
+    folder: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    repo_id: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write, or bring up to date, what the model card says of a saved composition.
+
+    Only the part between the marks `<!-- peft-composition:begin -->` and `<!-- peft-composition:end -->` is replaced;
+    all other text stays. The metadata gets the library, the base model where it is a Hub id, the tag, the upstream
+    adapters and, where all of them state the same one and the card has none yet, the licence.
+
+    Args:
+        folder: where the card is, and the composition that `save_pretrained` wrote.
+        subfolder: where in `folder` the composition is; PEFT saves an adapter that is not named "default" in a folder
+            of its own. Default: in `folder` itself.
+        repo_id: the repository that the folder is pushed to, for the loading code. Default: the one that the card
+            names already, or else the folder itself.
+        metrics: evaluation results of these weights, by name. Default: none are shown.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: there is no saved composition.
+    """
+    root = Path(folder)
+    subfolder = subfolder or None
+    saved = Saved(root, subfolder)
+    if not saved.is_complete:
+        raise ValueError(
+            f"There is no saved composition in {saved.folder}: it needs {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    path = root / REPOCARD_NAME
+    card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n\n---\n{NEW_TITLE}\n")
+    repo_id = repo_id or _repository_of(card.text, subfolder)
+    card.text = _with_section(card.text, section_of(saved, repo_id, metrics or {}), subfolder)
+    described = [Saved(root, _subfolder_in(found)) for found in _SECTION.finditer(card.text)]
+    _complete_metadata(cast(ModelCardData, card.data), [other for other in described if other.is_complete])
+    with draft_in(root, CARD_DRAFT) as draft:
+        card.save(draft / REPOCARD_NAME)
+        os.replace(draft / REPOCARD_NAME, path)
+    return path
+
+
+def complete_card(folder: Path) -> None:
+    """Complete the card that PEFT wrote into the folder of a saved composition, or above that of a named one.
+
+    An export that was made from other weights than the new ones is removed.
+    """
+    if remove_outdated_export(folder):
+        warnings.warn(
+            f"{folder / LORA_SUBFOLDER} held the plain LoRA of the weights that were saved before, and was removed. "
+            f"For one of the new weights: peft_composition.add_to_checkpoint({str(folder)!r}).",
+            stacklevel=2,
+        )
+    if (folder / REPOCARD_NAME).is_file():
+        write_model_card(folder)
+    else:
+        write_model_card(folder.parent, subfolder=folder.name)
+
+
+def _with_section(text: str, section: str, subfolder: str | None) -> str:
+    """A card's text with the section of one composition replaced or, where it has none yet, added.
+
+    A first section goes before the first second-level heading, another one after the last section.
+    """
+    sections = [*_SECTION.finditer(text)]
+    for found in sections:
+        if _subfolder_in(found) == subfolder:
+            return text[: found.start()] + section + text[found.end() :]
+    boilerplate = "\n".join(ModelCard.from_template(ModelCardData()).text.splitlines())
+    if text.startswith(boilerplate):  # what PEFT puts into a new folder: headings without content
+        text = f"{NEW_TITLE}\n{text.removeprefix(boilerplate)}"
+        place = len(NEW_TITLE) + 1
+    else:
+        place = sections[-1].end() if sections else _before_first_heading(text)
+    return f"{text[:place].rstrip()}\n\n{section}\n\n{text[place:].lstrip()}".lstrip()
+
+
+def _before_first_heading(text: str) -> int:
+    """Where the first second-level heading begins, or the end; what is in code blocks does not count."""
+    place, in_code = 0, False
+    for line in text.splitlines(keepends=True):
+        if line.startswith("```"):
+            in_code = not in_code
+        elif line.startswith("## ") and not in_code:
+            return place
+        place += len(line)
+    return place
+
+
+def _subfolder_in(section: re.Match[str]) -> str | None:
+    """The subfolder of the composition that a section is about."""
+    return _fields_of(section).get("subfolder")
+
+
+def _fields_of(section: re.Match[str]) -> dict[str, str]:
+    """What the begin mark of a section says."""
+    found = _FIELD.findall(section["fields"])
+    return {name: unquote(value, errors="surrogatepass") for name, value in found}
+
+
+def _repository_of(text: str, subfolder: str | None) -> str | None:
+    """The repository that a card names in the section of a composition."""
+    for section in _SECTION.finditer(text):
+        if _subfolder_in(section) == subfolder:
+            return _fields_of(section).get("repository")
+    return None
+
+
+def _complete_metadata(data: ModelCardData, compositions: list[Saved]) -> None:
+    """Add what is known of the compositions; keep what is there already, unless the Hub would refuse it."""
+    data.library_name = "peft"
+    known = [composition.base_model for composition in compositions if composition.base_model]
+    data.base_model = known[0] if known else _hub_ids(data.base_model)
+    data["base_model_relation"] = "adapter" if data.base_model else None
+    # PEFT makes a tag of the base model's name, local path or not.
+    tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:") or is_hub_id(tag.split(":", 2)[-1])]
+    data.tags = [*tags, TAG] if TAG not in tags else tags
+    entries = [entry for composition in compositions for entry in composition.provenance]
+    data["upstream_adapters"] = [*dict.fromkeys(entry["path"] for entry in entries if is_on_hub(entry))] or None
+    if data.license is None:
+        data.license = _shared_license(entries)
+
+
+def _hub_ids(names: str | list[str] | None) -> str | list[str] | None:
+    """The names where all of them are Hub ids."""
+    listed = [names] if isinstance(names, str) else names or []
+    return names if listed and all(map(is_hub_id, listed)) else None
+
+
+def _shared_license(entries: Iterable[Provenance]) -> str | None:
+    """The licence that all adapters state, as an identifier that the Hub has accepted before."""
+    entries = list(entries)
+    stated = {entry.get("license") for entry in entries}
+    shared = stated.pop() if len(stated) == 1 else None
+    if shared is None or not _LICENSE_ID.fullmatch(shared):
+        return None
+    return shared if any(map(is_on_hub, entries)) else None

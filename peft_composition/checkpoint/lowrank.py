@@ -1,0 +1,102 @@
+"""A composed update as factors of a lower rank: exact, padded, or truncated by an SVD of the factors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def fold_evenly(A: Tensor, B: Tensor, u: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Factors whose plain product is B diag(u) A: the weights go into B.
+
+    Every row of A and its column of B are then scaled against each other by a power of two until their largest
+    entries are of about one size. Weights, LoRA scales and trained factors would else pile up in B, whose entries
+    float16 may not resolve. A power of two moves exponents alone: A keeps its digits, and B is rounded once.
+
+    Args:
+        A: shape (R, in) or, for a convolution, (R, in, *kernel).
+        B: shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+        dtype: to compute in.
+
+    Returns:
+        A and B in the shapes they had, in `dtype`.
+    """
+    rows, columns = A.to(dtype).flatten(1), B.to(dtype).flatten(1) * u.to(dtype)
+    largest = rows.abs().amax(1), columns.abs().amax(0)
+    ratio = torch.where((largest[0] > 0) & (largest[1] > 0), largest[1] / largest[0], 1.0)
+    shift = torch.exp2(torch.log2(ratio).div(2).round())
+    return (rows * shift[:, None]).reshape(A.shape), (columns / shift).reshape(B.shape)
+
+
+def singular_values(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
+    """The singular values of B diag(u) A, flattened to a matrix, without forming it.
+
+    Args:
+        A: shape (R, in) or, for a convolution, (R, in, *kernel).
+        B: shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+
+    Returns:
+        Shape (min(R, out, in),), largest first, in float64.
+    """
+    _, R_A = torch.linalg.qr(A.double().flatten(1).t(), mode="r")
+    _, R_B = torch.linalg.qr(B.double().flatten(1), mode="r")
+    return torch.linalg.svdvals(_core(R_A, R_B, u))
+
+
+def truncate(A: Tensor, B: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of rank `rank` whose product is nearest to B diag(u) A, flattened to a matrix (Eckart-Young).
+
+    With A^T = Q_A R_A and B = Q_B R_B the update is Q_B (R_B diag(u) R_A^T) Q_A^T, and the singular vectors are those
+    of the core in brackets, which is at most R x R: the update itself is never formed.
+
+    Args:
+        A: shape (R, in) or, for a convolution, (R, in, *kernel).
+        B: shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+        rank: 1 to min(R, out, in).
+
+    Returns:
+        A of shape (rank, in, *kernel), B of shape (out, rank, 1, ...) and all singular values of the update, largest
+        first; in float64. A and B get the square root of the singular values each.
+    """
+    Q_A, R_A = torch.linalg.qr(A.double().flatten(1).t())
+    Q_B, R_B = torch.linalg.qr(B.double().flatten(1))
+    U, S, Vh = torch.linalg.svd(_core(R_A, R_B, u), full_matrices=False)
+    root = S[:rank].sqrt()
+    rows = (root[:, None] * Vh[:rank]) @ Q_A.t()
+    columns = Q_B @ (U[:, :rank] * root)
+    return rows.reshape(rank, *A.shape[1:]), columns.reshape(B.shape[0], rank, *B.shape[2:]), S
+
+
+def _core(R_A: Tensor, R_B: Tensor, u: Tensor) -> Tensor:
+    return (R_B * u.double()) @ R_A.t()
+
+
+def rank_for_energy(singular_values: Tensor, energy: float) -> int:
+    """The least rank, 1 or more, whose squared singular values reach a share of their sum.
+
+    Args:
+        singular_values: largest first.
+        energy: the share, above 0 and at most 1. With 1, only what rounding hides is left out.
+
+    Returns:
+        The rank.
+    """
+    reached = singular_values.double().square().cumsum(0)
+    return 1 + int((reached < energy * reached[-1]).sum())
+
+
+def norm_of_delta(A: Tensor, B: Tensor, u: Tensor) -> float:
+    """The Frobenius norm of B diag(u) A, from the R x R products of the factors with themselves.
+
+    Args:
+        A: shape (R, in) or, for a convolution, (R, in, *kernel).
+        B: shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+    """
+    rows, columns = A.double().flatten(1), B.double().flatten(1) * u.double()
+    return math.sqrt(max(0.0, float(((rows @ rows.t()) * (columns.t() @ columns)).sum())))
