@@ -34,8 +34,8 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from peft_composition import CompositionCardMixin, CompositionConfig
+from peft_composition.analysis.report import weights_table
 from peft_composition.checkpoint.saved import saved_mixing_weights
-from peft_composition.report import weights_table
 from peft_composition.training import HeadWarmupCallback, MixingWeightsCallback, composition_optimizer
 
 

@@ -19,6 +19,8 @@ from torch import nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
 
+from .analysis.inspection import inspect_adapters
+from .analysis.report import Part, plot_weights, weights_table
 from .checkpoint.base_models import AUTO_CLASSES, Loader, base_config, choose, loaders, stated_class
 from .checkpoint.card import write_model_card
 from .checkpoint.export import lora_from_checkpoint, to_lora
@@ -26,10 +28,8 @@ from .checkpoint.kinds import why_no_composition
 from .checkpoint.push import push_to_hub
 from .checkpoint.saved import head_hash, saved_head, saved_mixing_weights
 from .config import CompositionConfig
-from .inspection import inspect_adapters
 from .names import LORA_SUBFOLDER
 from .references import AdapterReference, is_hub_id
-from .report import Part, plot_weights, weights_table
 from .terminal import print_errors, print_json, print_means, print_parts, print_reports, say
 from .text import LONG, in_python, one_line
 from .tuner.preparation import require_composable

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .analysis.inspection import AdapterReport
+from .analysis.report import Part, WeightRow, short_labels
 from .checkpoint.export import LoraExport
-from .inspection import AdapterReport
-from .report import Part, WeightRow, short_labels
 from .text import LONG, one_line
 
 

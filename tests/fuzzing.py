@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_composition import AdapterError, CompositionConfig
-from peft_composition.inspection import inspect_adapters
+from peft_composition.analysis.inspection import inspect_adapters
 from peft_composition.tuner.locating import composition_layers
 
 from . import tiny

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from typer.testing import CliRunner
 
 from peft_composition import CompositionConfig
-from peft_composition.inspection import inspect_adapters
+from peft_composition.analysis.inspection import inspect_adapters
 from peft_composition.upstream.base_names import original
 from peft_composition_cli import app
 

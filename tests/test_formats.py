@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
-from peft_composition.inspection import inspect_adapters
+from peft_composition.analysis.inspection import inspect_adapters
 
 from . import tiny
 from .reference import Reference

@@ -483,7 +483,7 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_fold_evenly_keeps_the_update_and_the_shapes(ranks, in_shape, out, dtype) -> None:
     A, B, u, delta = _stacked(ranks, in_shape, out, dtype)
-    rows, columns = lowrank.fold_evenly(A, B, u)
+    rows, columns = functional.fold_evenly(A, B, u)
     assert (rows.shape, columns.shape) == (A.shape, B.shape)
     assert rows.dtype == columns.dtype == torch.float64
     assert relative_error(_product(rows, columns), delta) < 1e-12
@@ -491,7 +491,7 @@ def test_fold_evenly_keeps_the_update_and_the_shapes(ranks, in_shape, out, dtype
 
 def test_fold_evenly_rounds_no_digit_of_A() -> None:
     A, B, u = torch.randn(3, 10), 1e-3 * torch.randn(6, 3), torch.tensor([0.3, -1e-4, 0.0])
-    rows, columns = lowrank.fold_evenly(A, B, u)
+    rows, columns = functional.fold_evenly(A, B, u)
     assert torch.equal(torch.frexp(rows).mantissa, torch.frexp(A.double()).mantissa)
     ratio = rows[:2].abs().amax(1) / columns[:, :2].abs().amax(0)
     assert ((ratio >= 0.5) & (ratio <= 2)).all()
@@ -503,7 +503,7 @@ def test_evenly_folded_small_weights_survive_in_float16() -> None:
     """The weight would press B below what float16 resolves, were it all put there."""
     A, B, u = torch.randn(4, 64).half(), (1e-3 * torch.randn(48, 4)).half(), torch.full((4,), 1e-4)
     expected = (B.double() * u.double()) @ A.double()
-    rows, columns = (factor.half().double() for factor in lowrank.fold_evenly(A, B, u))
+    rows, columns = (factor.half().double() for factor in functional.fold_evenly(A, B, u))
     assert relative_error(columns @ rows, expected) < 1e-3
     assert relative_error((B.double() * u).half().double() @ A.double(), expected) > 0.1
 
@@ -539,7 +539,7 @@ def test_the_update_itself_is_never_formed() -> None:
 
     A, B, u = torch.randn(6, 3000), torch.randn(2000, 6), torch.rand(6)
     with Largest() as largest:
-        lowrank.fold_evenly(A, B, u)
+        functional.fold_evenly(A, B, u)
         lowrank.truncate(A, B, u, 3)
         lowrank.singular_values(A, B, u)
         lowrank.norm_of_delta(A, B, u)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_composition import AdapterError, CompositionConfig, inspection
-from peft_composition.inspection import AdapterReport, inspect_adapters
+from peft_composition import AdapterError, CompositionConfig
+from peft_composition.analysis import inspection
+from peft_composition.analysis.inspection import AdapterReport, inspect_adapters
 from peft_composition.upstream import adapter, stacking
 
 from . import tiny

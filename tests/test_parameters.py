@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, to_lora
-from peft_composition.inspection import inspect_adapters
+from peft_composition.analysis.inspection import inspect_adapters
 from peft_composition.names import block_of
 from peft_composition.tuner.locating import composition_layers
 from peft_composition.tuner.parameters import ParameterWrapper

@@ -16,13 +16,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from scipy import stats
 
-from peft_composition.report import (
-    WeightRow,
-    plot_weights,
-    plot_weights_and_similarity,
-    rank_correlations,
-    weights_table,
-)
+from peft_composition.analysis.correlation import rank_correlations
+from peft_composition.analysis.report import WeightRow, plot_weights, plot_weights_and_similarity, weights_table
 
 
 WEIGHTS = {

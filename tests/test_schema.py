@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import metadata_load
 
 from peft_composition import AdapterError, CompositionConfig
-from peft_composition.inspection import inspect_adapters
+from peft_composition.analysis.inspection import inspect_adapters
 from peft_composition.upstream.front_matter import MAX_BYTES, stated_license
 from peft_composition.upstream.schema import MAX_CONFIG_BYTES
 

@@ -18,7 +18,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
-from peft_composition.similarity import MinibatchCKA, layerwise_cka, linear_cka, linear_hsic, single_adapters
+from peft_composition.analysis.cka import MinibatchCKA, linear_cka, linear_hsic
+from peft_composition.analysis.similarity import layerwise_cka
+from peft_composition.analysis.views import single_adapters
 
 from . import tiny
 

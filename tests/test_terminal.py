@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from peft_composition.report import weights_table
+from peft_composition.analysis.report import weights_table
 from peft_composition.terminal import print_means, print_parts
 from peft_composition_cli import app
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from peft_composition.report import Similarities, plot_weights, plot_weights_and_similarity
+from peft_composition.analysis.report import Similarities, plot_weights, plot_weights_and_similarity
 
 from . import plots, summary
 from .analysis import Scores, SettingKey, by_setting, mean_weights, scores, similarities_by_setting

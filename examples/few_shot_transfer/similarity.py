@@ -6,7 +6,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from peft_composition.similarity import layerwise_cka, single_adapters
+from peft_composition.analysis.similarity import layerwise_cka
+from peft_composition.analysis.views import single_adapters
 
 from .data import Task, balanced, labels_of
 from .methods import Contender, build

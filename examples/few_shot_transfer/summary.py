@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_composition.report import Similarities, rank_correlations
+from peft_composition.analysis.correlation import rank_correlations
+from peft_composition.analysis.report import Similarities
 
 from . import plots
 from .analysis import BEST_SINGLE, Difference, Scores, SettingKey, Shots, by_adapter, difference, mean_weights

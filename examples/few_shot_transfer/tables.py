@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from peft_composition.report import Similarities, rank_correlations
+from peft_composition.analysis.correlation import rank_correlations
+from peft_composition.analysis.report import Similarities
 
 from . import plots
 from .analysis import (

@@ -157,7 +157,7 @@ def _factorize_one(
     if rank >= module.stacked_rank:
         lost = 0.0
         norm = lowrank.norm_of_delta(A, B, module.u) if is_measured else 0.0
-        A, B = lowrank.fold_evenly(A, B, module.u)
+        A, B = functional.fold_evenly(A, B, module.u)
     else:
         kept = min(rank, module.largest_rank)
         A, B, S = lowrank.truncate(A, B, module.u, kept)

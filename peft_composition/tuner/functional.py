@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.lowrank import fold_evenly
-
 
 def starting_logits(weights: Sequence[float], normalization: str) -> list[float]:
     """The logits v0 from which training starts, so that `normalize(v0)` gives `weights`.
@@ -110,6 +108,29 @@ def fold(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = fold_evenly(A, B, u, wide)
         return rows.to(A.dtype), columns.to(B.dtype)
     return A, (B.to(wide) * u.to(wide).reshape(-1, *(1,) * (B.dim() - 2))).to(B.dtype)
+
+
+def fold_evenly(A: Tensor, B: Tensor, u: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Factors whose plain product is B diag(u) A: the weights go into B.
+
+    Every row of A and its column of B are then scaled against each other by a power of two until their largest
+    entries are of about one size. Weights, LoRA scales and trained factors would else pile up in B, whose entries
+    float16 may not resolve. A power of two moves exponents alone: A keeps its digits, and B is rounded once.
+
+    Args:
+        A: shape (R, in) or, for a convolution, (R, in, *kernel).
+        B: shape (out, R) or (out, R, 1, ...).
+        u: weights in rank space, shape (R,).
+        dtype: to compute in.
+
+    Returns:
+        A and B in the shapes they had, in `dtype`.
+    """
+    rows, columns = A.to(dtype).flatten(1), B.to(dtype).flatten(1) * u.to(dtype)
+    largest = rows.abs().amax(1), columns.abs().amax(0)
+    ratio = torch.where((largest[0] > 0) & (largest[1] > 0), largest[1] / largest[0], 1.0)
+    shift = torch.exp2(torch.log2(ratio).div(2).round())
+    return (rows * shift[:, None]).reshape(A.shape), (columns / shift).reshape(B.shape)
 
 
 def resolved(delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -15,20 +15,20 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
-from .config import CompositionConfig
-from .references import AdapterReference, is_hub_id
-from .text import LONG, one_line, quoted
-from .tuner.preparation import require_composable
-from .upstream.adapter import UpstreamAdapter, read_adapters, read_config
-from .upstream.base_names import original
-from .upstream.errors import AdapterError
-from .upstream.files import PARALLEL_DOWNLOADS, AdapterFiles, locate_one
-from .upstream.front_matter import stated_license
-from .upstream.keys import HEADS, FactorKeys
-from .upstream.matching import match, warn_about_other_names
-from .upstream.misfits import Sizes, why_another_shape
-from .upstream.shapes import LayerShape
-from .upstream.stacking import require_finite
+from ..config import CompositionConfig
+from ..references import AdapterReference, is_hub_id
+from ..text import LONG, one_line, quoted
+from ..tuner.preparation import require_composable
+from ..upstream.adapter import UpstreamAdapter, read_adapters, read_config
+from ..upstream.base_names import original
+from ..upstream.errors import AdapterError
+from ..upstream.files import PARALLEL_DOWNLOADS, AdapterFiles, locate_one
+from ..upstream.front_matter import stated_license
+from ..upstream.keys import HEADS, FactorKeys
+from ..upstream.matching import match, warn_about_other_names
+from ..upstream.misfits import Sizes, why_another_shape
+from ..upstream.shapes import LayerShape
+from ..upstream.stacking import require_finite
 
 
 # Without a base model to compare with, values of larger files are not read.

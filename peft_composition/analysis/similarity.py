@@ -5,260 +5,25 @@ The first half are pure functions on matrices; the second runs models and compar
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.utils import tqdm
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .tuner.factors import Factors
-from .tuner.layer import CompositionLayer
-from .tuner.locating import composition_layers
-from .tuner.mixing import Mixing
-from .tuner.model import CompositionModel
+from .cka import FEWEST_EXAMPLES, Estimator, Features, MinibatchCKA, alignment, hsic
+from .views import View, base_of, touched_modules
 
 
-Estimator = Literal["biased", "unbiased"]
 ModelEstimator = Literal["minibatch", "biased", "unbiased"]
 Part = Literal["output", "update"]
 Tokens = Literal["mean", "all"]
-# With two examples every biased CKA is 1; the unbiased formula divides by n - 3.
-FEWEST_EXAMPLES = {"biased": 3, "unbiased": 4}
-# Relative to the size of what was summed up in float64: what is smaller is taken for rounding.
-ROUNDING = 1e-12
-
-
-# On feature matrices
-
-
-def linear_hsic(X: Tensor, Y: Tensor, estimator: Estimator = "unbiased") -> float:
-    """The Hilbert-Schmidt independence criterion with linear kernels: the squared covariance of two sets of features.
-
-    `"biased"` is tr(K H L H) / (n - 1)^2 with K = X X^T and L = Y Y^T (Gretton et al. 2005). `"unbiased"` is HSIC_1 of
-    Song et al. 2012, whose expectation over samples is the population's value; it can be negative. Both are computed
-    in float64 from features that are centred first, through Gram matrices or feature products, whichever is cheaper.
-
-    Args:
-        X: shape (n, p), any real dtype.
-        Y: shape (n, q), rows of the same examples.
-        estimator: `"biased"` (n of 3 or more) or `"unbiased"` (default; n of 4 or more).
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValueError: shapes that do not fit, too few examples, values that are not finite, an unknown estimator.
-    """
-    return _hsic(_Features(X, "X"), _Features(Y, "Y"), estimator)
-
-
-def linear_cka(X: Tensor, Y: Tensor, estimator: Estimator = "biased") -> float:
-    """Linear centred kernel alignment, HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) (Kornblith et al. 2019).
-
-    It does not change when X or Y is shifted, rotated or scaled as a whole. The biased value lies between 0 and 1, and
-    comes near 1 for any features where there are fewer examples than features. The unbiased one (Nguyen et al. 2020)
-    does not; it is around 0 for unrelated features and then can be negative, and can exceed 1 a little.
-
-    Args:
-        X: shape (n, p), any real dtype.
-        Y: shape (n, q), rows of the same examples.
-        estimator: of the three HSIC, `"biased"` (default; the paper's formula) or `"unbiased"`.
-
-    Returns:
-        The similarity.
-
-    Raises:
-        ValueError: as `linear_hsic`; or X or Y has no variation.
-
-    Example:
-        >>> linear_cka(X, 3 * X)
-        1.0
-    """
-    x, y = _Features(X, "X"), _Features(Y, "Y")
-    return _alignment(_hsic(x, y, estimator), x.own_hsic(estimator), y.own_hsic(estimator), ("X", "Y"))
-
-
-class MinibatchCKA:
-    """Linear CKA from batches, none of which is kept: the three unbiased HSIC are averaged over the batches.
-
-    The averages, unlike those of the biased HSIC, do not depend on the size of the batches but for their noise
-    (Nguyen et al. 2020).
-
-    Example:
-        >>> cka = MinibatchCKA()
-        >>> for X, Y in batches:
-        ...     cka.update(X, Y)
-        >>> cka.value()
-    """
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self._sums = 0.0, 0.0, 0.0
-        self._names = "X", "Y"
-
-    def update(self, X: Tensor, Y: Tensor) -> None:
-        """Take in one batch.
-
-        Args:
-            X: shape (n, p), n of 4 or more.
-            Y: shape (n, q), rows of the same examples.
-
-        Raises:
-            ValueError: as `linear_hsic`.
-        """
-        self._add(_Features(X, "X"), _Features(Y, "Y"))
-
-    def value(self) -> float:
-        """The similarity over all batches so far.
-
-        Raises:
-            ValueError: there was no batch, or X or Y has no variation in any.
-        """
-        if not self.batches:
-            raise ValueError("there was no batch to compare")
-        return _alignment(*self._sums, self._names)
-
-    def _add(self, x: _Features, y: _Features) -> None:
-        terms = _hsic(x, y, "unbiased"), x.own_hsic("unbiased"), y.own_hsic("unbiased")
-        xy, xx, yy = (before + term for before, term in zip(self._sums, terms))
-        self._sums, self._names = (xy, xx, yy), (x.name, y.name)
-        self.batches += 1
-
-
-class _Features:
-    """Centred features of n examples in float64, and what is asked of them more than once.
-
-    Args:
-        X: shape (n, p).
-        name: what errors call it.
-    """
-
-    def __init__(self, X: Tensor, name: str) -> None:
-        if X.dim() != 2 or X.numel() == 0 or X.is_complex():
-            raise ValueError(
-                f"{name} must be real, of the shape (examples, features) with one of each at least, got "
-                f"{tuple(X.shape)} of {X.dtype}"
-            )
-        device = "cpu" if X.device.type == "mps" else X.device  # which knows no float64
-        wide = X.detach().to(device, torch.float64)
-        broken = int((~wide.isfinite()).sum())
-        if broken:
-            raise ValueError(f"{name} has {broken} values (of {wide.numel()}) that are NaN or infinite")
-        self.name = name
-        self.centred = wide - wide.mean(0)  # (n, p)
-        if self.centred.abs().max() <= ROUNDING * wide.abs().max():
-            self.centred = torch.zeros_like(wide)
-        self.norms = self.centred.square().sum(1)  # (n,), the diagonal of the Gram matrix
-        self._own_hsic: dict[str, float] = {}
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """Shape (n, n)."""
-        return self.centred @ self.centred.t()
-
-    def own_hsic(self, estimator: Estimator) -> float:
-        """HSIC(X, X); zero where only rounding is left of it."""
-        if estimator not in self._own_hsic:
-            value = _hsic(self, self, estimator)
-            self._own_hsic[estimator] = value if value > ROUNDING * float(self.norms.mean()) ** 2 else 0.0
-        return self._own_hsic[estimator]
-
-
-def _hsic(x: _Features, y: _Features, estimator: Estimator) -> float:
-    """HSIC of features that are centred already, which neither estimator notices but for its rounding.
-
-    Centring also shortens HSIC_1. Its kernels have an empty diagonal, K' = K - diag(k) with k the squared norms of the
-    rows, and the rows of K sum to zero, so that K' 1 = -k:
-
-        tr(K' L') = tr(K L) - k.l      1^T K' 1 = -sum(k)      1^T K' L' 1 = k.l
-    """
-    n = len(x.norms)
-    if len(y.norms) != n:
-        raise ValueError(f"{x.name} and {y.name} must have rows of the same examples, got {n} and {len(y.norms)}")
-    if estimator not in FEWEST_EXAMPLES:
-        raise ValueError(f"estimator must be 'biased' or 'unbiased', got {estimator!r}")
-    if n < FEWEST_EXAMPLES[estimator]:
-        raise ValueError(f"the {estimator} estimator needs {FEWEST_EXAMPLES[estimator]} examples, {x.name} has {n}")
-    cross = _trace_of_product(x, y)
-    if estimator == "biased":
-        return cross / (n - 1) ** 2
-    diagonals = float(x.norms @ y.norms)
-    totals = float(x.norms.sum()) * float(y.norms.sum())
-    return (cross - diagonals * n / (n - 2) + totals / ((n - 1) * (n - 2))) / (n * (n - 3))
-
-
-def _trace_of_product(x: _Features, y: _Features) -> float:
-    """tr(K L), which is |X^T Y|^2 in the Frobenius norm."""
-    (n, p), q = x.centred.shape, y.centred.shape[1]
-    # Multiplications by n, with those of HSIC(X, X) and HSIC(Y, Y): Gram matrices are made once for all three.
-    if n * (p + q) <= p * p + p * q + q * q:
-        return float((x.gram * y.gram).sum())
-    return float((x.centred.t() @ y.centred).square().sum())
-
-
-def _alignment(xy: float, xx: float, yy: float, names: tuple[str, str]) -> float:
-    for name, own in zip(names, (xx, yy)):
-        if own <= 0:
-            raise ValueError(
-                f"{name} has no variation to compare: all examples have the same features (or, for the unbiased "
-                "estimator, are equally far from each other), and CKA would divide by zero"
-            )
-    return xy / (math.sqrt(xx) * math.sqrt(yy))
-
-
-# On models
-
-
-@dataclass(frozen=True)
-class View:
-    """A model as one of its adapters alone makes it.
-
-    Attributes:
-        model: the model; the views of its adapters share it.
-        switch: makes a context inside of which the model is so, and after which it is as before.
-        modules: the modules that the adapter touches, by their names in the base model and in its order.
-    """
-
-    model: nn.Module
-    switch: Callable[[], AbstractContextManager[None]]
-    modules: tuple[str, ...]
-
-
-def single_adapters(model: PeftModel, composition: str | None = None) -> dict[str, View]:
-    """Views of a model with each of its adapters alone.
-
-    Of a composition these are its upstream adapters: one has the weight 1 and all others 0, so that the model is
-    W0 + s_n B_n A_n; nothing is read again and nothing trained. Of any other PEFT model they are its adapters.
-
-    Args:
-        model: a PEFT model, neither merged nor disabled.
-        composition: of several compositions in a model, which one. Default: the active one.
-
-    Returns:
-        `{adapter name: view}`, in the order of the composition, or in which the adapters were added.
-
-    Raises:
-        ValueError: not a PEFT model with such adapters, or no composition of that name.
-    """
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    if not isinstance(tuner, BaseTuner):
-        raise ValueError(f"only PEFT models whose layers carry adapters have single ones, got {type(model).__name__}")
-    if isinstance(tuner, CompositionModel):
-        return _upstream_views(model, tuner, composition)
-    if composition is not None:
-        raise ValueError(f"there is no composition {composition!r}: {type(tuner).__name__} holds plain adapters")
-    return {
-        name: View(model, partial(_only_active, model, name), _touched_modules(tuner.model, [name]))
-        for name in tuner.peft_config
-    }
 
 
 def layerwise_cka(
@@ -321,9 +86,6 @@ def layerwise_cka(
     return {module: {name: found[module, name] for name in names} for module, names in compared.items()}
 
 
-# The models and what is compared in them
-
-
 def _require_choices(part: str, tokens: str, estimator: str) -> None:
     choices = {
         "part": (part, ("output", "update")),
@@ -338,25 +100,7 @@ def _require_choices(part: str, tokens: str, estimator: str) -> None:
 def _as_view(subject: nn.Module | View) -> View:
     if isinstance(subject, View):
         return subject
-    return View(subject, nullcontext, _touched_modules(_base_of(subject), None))
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _touched_modules(base: nn.Module, adapters: list[str] | None) -> tuple[str, ...]:
-    """Names of the layers that have weights of one of these adapters; None: of one that is active."""
-    return tuple(
-        name
-        for name, layer in base.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-        and any(
-            adapter in getattr(layer, container)
-            for adapter in (layer.active_adapters if adapters is None else adapters)
-            for container in layer.adapter_layer_names
-        )
-    )
+    return View(subject, nullcontext, touched_modules(base_of(subject), None))
 
 
 def _compared_modules(
@@ -365,14 +109,14 @@ def _compared_modules(
     """The modules, and by name those that are compared there; all that can be wrong with them is found here."""
     if not others:
         raise ValueError("there is nothing to compare the target with")
-    base = _base_of(next(iter(others.values())).model)
+    base = base_of(next(iter(others.values())).model)
     if modules is None:
         touched = {module for view in others.values() for module in view.modules}
         modules = [name for name, _ in base.named_modules() if name in touched]
     if not modules:
         raise ValueError("there are no modules to compare: none is named, and the others have no adapters")
     for name, view in {"the target": target, **{repr(name): view for name, view in others.items()}}.items():
-        layers = dict(_base_of(view.model).named_modules())
+        layers = dict(base_of(view.model).named_modules())
         missing = [module for module in modules if module not in layers]
         if missing:
             raise ValueError(f"{name} ({type(view.model).__name__}) has no module {missing[0]!r}")
@@ -411,74 +155,13 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-# Views of adapters
-
-
-def _upstream_views(model: PeftModel, tuner: CompositionModel, composition: str | None) -> dict[str, View]:
-    if composition is None:
-        if len(tuner.active_adapters) != 1:
-            raise ValueError(f"say which composition: {tuner.active_adapters} are active")
-        (composition,) = tuner.active_adapters
-    if composition not in tuner.peft_config:
-        raise ValueError(f"there is no composition {composition!r}; there are {sorted(tuner.peft_config)}")
-    config = tuner.peft_config[composition]
-    views = {}
-    for number, name in enumerate(config.adapter_names):
-        one_hot = [float(other == number) for other in range(len(config.adapter_names))]
-        mixing = Mixing(replace(config, mixing="fixed", weights=one_hot, normalization="none"), torch.float32)
-        touched = [
-            module
-            for module, layer in composition_layers(tuner.model)
-            if composition in layer.composition_factors
-            and cast(Factors, layer.composition_factors[composition]).ranks[number]
-        ]
-        views[name] = View(model, partial(_mixed_by, model, composition, mixing), tuple(touched))
-    return views
-
-
-@contextmanager
-def _mixed_by(model: PeftModel, composition: str, mixing: Mixing) -> Iterator[None]:
-    """A composition, alone, with other mixing weights in all its modules."""
-    with _only_active(model, composition):
-        before: list[tuple[CompositionLayer, Mixing]] = []
-        try:
-            for _, layer in composition_layers(model):
-                if composition in layer.composition_mixing:
-                    before.append((layer, layer.swap_mixing(composition, mixing)))
-            yield
-        finally:
-            for layer, own in before:
-                layer.swap_mixing(composition, own)
-
-
-@contextmanager
-def _only_active(model: PeftModel, adapter: str) -> Iterator[None]:
-    """One adapter of a model active, and what trains as it was afterwards."""
-    tuner = cast(BaseTuner, model.base_model)
-    if tuner.active_adapters == [adapter]:
-        yield
-        return
-    active = tuner.active_adapter
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        tuner.set_adapter(adapter, inference_mode=True)
-        yield
-    finally:
-        tuner.set_adapter(active)
-        for parameter, required in trains:
-            parameter.requires_grad = required
-
-
-# Representations
-
-
 def _represent(
     view: View, batch: Mapping[str, Any], modules: Sequence[str], part: Part, tokens: Tokens, name: str
 ) -> dict[str, _Rows]:
     """What modules put out for a batch, as rows of examples; pooled as soon as it is there."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a mapping of the model's arguments, got {type(batch).__name__}")
-    base = _base_of(view.model)
+    base = base_of(view.model)
     padding = _Padding(batch, _makes_decoder_inputs(view.model))
     rows: dict[str, _Rows] = {}
     bases: dict[str, Tensor] = {}
@@ -517,8 +200,8 @@ class _Rows:
     values: Tensor
     label: str
 
-    def features(self, device: torch.device | None = None) -> _Features:
-        return _Features(self.values.to(device or self.values.device), self.label)
+    def features(self, device: torch.device | None = None) -> Features:
+        return Features(self.values.to(device or self.values.device), self.label)
 
 
 def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -590,15 +273,12 @@ class _Padding:
         return fitting[0]
 
 
-# Estimates of many pairs at once
-
-
 class _Batchwise:
     """`MinibatchCKA` for every module and model."""
 
     def __init__(self) -> None:
         self._ckas: dict[tuple[str, str], MinibatchCKA] = {}
-        self._goal: dict[str, _Features] = {}
+        self._goal: dict[str, Features] = {}
         self._left_out = 0
 
     def start(self, goal: dict[str, _Rows]) -> bool:
@@ -647,13 +327,13 @@ class _AtOnce:
             for name in [name for own, name in self._kept if own == module and name is not None]:
                 y = self._features(module, name)
                 own_terms = x.own_hsic(self._estimator), y.own_hsic(self._estimator)
-                found[module, name] = _alignment(_hsic(x, y, self._estimator), *own_terms, (x.name, y.name))
+                found[module, name] = alignment(hsic(x, y, self._estimator), *own_terms, (x.name, y.name))
         return found
 
     def _keep(self, name: str | None, representations: dict[str, _Rows]) -> None:
         for module, rows in representations.items():
             self._kept.setdefault((module, name), []).append(replace(rows, values=rows.values.cpu()))
 
-    def _features(self, module: str, name: str | None) -> _Features:
+    def _features(self, module: str, name: str | None) -> Features:
         batches = self._kept.pop((module, name))
-        return _Features(torch.cat([rows.values for rows in batches]), batches[0].label)
+        return Features(torch.cat([rows.values for rows in batches]), batches[0].label)

@@ -1,0 +1,137 @@
+"""A model with one of its adapters, or none, at work: what representations are compared of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..tuner.factors import Factors
+from ..tuner.layer import CompositionLayer
+from ..tuner.locating import composition_layers
+from ..tuner.mixing import Mixing
+from ..tuner.model import CompositionModel
+
+
+@dataclass(frozen=True)
+class View:
+    """A model as one of its adapters alone makes it.
+
+    Attributes:
+        model: the model; the views of its adapters share it.
+        switch: makes a context inside of which the model is so, and after which it is as before.
+        modules: the modules that the adapter touches, by their names in the base model and in its order.
+    """
+
+    model: nn.Module
+    switch: Callable[[], AbstractContextManager[None]]
+    modules: tuple[str, ...]
+
+
+def single_adapters(model: PeftModel, composition: str | None = None) -> dict[str, View]:
+    """Views of a model with each of its adapters alone.
+
+    Of a composition these are its upstream adapters: one has the weight 1 and all others 0, so that the model is
+    W0 + s_n B_n A_n; nothing is read again and nothing trained. Of any other PEFT model they are its adapters.
+
+    Args:
+        model: a PEFT model, neither merged nor disabled.
+        composition: of several compositions in a model, which one. Default: the active one.
+
+    Returns:
+        `{adapter name: view}`, in the order of the composition, or in which the adapters were added.
+
+    Raises:
+        ValueError: not a PEFT model with such adapters, or no composition of that name.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, BaseTuner):
+        raise ValueError(f"only PEFT models whose layers carry adapters have single ones, got {type(model).__name__}")
+    if isinstance(tuner, CompositionModel):
+        return _upstream_views(model, tuner, composition)
+    if composition is not None:
+        raise ValueError(f"there is no composition {composition!r}: {type(tuner).__name__} holds plain adapters")
+    return {
+        name: View(model, partial(_only_active, model, name), touched_modules(tuner.model, [name]))
+        for name in tuner.peft_config
+    }
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def touched_modules(base: nn.Module, adapters: list[str] | None) -> tuple[str, ...]:
+    """Names of the layers that have weights of one of these adapters; None: of one that is active."""
+    return tuple(
+        name
+        for name, layer in base.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        and any(
+            adapter in getattr(layer, container)
+            for adapter in (layer.active_adapters if adapters is None else adapters)
+            for container in layer.adapter_layer_names
+        )
+    )
+
+
+def _upstream_views(model: PeftModel, tuner: CompositionModel, composition: str | None) -> dict[str, View]:
+    if composition is None:
+        if len(tuner.active_adapters) != 1:
+            raise ValueError(f"say which composition: {tuner.active_adapters} are active")
+        (composition,) = tuner.active_adapters
+    if composition not in tuner.peft_config:
+        raise ValueError(f"there is no composition {composition!r}; there are {sorted(tuner.peft_config)}")
+    config = tuner.peft_config[composition]
+    views = {}
+    for number, name in enumerate(config.adapter_names):
+        one_hot = [float(other == number) for other in range(len(config.adapter_names))]
+        mixing = Mixing(replace(config, mixing="fixed", weights=one_hot, normalization="none"), torch.float32)
+        touched = [
+            module
+            for module, layer in composition_layers(tuner.model)
+            if composition in layer.composition_factors
+            and cast(Factors, layer.composition_factors[composition]).ranks[number]
+        ]
+        views[name] = View(model, partial(_mixed_by, model, composition, mixing), tuple(touched))
+    return views
+
+
+@contextmanager
+def _mixed_by(model: PeftModel, composition: str, mixing: Mixing) -> Iterator[None]:
+    """A composition, alone, with other mixing weights in all its modules."""
+    with _only_active(model, composition):
+        before: list[tuple[CompositionLayer, Mixing]] = []
+        try:
+            for _, layer in composition_layers(model):
+                if composition in layer.composition_mixing:
+                    before.append((layer, layer.swap_mixing(composition, mixing)))
+            yield
+        finally:
+            for layer, own in before:
+                layer.swap_mixing(composition, own)
+
+
+@contextmanager
+def _only_active(model: PeftModel, adapter: str) -> Iterator[None]:
+    """One adapter of a model active, and what trains as it was afterwards."""
+    tuner = cast(BaseTuner, model.base_model)
+    if tuner.active_adapters == [adapter]:
+        yield
+        return
+    active = tuner.active_adapter
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        tuner.set_adapter(adapter, inference_mode=True)
+        yield
+    finally:
+        tuner.set_adapter(active)
+        for parameter, required in trains:
+            parameter.requires_grad = required
