@@ -28,9 +28,9 @@ from peft_composition.config import SUM_TOLERANCE
 from peft_composition_cli import app
 
 from . import tiny
+from .checkpoint.test_card import trained
 from .hub_server import HubServer, environment_of
-from .test_card import trained
-from .test_hub import files_of
+from .upstream.test_hub import files_of
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
