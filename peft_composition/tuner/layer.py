@@ -1,114 +1,39 @@
-"""The layers of a composition: `CompositionLayer` and its forms for linear, convolutional and embedding layers."""
+"""`CompositionLayer`: what is computed of the compositions beside a base layer, and merging them into it.
+
+Its forms for linear, convolutional and embedding layers are in `forms`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 from warnings import warn
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from . import functional
-from .base_layer import PLAIN_LAYERS, device_of, hooks_of, is_offloaded, is_on_meta, quantization_backend_of, type_name
+from .base_layer import PLAIN_LAYERS, is_offloaded, is_on_meta, type_name
 from .factors import Factors
-from .folding import Folded, Folds, Source
+from .folding import Folded, Source
+from .holder import CompositionHolder
 from .mixing import Mixing
 from .packing import unpack
-from .ties import Place, Tie
+from .ties import Place
 
 
-# What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
-_SHARDING_MARKS = ("_is_fsdp_managed_module", "ds_id")
 # What nn.DataParallel sets on the copies it makes for every pass, which have plain tensors for parameters.
 _REPLICA = "_is_replica"
 
 
-class CompositionLayer(nn.Module, BaseTunerLayer):
+class CompositionLayer(CompositionHolder):
     """A base layer with one or several compositions of upstream LoRA adapters beside it.
 
         y = base_layer(x) + x (B diag(u) A)^T          u repeats the mixing weights over the ranks
 
     The active compositions of a layer add up. Only the mixing weights train.
     """
-
-    adapter_layer_names: tuple[str, ...] = ("composition_mixing",)
-    other_param_names: tuple[str, ...] = ("composition_factors",)
-
-    base_layer: nn.Module
-    merged_adapters: list[str]
-
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
-        super().__init__()
-        self.training = base_layer.training  # what a model in eval mode is composed with is in eval mode, too
-        self.base_layer = base_layer
-        self.composition_mixing = nn.ModuleDict()
-        self.composition_factors = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters = []
-        # The weights a composition was merged with: unmerging must subtract the same.
-        self._merged_weights: dict[str, Tensor] = {}
-        # What other modules of the model hold as well; whoever knows the model keeps this up to date.
-        self.tie: Tie | None = None
-        self._folds = Folds()
-        self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
-        self.quantization_backend = quantization_backend_of(self.get_base_layer(), **quantization_kwargs)
-
-    def update_layer(self, adapter_name: str, mixing: Mixing, factors: Factors, inference_mode: bool = False) -> None:
-        """Add a composition to this layer.
-
-        Args:
-            adapter_name: name of the composition.
-            mixing: its weights; the same object on all layers that share them.
-            factors: its stacked upstream factors.
-            inference_mode: whether the weights stay frozen.
-        """
-        self.composition_mixing[adapter_name] = mixing
-        self.composition_factors[adapter_name] = factors
-        self._folds.clear()
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def swap_mixing(self, adapter_name: str, mixing: Mixing) -> Mixing:
-        """Mix a composition by other weights.
-
-        Args:
-            adapter_name: name of the composition.
-            mixing: the weights, as many as it has upstream adapters.
-
-        Returns:
-            What mixed it so far, for putting it back.
-        """
-        before = cast(Mixing, self.composition_mixing[adapter_name])
-        self.composition_mixing[adapter_name] = mixing
-        self._folds.drop(adapter_name)
-        return before
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a composition from this layer, with what was kept of it."""
-        super().delete_adapter(adapter_name)
-        self._folds.drop(adapter_name)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move a composition to the base layer's device; dtypes were chosen when it was built and stay."""
-        if adapter_name not in self.composition_factors:
-            return
-        target = device if device is not None else device_of(self.get_base_layer())
-        for part in (self.composition_mixing[adapter_name], self.composition_factors[adapter_name]):
-            if target.type != "meta" and not is_on_meta(part):
-                part.to(target)
-
-    def mixing_weights(self, adapter_name: str) -> Tensor:
-        """The mixing weights w of a composition, shape (N,), float32 or wider."""
-        with self.onloaded([adapter_name]):
-            return self._weights(adapter_name)
-
-    def _weights(self, adapter_name: str) -> Tensor:
-        mixing, factors = self._parts(adapter_name)
-        A = factors.A
-        return mixing(A.device, A.dtype).to(A.device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
@@ -252,34 +177,6 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
         factors = self.whole_factors(adapter_name)
         return functional.delta_weight(factors.A, factors.B, factors.spread(weights))
 
-    def _parts(self, adapter_name: str) -> tuple[Mixing, Factors]:
-        return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
-
-    def whole_factors(self, adapter_name: str) -> Factors:
-        """The factors of a composition, for reading them outside of a forward pass.
-
-        Raises:
-            RuntimeError: they never came, or this process has only its part of them.
-        """
-        factors = self._ready_factors(adapter_name)
-        if hasattr(factors.A, "full_tensor") or factors.A.shape[int(factors.has_experts)] != factors.rank:
-            raise RuntimeError(
-                f"The factors of the composition {adapter_name!r} are sharded over several processes. Save the model, "
-                "load it into one that is not sharded, and do this there."
-            )
-        return factors
-
-    def _ready_factors(self, adapter_name: str) -> Factors:
-        # As entries of the tables of modules: this is done in every forward pass, at the pace of a single token.
-        factors = cast(Factors, self.composition_factors._modules[adapter_name])
-        if factors.is_pending:
-            raise RuntimeError(
-                f"The composition {adapter_name!r} was built from a saved configuration, but its factors were never "
-                "loaded. Load it with PeftModel.from_pretrained(base_model, ...). To compose the same adapters anew, "
-                "clear the record first: dataclasses.replace(config, composed_modules=None)."
-            )
-        return factors
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the base layer plus the active compositions, in the shape and dtype of the base layer's output."""
         if self.disable_adapters:
@@ -367,16 +264,6 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
             mixing.motion.begin()
         return learns
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether FSDP or ZeRO-3 gathers the parameters for every pass.
-
-        What is made of them must not be kept: it would be whole on every device. The version counters do not see new
-        values there, either, and a process that kept something would not take part in gathering.
-        """
-        attributes = self.__dict__
-        return _SHARDING_MARKS[0] in attributes or _SHARDING_MARKS[1] in attributes  # torch.compile follows this
-
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
         """A composition as constants, kept until its mixing weights or factors change.
 
@@ -436,34 +323,6 @@ class CompositionLayer(nn.Module, BaseTunerLayer):
     def _base_matrix(self) -> Tensor:
         """The base weight as (out, in); asked for only where a form of this class merges into it."""
         return cast(Tensor, self.get_base_layer().weight).detach()
-
-    @contextmanager
-    def onloaded(self, adapter_names: Iterable[str]) -> Iterator[None]:
-        """Bring factors that accelerate keeps on disk or in another memory here, as its hooks would if it called them.
-
-        Nothing that was folded meanwhile is kept: it would hold the memory that offloading is to save.
-        """
-        parts = [self.composition_factors[name] for name in adapter_names]
-        parts = [part for part in parts if is_on_meta(part) and is_offloaded(part)]
-        try:
-            for part in parts:
-                for hook in hooks_of(part):
-                    hook.pre_forward(part)
-            yield
-        finally:
-            for part in parts:
-                for hook in hooks_of(part):
-                    hook.post_forward(part, None)
-            if parts:
-                self._folds.clear()
-
-    def train(self, mode: bool = True) -> CompositionLayer:
-        self._folds.clear()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionLayer:
-        self._folds.clear()
-        return super()._apply(fn, recurse)
 
     def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
         raise NotImplementedError
