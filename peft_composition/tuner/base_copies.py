@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..upstream.adapter import UpstreamAdapter
 from ..upstream.keys import BASE_COPY
+from .base_model import BaseModel
 
 
-def warn_about_other_bases(
-    adapters: Iterable[UpstreamAdapter], layers: Mapping[str, nn.Module], current_name: Callable[[str], str]
-) -> None:
+def warn_about_other_bases(adapters: Iterable[UpstreamAdapter], base: BaseModel) -> None:
     """Say once which adapters were trained on other embeddings than those that the model has.
 
     A copy that is the model's own weight says nothing; one that is not means that the adapter's update belongs to
@@ -22,13 +21,12 @@ def warn_about_other_bases(
 
     Args:
         adapters: the adapters.
-        layers: the modules of the base model by name.
-        current_name: module name as an adapter spells it -> the model's.
+        base: the base model.
     """
     different = [
         f"adapter {adapter.name!r}, {module} (by up to {difference:.3g})"
         for adapter in adapters
-        for module, difference in _different_copies(adapter, layers, current_name)
+        for module, difference in _different_copies(adapter, base)
     ]
     if different:
         warnings.warn(
@@ -39,14 +37,13 @@ def warn_about_other_bases(
         )
 
 
-def _different_copies(
-    adapter: UpstreamAdapter, layers: Mapping[str, nn.Module], current_name: Callable[[str], str]
-) -> Iterator[tuple[str, float]]:
+def _different_copies(adapter: UpstreamAdapter, base: BaseModel) -> Iterator[tuple[str, float]]:
     for key in adapter.weights:
         if not key.endswith(BASE_COPY):
             continue
-        module = current_name(key.replace("_orig_mod.", "").removeprefix("base_model.model.").removesuffix(BASE_COPY))
-        own = layers[module]._parameters.get("weight") if module in layers else None
+        spelled = key.replace("_orig_mod.", "").removeprefix("base_model.model.").removesuffix(BASE_COPY)
+        module = base.current_name(spelled)
+        own = base.layers[module]._parameters.get("weight") if module in base.layers else None
         if own is None or own.is_meta or not own.is_floating_point() or own.shape != adapter.weights.shape(key):
             continue  # quantized or not loaded; other shapes are refused with the factors
         copy = adapter.weights.read(key)

@@ -1,13 +1,14 @@
-"""What a composition has to know of the base model: its layers, their shapes, dtypes and current names."""
+"""`BaseModel`: what a composition has to know of the model that it is put into, read once and handed around whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,47 +21,85 @@ from .layer import CompositionLayer
 from .parameters import ParameterWrapper
 
 
-def shape_reader(
-    targets: Mapping[str, nn.Module], quantization_kwargs: dict[str, Any]
-) -> Callable[[str], LayerShape | None]:
-    """What factors must look like, by the name of a module or parameter; None where the model has no such."""
+class BaseModel:
+    """The layers of a base model by name, with or without compositions beside them; nothing of it is changed.
 
-    @cache
-    def shape_of(name: str) -> LayerShape | None:
-        parameter = find_parameter(targets, name)
+    Args:
+        model: the model; may be on the meta device.
+
+    Attributes:
+        model: the model.
+        layers: its base layers by name; of a layer that a composition wraps the wrapped one.
+        quantization_kwargs: what PEFT needs besides for some kinds of quantization.
+
+    Raises:
+        ValueError: a layer carries an adapter of another method.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = _target_layers(model)
+        self.quantization_kwargs: dict[str, Any] = get_quantization_kwargs(model)
+        self._dtype = _model_dtype(model)
+        # Adapters have most names in common.
+        self.shape_of = cache(self._shape_of)
+        self.current_name = cache(self._current_name)
+
+    @property
+    def name(self) -> str | None:
+        """The Hub id or folder that it was loaded from."""
+        return getattr(self.model, "name_or_path", None)
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many classes a classifier of transformers has; who loads the composition must build the same head."""
+        if not isinstance(self.model, PreTrainedModel) or "Classification" not in type(self.model).__name__:
+            return None
+        return self.model.config.num_labels
+
+    def parameter(self, name: str) -> TargetParameter | None:
+        """The parameter that a composed name stands for; None where it is the name of a layer, or of nothing."""
+        return find_parameter(self.layers, name)
+
+    def parameters(self, composed: Iterable[str]) -> dict[str, dict[str, TargetParameter]]:
+        """The parameters among composed names, by the module they belong to."""
+        found: dict[str, dict[str, TargetParameter]] = {}
+        for name in composed:
+            parameter = self.parameter(name)
+            if parameter is not None:
+                found.setdefault(parameter.owner, {})[name] = parameter
+        return found
+
+    def _shape_of(self, name: str) -> LayerShape | None:
+        """What factors must look like, by the name of a module or parameter; None where the model has no such."""
+        parameter = self.parameter(name)
         if parameter is not None:
-            return parameter_shape(targets, parameter)
-        return layer_shape(targets[name], **quantization_kwargs) if name in targets else None
+            return parameter_shape(self.layers, parameter)
+        return layer_shape(self.layers[name], **self.quantization_kwargs) if name in self.layers else None
 
-    return shape_of
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of the factors of a module or parameter: that in which it computes."""
+        parameter = self.parameter(name)
+        if parameter is None:
+            return compute_dtype(self.layers[name], self._dtype)
+        return cast(Tensor, parameter.parameter).dtype
 
+    @cached_property
+    def _renamed_key(self) -> Any:
+        assert isinstance(self.model, PreTrainedModel)
+        return compat.key_renamer(self.model, dict.fromkeys((f"{name}.weight" for name in self.layers), True))
 
-def dtype_of(name: str, targets: Mapping[str, nn.Module], model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the factors of a module or parameter: that in which it computes."""
-    parameter = find_parameter(targets, name)
-    return compute_dtype(targets[name], model_dtype) if parameter is None else cast(Tensor, parameter.parameter).dtype
-
-
-def composed_parameters(
-    composed: Iterable[str], targets: Mapping[str, nn.Module]
-) -> dict[str, dict[str, TargetParameter]]:
-    """The composed parameters among the composed names, by the module they belong to."""
-    found: dict[str, dict[str, TargetParameter]] = {}
-    for name in composed:
-        parameter = find_parameter(targets, name)
-        if parameter is not None:
-            found.setdefault(parameter.owner, {})[name] = parameter
-    return found
-
-
-def num_labels(model: nn.Module) -> int | None:
-    """How many classes a classifier of transformers has; who loads the composition must build the same head."""
-    if not isinstance(model, PreTrainedModel) or "Classification" not in type(model).__name__:
-        return None
-    return model.config.num_labels
+    def _current_name(self, module: str) -> str:
+        """Today's name for one of older transformers, or of the model with or without its head."""
+        if not isinstance(self.model, PreTrainedModel):
+            return module
+        if module in self.layers or self.parameter(module) is not None:
+            return module
+        renamed = self._renamed_key(f"{module}.weight").removesuffix(".weight")
+        return renamed if renamed in self.layers else module
 
 
-def target_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Base layers by name; inside a layer that a composition already wraps only the wrapped one counts.
 
     Wrappers around parameters are looked through.
@@ -93,25 +132,9 @@ def target_layers(model: nn.Module) -> dict[str, nn.Module]:
     return targets
 
 
-def model_dtype(model: nn.Module) -> torch.dtype:
+def _model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first float parameter of at least 16 bits."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype.itemsize >= 2:
             return parameter.dtype
     return torch.get_default_dtype()
-
-
-def module_renamer(model: nn.Module, targets: dict[str, nn.Module]) -> Callable[[str], str]:
-    """From module names of older transformers, or of the model with or without its head, to those in `targets`."""
-    if not isinstance(model, PreTrainedModel):
-        return lambda module: module
-    renamed_key = compat.key_renamer(model, dict.fromkeys((f"{name}.weight" for name in targets), True))
-
-    @cache  # adapters have most names in common
-    def current_name(module: str) -> str:
-        if module in targets or find_parameter(targets, module) is not None:
-            return module
-        renamed = renamed_key(f"{module}.weight").removesuffix(".weight")
-        return renamed if renamed in targets else module
-
-    return current_name

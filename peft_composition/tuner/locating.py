@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..names import name_in_base, name_in_checkpoint, without_outer_adapters
-from .base_model import module_renamer, target_layers
+from .base_model import BaseModel
 from .layer import CompositionLayer
 from .parameters import ParameterWrapper
 
@@ -54,7 +54,7 @@ def renamed_state_dict(
         return state_dict
     names = {path: name_in_checkpoint(path, composed) for path in found}
     if not set(names.values()) <= set(composed):
-        current_name = module_renamer(base_model, target_layers(base_model))
+        current_name = BaseModel(base_model).current_name
         names = {path: current_name(name) for path, name in names.items()}
     renamed = {}
     for key, tensor in state_dict.items():

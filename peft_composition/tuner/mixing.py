@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
+from ..names import block_of
 from . import functional
 from .base_layer import real_device
 from .folding import Motion
@@ -112,3 +113,12 @@ def _gathered(theta: Tensor, count: int) -> Tensor:
             "FSDP.summon_full_params(model)."
         )
     return theta.to(torch.promote_types(theta.dtype, torch.float32))
+
+
+def sharing_key(config: CompositionConfig, module: str) -> str:
+    """Modules with the same key share one weight vector; a module outside any block has its own."""
+    if config.weight_sharing == "model":
+        return ""
+    if config.weight_sharing == "module":
+        return module
+    return block_of(module, config.layers_pattern) or module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import CompositionConfig
-from ..names import CONTAINER, block_of, name_in_checkpoint, without_outer_adapters
+from ..names import name_in_checkpoint, without_outer_adapters
 from . import packing
 from .base_layer import device_of, hooks_of, real_device
-from .base_model import target_layers
+from .base_model import BaseModel
 from .configs import Configs
 from .factors import Factors
 from .fingerprint import add_fingerprint, await_fingerprint, checked_weights, forget_awaited
 from .forms import form_of
 from .layer import CompositionLayer
 from .locating import PEFT_PREFIX, composition_layers, located_layers, renamed_state_dict
-from .mixing import Mixing
+from .mixing import Mixing, sharing_key
 from .mixing_weights import mixing_weights
 from .parameters import ParameterWrapper, wrapper_for
-from .preparation import Injection, prepare
+from .preparation import Injection, prepare, require_usable_name
 from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
 
 
@@ -103,10 +103,10 @@ class CompositionModel(BaseTuner):
         if not isinstance(self.peft_config, Configs):
             self.peft_config = cast("dict[str, CompositionConfig]", Configs(self.peft_config))
         with config.building():
-            targets = target_layers(model)
-            _require_usable_name(adapter_name, targets)
-            injection = prepare(config, model, targets)
-            _require_usable_name(adapter_name, injection.ranks)
+            base = BaseModel(model)
+            require_usable_name(adapter_name, base.layers)
+            injection = prepare(config, base)
+            require_usable_name(adapter_name, injection.ranks)
             config.target_modules = list(injection.ranks)
             self._injection = injection
             if state_dict is not None:
@@ -282,7 +282,7 @@ class CompositionModel(BaseTuner):
         """The mixing weights of a composed module, shared where they are to be, and room for its factors."""
         injection = self._injection
         dtype, device = injection.dtypes[name], real_device(device)
-        block = _sharing_key(config, name)
+        block = sharing_key(config, name)
         if block not in injection.mixings:
             injection.mixings[block] = Mixing(config, torch.promote_types(dtype, torch.float32), device)
         factors = Factors(
@@ -391,27 +391,3 @@ def _at_the_module(key: str, injection: Injection) -> str:
     name = name_in_checkpoint(path, injection.ranks)
     owner = next((owner for owner, parameters in injection.parameters.items() if name in parameters), name)
     return f"{owner}{found}{rest}"
-
-
-def _require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
-    """Refuse names that would clash with another part of the keys of the state dict, or with `nn.ModuleDict`.
-
-    PEFT picks the tensors of one adapter by leaving out all keys that have another adapter's name as a part.
-    """
-    taken = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "A", "B", "weight", "bias"}
-    taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors", CONTAINER}
-    taken = taken.union(*(module.split(".") for module in module_names))
-    if not adapter_name or "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"A composition cannot be named {adapter_name!r}: the name becomes part of the keys of its weights. "
-            "Choose one without a dot that is not the name of a module or a parameter."
-        )
-
-
-def _sharing_key(config: CompositionConfig, module: str) -> str:
-    """Modules with the same key share one weight vector; a module outside any block has its own."""
-    if config.weight_sharing == "model":
-        return ""
-    if config.weight_sharing == "module":
-        return module
-    return block_of(module, config.layers_pattern) or module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .. import compat
 from ..config import CompositionConfig
+from ..names import CONTAINER
 from ..references import AdapterReference, LoraLayout
 from ..text import LONG, one_line
 from ..upstream.adapter import UpstreamAdapter, read_adapters
@@ -28,16 +28,8 @@ from ..upstream.processes import locate
 from ..upstream.shapes import LayerShape
 from ..upstream.stacking import StackedFactors, stack
 from .base_copies import warn_about_other_bases
-from .base_model import (
-    composed_parameters,
-    dtype_of,
-    model_dtype,
-    module_renamer,
-    num_labels,
-    shape_reader,
-    target_layers,
-)
-from .base_parameter import TargetParameter, find_parameter
+from .base_model import BaseModel
+from .base_parameter import TargetParameter
 from .fingerprint import carrier
 from .layer import CompositionLayer
 from .mixing import Mixing
@@ -66,44 +58,57 @@ class Injection:
     quantization_kwargs: dict[str, Any]
 
 
-def prepare(config: CompositionConfig, model: nn.Module, targets: dict[str, nn.Module]) -> Injection:
-    quantization_kwargs = get_quantization_kwargs(model)
-    dtype = model_dtype(model)
-    current_name = module_renamer(model, targets)
-    shape_of = shape_reader(targets, quantization_kwargs)
+def prepare(config: CompositionConfig, base: BaseModel) -> Injection:
+    """Read what a config asks for, check it against the base model, and record it in the config."""
     stacked = None
     sealed = None
     if config.is_restored:
-        sealed = current_name(carrier(config))
-        rename_recorded_modules(config, current_name)
-        require_recorded_modules(config, shape_of)
+        sealed = base.current_name(carrier(config))
+        rename_recorded_modules(config, base)
+        require_recorded_modules(config, base)
     if not config.is_restored or not config.save_adapters:
-        plan = _read(config, model, targets, shape_of, current_name)
-        stacked = stack(plan, {name: dtype_of(name, targets, dtype) for name in plan.factors})
+        plan = _read(config, base)
+        stacked = stack(plan, {name: base.dtype_of(name) for name in plan.factors})
         config.record(
             {module: plan.ranks(module) for module in plan.factors},
             [module for module in plan.factors if plan.is_biased(module)],
             (config.provenance if config.is_restored else None) or [adapter.provenance for adapter in plan.adapters],
         )
-    config.num_labels = num_labels(model)
-    if isinstance(model, PreTrainedModel):  # PEFT says so only of models without a task type, which may mislead
-        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config.num_labels = base.num_labels
+    if isinstance(base.model, PreTrainedModel):  # PEFT says so only of models without a task type, which may mislead
+        kind = type(base.model)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     assert config.composed_modules is not None
-    config.lora_layout = _lora_layout(config.composed_modules, targets)
-    shapes = {module: cast(LayerShape, shape_of(module)) for module in config.composed_modules}
+    config.lora_layout = _lora_layout(config.composed_modules, base)
+    shapes = {module: cast(LayerShape, base.shape_of(module)) for module in config.composed_modules}
     config.layer_sizes = {module: sizes_of(shape) for module, shape in shapes.items()}
     return Injection(
         ranks=config.composed_modules,
-        parameters=composed_parameters(config.composed_modules, targets),
+        parameters=base.parameters(config.composed_modules),
         biased=set(config.biased_modules or ()),
         shapes=shapes,
-        dtypes={module: dtype_of(module, targets, dtype) for module in config.composed_modules},
+        dtypes={module: base.dtype_of(module) for module in config.composed_modules},
         mixings={},
         layers={},
         stacked=stacked,
         awaits_fingerprint=sealed,
-        quantization_kwargs=quantization_kwargs,
+        quantization_kwargs=base.quantization_kwargs,
     )
+
+
+def require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
+    """Refuse names that would clash with another part of the keys of the state dict, or with `nn.ModuleDict`.
+
+    PEFT picks the tensors of one adapter by leaving out all keys that have another adapter's name as a part.
+    """
+    taken = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "A", "B", "weight", "bias"}
+    taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors", CONTAINER}
+    taken = taken.union(*(module.split(".") for module in module_names))
+    if not adapter_name or "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"A composition cannot be named {adapter_name!r}: the name becomes part of the keys of its weights. "
+            "Choose one without a dot that is not the name of a module or a parameter."
+        )
 
 
 def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[UpstreamAdapter]) -> None:
@@ -118,33 +123,22 @@ def require_composable(config: CompositionConfig, model: nn.Module, adapters: li
         AdapterError: one of them cannot be composed.
         ValueError: nothing is left to compose.
     """
-    targets = target_layers(model)
-    shape_of = shape_reader(targets, get_quantization_kwargs(model))
-    current_name = module_renamer(model, targets)
+    base = BaseModel(model)
     if config.check_base_model:
-        require_same_base(adapters, getattr(model, "name_or_path", None))
-        warn_about_other_names(adapters, getattr(model, "name_or_path", None))
-    plan = _match(config, model, targets, adapters, shape_of, current_name)
-    dtype = model_dtype(model)
-    stack(plan, {name: dtype_of(name, targets, dtype) for name in plan.factors})
+        require_same_base(adapters, base.name)
+        warn_about_other_names(adapters, base.name)
+    plan = _match(config, base, adapters)
+    stack(plan, {name: base.dtype_of(name) for name in plan.factors})
 
 
-def _match(
-    config: CompositionConfig,
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    adapters: list[UpstreamAdapter],
-    shape_of: Callable[[str], LayerShape | None],
-    current_name: Callable[[str], str],
-) -> CompositionPlan:
+def _match(config: CompositionConfig, base: BaseModel, adapters: list[UpstreamAdapter]) -> CompositionPlan:
     """Find what in the model the factors of adapters belong to."""
-    names: Iterable[str] = targets
-    if needs_unwrapping(adapters, targets):
-        adapters = [unwrap(adapter, targets, current_name) for adapter in adapters]
-        names = _names_in_order(adapters, targets, current_name)
-    is_wanted = _module_filter(config, model, targets, adapters, current_name)
-    plan = match(adapters, shape_of, names, current_name, is_wanted)
-    owners = composed_parameters(plan.factors, targets)
+    names: Iterable[str] = base.layers
+    if needs_unwrapping(adapters, base.layers):
+        adapters = [unwrap(adapter, base.layers, base.current_name) for adapter in adapters]
+        names = _names_in_order(adapters, base)
+    plan = match(adapters, base.shape_of, names, base.current_name, _module_filter(config, base, adapters))
+    owners = base.parameters(plan.factors)
     for owner, parameters in owners.items():
         if owner in plan.factors:
             raise ValueError(
@@ -154,23 +148,21 @@ def _match(
     return plan
 
 
-def _names_in_order(
-    adapters: list[UpstreamAdapter], targets: dict[str, nn.Module], current_name: Callable[[str], str]
-) -> list[str]:
+def _names_in_order(adapters: list[UpstreamAdapter], base: BaseModel) -> list[str]:
     """The modules in the model's order, each followed by those of its parameters that adapters touch."""
-    touched = {current_name(name) for adapter in adapters for name in adapter.modules}
-    parameters = composed_parameters(touched, targets)
+    touched = {base.current_name(name) for adapter in adapters for name in adapter.modules}
+    parameters = base.parameters(touched)
     names = []
-    for module, layer in targets.items():
+    for module, layer in base.layers.items():
         names.append(module)
         keys = {parameter.key: name for name, parameter in parameters.get(module, {}).items()}
         names += [keys[key] for key in layer._parameters if key in keys]
     return names
 
 
-def _lora_layout(composed: Collection[str], layers: Mapping[str, nn.Module]) -> LoraLayout:
+def _lora_layout(composed: Collection[str], base: BaseModel) -> LoraLayout:
     """What a plain LoRA on these modules says of the model; a regex where no list of name ends selects just them."""
-    owners = composed_parameters(composed, layers)
+    owners, layers = base.parameters(composed), base.layers
     attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]
     parameters = {
         owner: [key for key in layers[owner]._parameters if f"{owner}.{key}" in names]
@@ -204,13 +196,7 @@ def _name_ends(wanted: Collection[str], names: Iterable[str]) -> list[str] | Non
     return sorted(ends) if selected == set(wanted) else None
 
 
-def _read(
-    config: CompositionConfig,
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    shape_of: Callable[[str], LayerShape | None],
-    current_name: Callable[[str], str],
-) -> CompositionPlan:
+def _read(config: CompositionConfig, base: BaseModel) -> CompositionPlan:
     """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
     references = config.references
     hashes: list[str | None] = [None] * len(references)
@@ -224,22 +210,20 @@ def _read(
     located = locate(references, with_cards=not config.is_restored)
     adapters = read_adapters(located, hashes)
     if config.check_base_model:
-        require_same_base(adapters, getattr(model, "name_or_path", None))
-    plan = _match(config, model, targets, adapters, shape_of, current_name)
+        require_same_base(adapters, base.name)
+    plan = _match(config, base, adapters)
     if config.is_restored:
         require_recorded_ranks(config, plan)
     else:
-        _warn_about_what_is_not_mixed(config, adapters, current_name)
+        _warn_about_what_is_not_mixed(config, base, adapters)
         if config.check_base_model:
-            warn_about_other_names(adapters, getattr(model, "name_or_path", None))
-        warn_about_other_bases(adapters, targets, current_name)
+            warn_about_other_names(adapters, base.name)
+        warn_about_other_bases(adapters, base)
     return plan
 
 
-def _warn_about_what_is_not_mixed(
-    config: CompositionConfig, adapters: list[UpstreamAdapter], current_name: Callable[[str], str]
-) -> None:
-    is_saved = cache(lambda module: _is_saved(config, current_name(module)))
+def _warn_about_what_is_not_mixed(config: CompositionConfig, base: BaseModel, adapters: list[UpstreamAdapter]) -> None:
+    is_saved = cache(lambda module: _is_saved(config, base.current_name(module)))
     trained = {f"{a.name!r}: {module}" for a in adapters for module in a.modules if is_saved(module)}
     if trained:
         warnings.warn(
@@ -256,11 +240,7 @@ def _is_saved(config: CompositionConfig, module: str) -> bool:
 
 
 def _module_filter(
-    config: CompositionConfig,
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    adapters: list[UpstreamAdapter],
-    current_name: Callable[[str], str],
+    config: CompositionConfig, base: BaseModel, adapters: list[UpstreamAdapter]
 ) -> Callable[[str], bool]:
     """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`.
 
@@ -270,7 +250,7 @@ def _module_filter(
         return (config.composed_modules or {}).__contains__
 
     def names_of(name: str) -> list[str]:
-        parameter = find_parameter(targets, name)
+        parameter = base.parameter(name)
         if parameter is None:
             return [name]
         # As in PEFT, an attention is composed as a whole or not at all.
@@ -281,7 +261,7 @@ def _module_filter(
     if target_modules is None:
         # As a list of last name parts, because PEFT applies layers_to_transform to such lists alone.
         spelled = {module for adapter in adapters for module in adapter.modules}
-        names = {name for module in spelled for name in (module, *names_of(current_name(module)))}
+        names = {name for module in spelled for name in (module, *names_of(base.current_name(module)))}
         target_modules = {name.rpartition(".")[2] for name in names}
     rules = SimpleNamespace(
         target_modules=target_modules,
@@ -292,7 +272,7 @@ def _module_filter(
         layers_pattern=config.layers_pattern,
         task_type=config.task_type,
     )
-    compat.maybe_include_all_linear_layers(cast(PeftConfig, rules), model)
+    compat.maybe_include_all_linear_layers(cast(PeftConfig, rules), base.model)
 
     def is_wanted(name: str) -> bool:
         found = [check_target_module_exists(rules, candidate) for candidate in names_of(name)]

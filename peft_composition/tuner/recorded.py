@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from ..config import CompositionConfig
 from ..record import Recorded
 from ..text import one_line, quoted
 from ..upstream.matching import CompositionPlan
 from ..upstream.shapes import LayerShape
+from .base_model import BaseModel
 
 
 # Factors of one adapter that are larger than this and larger than so many copies of the weight which they update are
@@ -59,19 +60,19 @@ def _product(sizes: Collection[int]) -> int:
     return result
 
 
-def rename_recorded_modules(config: CompositionConfig, current_name: Callable[[str], str]) -> None:
+def rename_recorded_modules(config: CompositionConfig, base: BaseModel) -> None:
     """Bring the module names of a checkpoint from an older transformers up to date."""
     composed = config.composed_modules or {}
-    config.composed_modules = {current_name(module): ranks for module, ranks in composed.items()}
-    config.biased_modules = [current_name(module) for module in config.biased_modules or ()]
+    config.composed_modules = {base.current_name(module): ranks for module, ranks in composed.items()}
+    config.biased_modules = [base.current_name(module) for module in config.biased_modules or ()]
     if config.layer_sizes is not None:
-        config.layer_sizes = {current_name(module): sizes for module, sizes in config.layer_sizes.items()}
+        config.layer_sizes = {base.current_name(module): sizes for module, sizes in config.layer_sizes.items()}
 
 
-def require_recorded_modules(config: CompositionConfig, shape_of: Callable[[str], LayerShape | None]) -> None:
+def require_recorded_modules(config: CompositionConfig, base: BaseModel) -> None:
     """A checkpoint fits only a model that has all its modules."""
     for module in config.composed_modules or {}:
-        shape = shape_of(module)
+        shape = base.shape_of(module)
         if shape is None:
             raise ValueError(
                 f"The saved composition has module {module!r}, which does not exist in the model. It was made for "
