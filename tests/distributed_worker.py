@@ -31,7 +31,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, MixedPrecisionPolicy, StateDictType
+from torch.distributed.fsdp import (
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -134,6 +140,7 @@ def outcome(trainer: Trainer) -> dict[str, Any]:
     """What is compared between processes and with a run in one process."""
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry],
         "weights": trained(trainer.model),
         "is_ddp": type(trainer.model_wrapped).__name__ == "DistributedDataParallel",
         "traffic": trainer.traffic,  # type: ignore[attr-defined]
@@ -210,15 +217,22 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def steps(
-    model: nn.Module, ranks: Sequence[int], numbers: Sequence[int], optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    ranks: Sequence[int],
+    numbers: Sequence[int],
+    optimizer: torch.optim.Optimizer | None = None,
+    factor: float = 1,
 ) -> list[float]:
-    """Train on the examples of some ranks; returns the losses, averaged over all processes."""
+    """Train on the examples of some ranks; returns the losses, averaged over all processes.
+
+    The gradients of the last step stay; all are multiplied by `factor`.
+    """
     optimizer = optimizer or optimizer_of(model)
     losses = []
     for number in numbers:
         loss = torch.stack([model(**batch(number, rank)).loss for rank in ranks]).mean()
         optimizer.zero_grad()
-        loss.backward()
+        (factor * loss).backward()
         optimizer.step()
         mean = loss.detach()
         if dist.is_initialized():
@@ -233,12 +247,19 @@ def logits_of(model: nn.Module) -> Tensor:
         return model.eval()(**batch(99, 0)).logits
 
 
-def plain(inputs: Path, checkpointing: bool = False, **fields: Any) -> dict[str, Any]:
-    """What one process computes with the examples of both."""
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that the last step has left, by the parameters' names."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return whole({name: gradient.detach().clone() for name, gradient in found.items() if gradient is not None})
+
+
+def plain(inputs: Path, checkpointing: bool = False, factor: float = 1, **fields: Any) -> dict[str, Any]:
+    """What one process computes with the examples of both; `factor` as in `steps`."""
     model = composition([str(inputs / "first"), str(inputs / "second")], **fields).train()
-    losses = steps(model, range(WORLD_SIZE), range(6))
+    losses = steps(model, range(WORLD_SIZE), range(6), factor=factor)
     return {
         "losses": losses,
+        "gradients": gradients(model),
         "weights": trained(model),
         "logits": logits_of(model),
         "mixing": model.mixing_weights(),
@@ -265,6 +286,7 @@ def fsdp2(
     sharded = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(sharded, checkpoint_id=str(folder.with_name("dcp")))
     losses += steps(model, [dist.get_rank()], range(3, 6), optimizer)
+    left = gradients(model)
 
     resumed = build()
     optimizer = optimizer_of(resumed)
@@ -280,6 +302,7 @@ def fsdp2(
     dtypes = dtypes_in_forward(model)
     return {
         "losses": losses,
+        "gradients": left,
         "weights": whole(trained(model)),
         "resumed": whole(trained(resumed)),
         "logits": logits_of(model),
@@ -291,6 +314,20 @@ def fsdp2(
         "merge": error_of(model.merge_adapter),
         "export": error_of(lambda: to_lora(model)),
     }
+
+
+def gradients_of_lora(model: nn.Module, ranks: Sequence[int]) -> dict[str, Tensor]:
+    """Of the first step, as a witness."""
+    steps(model.train(), ranks, range(1))
+    return gradients(model)
+
+
+def fsdp2_lora() -> dict[str, Tensor]:
+    model = lora()
+    for module in model.modules():
+        if type(module).__name__ == "BertLayer":
+            fully_shard(module)
+    return gradients_of_lora(fully_shard(model), [dist.get_rank()])
 
 
 def whole(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -342,6 +379,8 @@ def fsdp1(inputs: Path, folder: Path, **fields: Any) -> dict[str, Any]:
         inner, auto_wrap_policy=fsdp_auto_wrap_policy(inner), use_orig_params=True, device_id=torch.device("cpu")
     )
     losses = steps(model, [dist.get_rank()], range(6))
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        left = {name.replace("_fsdp_wrapped_module.", ""): gradient for name, gradient in gradients(model).items()}
     saved = folder.with_name("full1")
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
         full = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -350,6 +389,7 @@ def fsdp1(inputs: Path, folder: Path, **fields: Any) -> dict[str, Any]:
     weights = {name: full[name] for name, p in composition(adapters, **fields).named_parameters() if p.requires_grad}
     return {
         "losses": losses,
+        "gradients": left,
         "weights": weights,
         "logits": logits_of(model),
         "again": logits_of(model),
@@ -364,7 +404,7 @@ FSDP2_RUNS: dict[str, dict[str, Any]] = {**VARIANTS, "checkpointing": {"checkpoi
 
 def fsdp(inputs: Path, folder: Path) -> dict[str, Any]:
     runs: dict[str, Callable[[], Any]] = {}
-    runs["fsdp1 module"] = lambda: fsdp1(inputs, folder)
+    runs["LoRA"] = fsdp2_lora
     for name, fields in FSDP2_RUNS.items():
         runs[f"fsdp2 {name}"] = lambda fields=fields: fsdp2(inputs, folder, **fields)
     for sharing in ("module", "model"):

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from peft_composition.training import _weights_by_composition
 from peft_composition.tuner.mixing import Mixing
 
 from . import tiny
+from .ports import free_port
 from .test_trainer import Sentences, StopAt
 
 
@@ -553,8 +553,7 @@ def train_in_parallel(rank: int, port: int, adapters: list[str], folder: Path) -
 
 @pytest.mark.xdist_group("forked")
 def test_two_processes_warm_up_alike_and_one_logs(adapters: list[str], tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     processes = [start(train_in_parallel, rank, port, adapters, tmp_path) for rank in range(2)]
     for process in processes:
         process.join(120)

@@ -72,3 +72,8 @@ def loaded_by_transformers(test: Callable[..., None]) -> Callable[..., None]:
 
 # The Trainer before 5.18 reads the optimizer of several CPU processes onto "cpu:0", which PyTorch does not know.
 TRANSFORMERS_RESUMES_ON_GPUS_ALONE = Version(version("transformers")) < Version("5.18")
+
+
+# gloo before PyTorch 2.9 adds in `reduce_scatter` where it is asked for a mean (pytorch issue 162338): under FSDP2 on
+# CPUs, gradients are multiplied by the number of processes. NCCL does as it is told.
+GLOO_ADDS_FOR_MEANS = Version(torch.__version__) < Version("2.9")
