@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent
 LOCKS = ROOT / "requirements"
 UV = "uv==0.13.9"  # makes the lock and the environments of the lowest and the newest versions; see `install_range`
 
+SITE = ["-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-b", "html", "docs", "build/docs"]
+
 # command -> (lock that it installs, what it runs)
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "demo": ("demo", [["examples/quickstart.py"]]),
@@ -29,8 +31,9 @@ COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "benchmark": ("benchmark", [["-m", "benchmarks"]]),
     "check": (
         "dev",
-        [["-m", "ruff", "format", "--check", "."], ["-m", "ruff", "check", "."], ["-m", "mypy"]],
+        [["-m", "ruff", "format", "--check", "."], ["-m", "ruff", "check", "."], ["-m", "mypy"], SITE],
     ),
+    "docs": ("dev", [SITE]),
 }
 # What must hold at both ends of the range of versions.
 CORE_TESTS = [

@@ -7,7 +7,7 @@
   load      adapters into a model, saving it, loading that again; relative to this library
   export    a composition as one LoRA of rank 16; relative to this library
   all       every table, then report
-  report    results -> Markdown and plots, and the performance block of the README
+  report    results -> Markdown and plots, and the block of docs/concepts/performance.md
 
 Each table is written to <out>/<table>-<device>.json. A GPU is used where there is one, with bfloat16 and CUDA events,
 and N = 256 is added there.
@@ -30,6 +30,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "concepts" / "performance.md"
 TABLES = ("train", "forward", "generate", "linear", "load", "export")
 MODELS = ("vit", "t5", "llama", "tiny-vit", "tiny-llama")
 
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         "--add", action="store_true", help="keep what the table has from earlier runs on this machine, case by case"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file whose block is replaced")
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="the file whose block is replaced; default: %(default)s"
+    )
     return parser
 
 
@@ -72,14 +75,14 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.table in ("all", "report"):
-            around_block(options.readme)  # before half an hour of measuring, not after it
+            around_block(options.page)  # before half an hour of measuring, not after it
         if options.table != "report":
             from .run import run_tables  # imports torch, which a report does not need
 
             with tempfile.TemporaryDirectory() as folder:
                 run_tables(TABLES if options.table == "all" else [options.table], options, Path(folder))
         if options.table in ("all", "report"):
-            written = write_report(options.out, options.readme)
+            written = write_report(options.out, options.page)
             print("Wrote " + ", ".join(path.name for path in written))
     except UsageError as error:
         parser.error(str(error))

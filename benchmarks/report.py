@@ -1,4 +1,4 @@
-"""Results as Markdown: all of them on a page of their own, and the few that matter most in a block of the README."""
+"""Results as Markdown: all of them on a page of their own, the few that matter most in a block of the docs."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ composition needs. Saved for backward are all tensors that autograd keeps and th
 of all tensors, parameters and optimizer included."""
 
 
-def write_report(folder: Path, readme: Path) -> list[Path]:
-    """Write the page and the plots beside the results, and replace the block of the README.
+def write_report(folder: Path, summary: Path) -> list[Path]:
+    """Write the page and the plots beside the results, and replace the block of another page.
 
     Args:
         folder: of the results.
-        readme: a Markdown file with the lines `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`.
+        summary: a Markdown file with the lines `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`.
 
     Returns:
         The files that were written.
 
     Raises:
-        UsageError: there are no results, or the README does not have both lines, once each and in this order.
+        UsageError: there are no results, or `summary` does not have both lines, once each and in this order.
     """
     results = read_all(folder, TITLES)
-    before, after = around_block(readme)
+    before, after = around_block(summary)
     plots = {
         (found.device, model): plot_training(found, model, folder / f"train-{found.device}-{model}.png")
         for found in results
@@ -54,10 +54,10 @@ def write_report(folder: Path, readme: Path) -> list[Path]:
     }
     page = folder / PAGE
     page.write_text(_page(results, plots))
-    place = Path(os.path.relpath(folder.resolve(), readme.resolve().parent)).as_posix()
-    block = f"{BEGIN}\n{_readme_block(results, plots, place)}\n{END}"
-    readme.write_bytes(before + block.encode() + after)
-    return [page, *plots.values(), readme]
+    place = Path(os.path.relpath(folder.resolve(), summary.resolve().parent)).as_posix()
+    block = f"{BEGIN}\n{_summary_block(results, plots, place)}\n{END}"
+    summary.write_bytes(before + block.encode() + after)
+    return [page, *plots.values(), summary]
 
 
 # The page
@@ -156,12 +156,12 @@ def _capitalized(title: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-# The README's block
+# The block of the other page
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Rows of the README's table.
+    """Rows of its table.
 
     Attributes:
         table: which table they come from.
@@ -239,7 +239,7 @@ EXTRACTS = (
 )
 
 
-def _readme_block(results: Sequence[Results], plots: dict[tuple[str, str], Path], place: str) -> str:
+def _summary_block(results: Sequence[Results], plots: dict[tuple[str, str], Path], place: str) -> str:
     parts = []
     for device in dict.fromkeys(found.device for found in results):
         parts += _device_part({found.table: found for found in results if found.device == device})
@@ -278,15 +278,15 @@ def _device_part(own: dict[str, Results]) -> list[str]:
     return [table, f"{_capitalized(models)}. {_kind(some)}; {_machine(some)}.", f"Rows: {peers}."]
 
 
-def around_block(readme: Path) -> tuple[bytes, bytes]:
+def around_block(summary: Path) -> tuple[bytes, bytes]:
     """What stands before and after the block, to the byte.
 
     Raises:
         UsageError: it does not exist, or does not have both lines, once each and in this order.
     """
-    content = readme.read_bytes() if readme.is_file() else b""
+    content = summary.read_bytes() if summary.is_file() else b""
     begin, end = BEGIN.encode(), END.encode()
     if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
-        raise UsageError(f"{readme.name} needs the lines {BEGIN} and {END}, once each and in this order")
+        raise UsageError(f"{summary.name} needs the lines {BEGIN} and {END}, once each and in this order")
     before, _, rest = content.partition(begin)
     return before, rest.partition(end)[2]

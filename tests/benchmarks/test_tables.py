@@ -31,16 +31,16 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-README = b"# A project\r\n\r\n<!-- benchmarks:begin -->\nold figures\n<!-- benchmarks:end -->\r\n\r\n## Cite\n"
+PAGE = b"# A project\r\n\r\n<!-- benchmarks:begin -->\nold figures\n<!-- benchmarks:end -->\r\n\r\n## Cite\n"
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the results of all tables for the tiny models, and a README that the same command rewrote."""
+    """A folder with the results of all tables for the tiny models, and a page that the same command rewrote."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    (folder / "README.md").write_bytes(README)
+    (folder / "page.md").write_bytes(PAGE)
     words = ["all", "--models", "tiny-vit", "tiny-llama", "--adapters", "1", "5", "--repeats", "2"]
-    paths = ["--out", str(folder / "results"), "--readme", str(folder / "README.md")]
+    paths = ["--out", str(folder / "results"), "--page", str(folder / "page.md")]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *words, *paths],
         capture_output=True,
@@ -184,10 +184,10 @@ def test_the_page_holds_every_measurement_and_every_reason(everything: Path) -> 
                     assert size(entry.saved_bytes) in page
 
 
-def test_only_the_block_of_the_readme_changes(everything: Path) -> None:
-    before, _, rest = README.partition(b"<!-- benchmarks:begin -->")
+def test_only_the_block_of_the_page_changes(everything: Path) -> None:
+    before, _, rest = PAGE.partition(b"<!-- benchmarks:begin -->")
     after = rest.partition(b"<!-- benchmarks:end -->")[2]
-    content = (everything / "README.md").read_bytes()
+    content = (everything / "page.md").read_bytes()
     assert content.startswith(before + b"<!-- benchmarks:begin -->\n")
     assert content.endswith(b"\n<!-- benchmarks:end -->" + after)
     block = content[len(before) : -len(after)].decode()
@@ -203,9 +203,9 @@ def test_only_the_block_of_the_readme_changes(everything: Path) -> None:
 
 
 def test_a_report_of_the_same_results_changes_nothing(everything: Path) -> None:
-    files = [everything / "README.md", everything / "results" / "results.md"]
+    files = [everything / "page.md", everything / "results" / "results.md"]
     contents = [path.read_bytes() for path in files]
-    report.write_report(everything / "results", everything / "README.md")
+    report.write_report(everything / "results", everything / "page.md")
     assert [path.read_bytes() for path in files] == contents
 
 
@@ -249,16 +249,20 @@ def test_the_command_line_knows_all_tables_and_models() -> None:
     assert tuple(ARCHITECTURES) == command_line.MODELS
 
 
+def test_the_documentation_has_the_block() -> None:
+    report.around_block(command_line.PAGE)
+
+
 @pytest.mark.parametrize("content", ["no block", "<!-- benchmarks:end --> <!-- benchmarks:begin -->"])
-def test_a_readme_without_the_block_is_refused_and_left_as_it_was(content: str, tmp_path: Path) -> None:
+def test_a_page_without_the_block_is_refused_and_left_as_it_was(content: str, tmp_path: Path) -> None:
     summary = Summary.of([1.0])
     cell = Cell("m", 1, "LoRA", {"LoRA": Measurement(summary, summary)})
     Results("train", "cpu", "float32", "", {}, {"m": "model"}, {}, [cell]).write(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(content)
+    page = tmp_path / "page.md"
+    page.write_text(content)
     with pytest.raises(UsageError, match="benchmarks:begin"):
-        report.write_report(tmp_path, readme)
-    assert readme.read_text() == content
+        report.write_report(tmp_path, page)
+    assert page.read_text() == content
     assert not list(tmp_path.glob("*.md.*"))
     assert not (tmp_path / "results.md").exists()
 
