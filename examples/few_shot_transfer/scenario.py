@@ -208,7 +208,7 @@ class SimilaritySpec:
 
     Args:
         examples: of the new task's test split, equally many of each class.
-        part: what is compared, as in `peft_composition.similarity.layerwise_cka`.
+        part: what is compared, as in `peft_composition.analysis.layerwise_cka`.
     """
 
     examples: int = 256

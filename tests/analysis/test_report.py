@@ -125,7 +125,7 @@ def test_uniform_weights_are_one_colour() -> None:
 def test_without_a_package_its_extra_is_named() -> None:
     code = (
         "import sys; sys.modules.update(matplotlib=None, scipy=None)\n"
-        "from peft_composition.report import plot_weights, rank_correlations\n"
+        "from peft_composition.analysis import plot_weights, rank_correlations\n"
         "try: plot_weights({'m': {'a': 1.0}})\n"
         "except ImportError as error: print(error)\n"
         "try: rank_correlations({'m': {'a': 1, 'b': 2}}, {'m': {'a': 1, 'b': 2}})\n"
