@@ -24,7 +24,7 @@ except ImportError as missing:
     ) from None
 
 
-SUM_TOLERANCE = 2e-3  # as in `CompositionConfig`
+SUM_TOLERANCE = 2e-3  # as in `peft_composition.given_weights`
 HEATMAP_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of those that matplotlib writes
 
 

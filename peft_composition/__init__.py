@@ -16,6 +16,7 @@ from .checkpoint.card import complete_card, write_model_card  # noqa: E402
 from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora  # noqa: E402
 from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub  # noqa: E402
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
+from .evidence import fit_mixing_weights, score_adapters  # noqa: E402
 from .training import (  # noqa: E402
     HeadWarmupCallback,
     MixingWeightsCallback,
@@ -46,11 +47,13 @@ __all__ = [
     "MixingWeightsCallback",
     "add_to_checkpoint",
     "composition_optimizer",
+    "fit_mixing_weights",
     "last_complete_checkpoint",
     "lora_from_checkpoint",
     "mixing_weights",
     "parameter_groups",
     "push_to_hub",
+    "score_adapters",
     "to_lora",
     "write_model_card",
     "__version__",

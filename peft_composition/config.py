@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .drafts import CONFIG_DRAFT, draft_in
+from .given_weights import checked_weights
 from .public import without_local_paths
 from .record import require_valid_record, summary
 from .references import AdapterReference, LoraLayout, Provenance, named_references
-from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_list, as_text
+from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_text
 from .selection import layer_indices, layer_lists, names_or_expression, saved_modules
 from .text import shown
 from .version import __version__
@@ -42,8 +42,6 @@ DEFINING = (
     "layers_pattern",
 )
 DEFAULT_GAIN = {"softmax": 40.0, "none": 10.0}
-# Hand-written weights such as [0.333, 0.333, 0.333] are meant to sum to 1.
-SUM_TOLERANCE = 2e-3
 
 
 @dataclass
@@ -287,6 +285,22 @@ class CompositionConfig(PeftConfig):
         self.biased_modules = biased_modules
         self.provenance = provenance
 
+    def follow(self, weights: list[float]) -> None:
+        """Write down weights that a built model was given since, for its checkpoint.
+
+        Raises:
+            ValueError: this composition cannot have them; it stays as it was.
+        """
+        own, before = self.__dict__, self.weights
+        try:
+            own["weights"] = weights
+            own["weights"] = own["_known_weights"] = self._checked_weights()
+        except ValueError:
+            own["weights"] = before
+            raise
+        if self._as_loaded is not None:
+            self._as_loaded["weights"] = own["weights"]
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, as they are saved, with `target_modules` as requested."""
         return {**super().to_dict(), "target_modules": self.requested_target_modules}
@@ -339,48 +353,13 @@ class CompositionConfig(PeftConfig):
 
     def _checked_weights(self) -> list[float] | None:
         """`weights` as floats, for softmax with sum exactly 1."""
-        count = len(self.references)
         if self.weights is None:
             if self.mixing == "fixed":
                 raise ValueError('mixing="fixed" needs weights, one per adapter')
             return None
         if self.mixing == "uniform":
             raise ValueError('weights are given but mixing="uniform" ignores them; use "fixed" or "learned"')
-        given = as_list(self.weights)
-        if given is None:
-            raise ValueError(f"weights must be a list of numbers, got {self.weights!r}")
-        if len(given) != count:
-            raise ValueError(
-                f"weights has {len(given)} entries for {count} adapters ({', '.join(self.adapter_names)})"
-            )
-        weights = []
-        for name, entry in zip(self.adapter_names, given):
-            weight = as_float(entry)
-            if weight is None or not math.isfinite(weight):
-                raise ValueError(
-                    f"weights: the weight of adapter {name!r} must be a finite number, got {as_text(entry)}"
-                )
-            if abs(weight) > LARGEST_FLOAT32:
-                raise ValueError(
-                    f"weights: the weight of adapter {name!r} is {as_text(entry)}; float32, in which weights are "
-                    f"kept, ends at {LARGEST_FLOAT32:.2g}"
-                )
-            weights.append(weight)
-            if self.normalization == "softmax" and weight < 0:
-                raise ValueError(
-                    f'the weight of adapter {name!r} is {weight}; normalization="softmax" keeps weights non-negative, '
-                    'use normalization="none" for free weights'
-                )
-        if self.normalization == "none":
-            return weights
-        total = math.fsum(weights)
-        if abs(total - 1) > SUM_TOLERANCE:
-            raise ValueError(
-                f'weights sum to {total:g}; normalization="softmax" keeps their sum at 1, '
-                'use normalization="none" for free weights'
-            )
-        # Once divided they stay what they are, however often they are saved and read.
-        return weights if math.isclose(total, 1, rel_tol=1e-12) else [weight / total for weight in weights]
+        return checked_weights(self.weights, self.adapter_names, self.normalization)
 
 
 def _remove_outdated_weights(folder: Path) -> None:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 import peft_composition
 import peft_composition_cli
 from peft_composition import CompositionConfig
-from peft_composition.config import SUM_TOLERANCE
+from peft_composition.given_weights import SUM_TOLERANCE
 from peft_composition_cli import app
 
 from . import tiny

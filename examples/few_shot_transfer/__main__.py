@@ -41,6 +41,29 @@ def run(
 
 
 @app.command()
+def evidence(
+    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list) or a YAML file.")],
+    target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
+    shots: Annotated[str, typer.Option(help="Comma-separated.")] = "2,5,20",
+    seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: likelihood-vote, vote, stacking.")
+    ] = "likelihood-vote",
+    output: Output = Path("study-output"),
+) -> None:
+    """Mixing weights chosen by evidence against the uniform mix, over many draws with frozen bodies."""
+    from . import evidence as measuring
+    from . import scenario
+
+    be_quiet()
+    spec = scenario.load(scenario_name)
+    path = output / "evidence" / f"{spec.name}.jsonl"
+    chosen = [int(k) for k in shots.split(",")]
+    measuring.append(measuring.compare(spec, output, target, chosen, seeds, methods.split(",")), path)
+    typer.echo(measuring.gains(measuring.read(path), methods.split(",")))
+
+
+@app.command()
 def report(
     scenarios: Annotated[list[str] | None, typer.Argument(help="Default: all that have results.")] = None,
     output: Output = Path("study-output"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import cast
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
@@ -26,6 +27,54 @@ def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer
     """All composed modules and parameters of a model, with their names in the base model without any wrappers."""
     for name, _, layer in located_layers(model):
         yield name, layer
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, nn.DataParallel or torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def composition_of(
+    model: nn.Module, adapter_name: str | None
+) -> tuple[str, CompositionConfig, dict[str, CompositionLayer]]:
+    """A composition in a model, whatever way it came into it: its name, its config and all composed layers.
+
+    Args:
+        model: wrapped or not.
+        adapter_name: name of the composition. Default: the active one.
+
+    Raises:
+        ValueError: there is no composition, or none of that name, or several are active and none is named.
+    """
+    base = unwrapped(model)
+    while isinstance(base, (PeftModel, BaseTuner)):
+        base = cast(nn.Module, base.base_model if isinstance(base, PeftModel) else base.model)
+    layers = dict(composition_layers(base))
+    if not layers:
+        raise ValueError(
+            f"The model ({type(base).__name__}) holds no composition: it never did, or it was merged "
+            "(merge_and_unload) or unloaded. Read the weights before that, or load the saved composition."
+        )
+    stated = getattr(base, "peft_config", None) or {}
+    configs = {name: config for name, config in stated.items() if isinstance(config, CompositionConfig)}
+    if adapter_name is None:
+        held = {
+            name for layer in layers.values() for name in layer.active_adapters if name in layer.composition_mixing
+        }
+        active = [name for name in configs if name in held]
+        if len(active) != 1:
+            state = f"{active} are active" if active else f"none is active of {sorted(configs)}"
+            raise ValueError(f"The mixing weights of which composition? Say adapter_name=...; {state}.")
+        adapter_name = active[0]
+    if adapter_name not in configs:
+        raise ValueError(f"There is no composition {adapter_name!r}; there are {sorted(configs)}.")
+    return adapter_name, configs[adapter_name], layers
 
 
 def located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLayer]]:

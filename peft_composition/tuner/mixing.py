@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,21 @@ class Mixing(nn.Module):
             with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
                 self._start = torch.tensor(self.start, dtype=dtype, device=device)
         return self._start
+
+    def restart(self, weights: Sequence[float]) -> None:
+        """Take other weights in place of the present ones: constants, or a start for training with theta at zero."""
+        kept, theta = self._start, self.weight
+        if theta is None:
+            self.start = list(weights)
+        else:
+            self.start = functional.starting_logits(weights, self.normalization)
+            with torch.no_grad():
+                theta.zero_()
+        self._start = None
+        if kept is not None:
+            self._start_on(kept.device, kept.dtype)
+        elif theta is not None:
+            self._start_on(real_device(theta.device), torch.promote_types(theta.dtype, torch.float32))
 
     def reset(self, device: torch.device) -> None:
         """Put theta at zero on `device`, also where it was created on the meta device."""

@@ -81,3 +81,10 @@ def test_where_there_is_none_it_says_why(config: CompositionConfig, tmp_path: Pa
     for path in (tmp_path, str(tmp_path)):
         with pytest.raises(TypeError, match=r"Load the composition first .* peft-composition weights FOLDER"):
             mixing_weights(path)  # type: ignore[arg-type]
+
+
+def test_within_a_wrapper_for_several_devices(pair) -> None:
+    model = tiny.compose("mlp", pair("mlp"))
+    expected = mixing_weights(model)
+    assert mixing_weights(nn.DataParallel(model)) == expected
+    assert mixing_weights(torch.compile(nn.DataParallel(model), backend="eager")) == expected

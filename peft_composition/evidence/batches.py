@@ -1,0 +1,136 @@
+"""The K examples as batches: from a DataLoader, a data set or a list, the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
+
+from ..text import one_line
+
+
+Batch = dict[str, Any]
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+LABELS = ("labels", "label")
+
+
+def read_batches(data: Any, collate: Collate | None, batch_size: int) -> list[Batch]:
+    """All batches, read once: every candidate meets the same examples in the same order.
+
+    Args:
+        data: a `DataLoader`; an iterable of batches; or a data set or list of rows.
+        collate: makes a batch of rows. Default: transformers' `default_data_collator` makes it.
+        batch_size: for rows.
+
+    Returns:
+        Batches with a tensor under `"labels"`; in every process those of the first.
+
+    Raises:
+        ValueError: there is no batch, one is no mapping or has no labels, or the loader gives each process a part.
+    """
+    if processes() == 1:
+        return _read(data, collate, batch_size)
+    shared: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            shared = [_read(data, collate, batch_size)]
+        except Exception as error:  # the others must not wait for batches that do not come
+            shared = [error]
+    dist.broadcast_object_list(shared, src=0)
+    if isinstance(shared[0], Exception):
+        raise shared[0]
+    return shared[0]
+
+
+def processes() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def inputs_on(batch: Batch, model: nn.Module, with_labels: bool) -> Batch:
+    """What the model is called with, on its device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+        if with_labels or key != "labels"
+    }
+
+
+def _read(data: Any, collate: Collate | None, batch_size: int) -> list[Batch]:
+    if isinstance(data, DataLoader) and processes() > 1:
+        is_prepared = type(data) is not DataLoader  # by accelerate, which gives each process a part
+        if is_prepared or isinstance(data.sampler, DistributedSampler):
+            raise ValueError(
+                f"This {type(data).__name__} gives each process a part of the examples. Pass the data set, or the "
+                "DataLoader as it was before accelerate prepared it: processes share candidates, not examples."
+            )
+    batches = [_checked(batch) for batch in _batches(data, collate, batch_size)]
+    if not batches:
+        raise ValueError("there are no examples to score adapters on")
+    return batches
+
+
+def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[Any]:
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"data must be batches or rows, got a single mapping of {one_line(list(data))}; put it in a list"
+        )
+    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        return data
+    if collate is None and (not len(data) or _is_batch(data[0])):
+        return data
+    if collate is None:
+        from transformers import default_data_collator
+
+        first = data[0]
+        collate = default_data_collator if isinstance(first, Mapping) else default_collate
+    rows = [data[index] for index in range(len(data))]
+    return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _is_batch(first: Any) -> bool:
+    """Whether an entry of a list is a batch and not a row: its labels are a tensor, and it has no fewer dimensions.
+
+    Labels of one dimension are classes of a batch, or the tokens of one row: then the input ids have one, too.
+    """
+    labels = _labels(first) if isinstance(first, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        return False
+    ids = first.get("input_ids")
+    return labels.dim() > 1 or not isinstance(ids, Tensor) or ids.dim() > 1
+
+
+def _checked(batch: Any) -> Batch:
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch must be a mapping of the model's arguments, got {type(batch).__name__}")
+    labels = _labels(batch)
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"a batch must have a tensor of labels under 'labels', got {type(labels).__name__}; it has "
+            f"{one_line(sorted(map(str, batch)))}"
+        )
+    if labels.is_floating_point() or labels.dim() not in (1, 2) or not labels.numel():
+        raise ValueError(
+            "labels must be whole numbers: one class for each example, shape (examples,), or the tokens of its "
+            f"answer, shape (examples, positions); got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    return {**{key: value for key, value in batch.items() if key not in LABELS}, "labels": labels}
+
+
+def _labels(batch: Mapping[str, Any]) -> Any:
+    return next((batch[key] for key in LABELS if key in batch), None)
+
+
+def all_labels(batches: Sequence[Batch]) -> Tensor | None:
+    """The class of every example, shape (n,); None where the labels are tokens."""
+    dims = {batch["labels"].dim() for batch in batches}
+    if dims == {1}:
+        return torch.cat([batch["labels"].cpu() for batch in batches])
+    if dims == {2}:
+        return None
+    raise ValueError("some batches have one label for each example, others several")

@@ -1,0 +1,166 @@
+"""`fit_mixing_weights`: mixing weights from evidence, put into a composition in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..tuner.mixing import Mixing
+from .batches import Collate
+from .passes import Candidate, Composition, Kind, Passed, Precision, candidates, composition_in, passes, read_examples
+from .posterior import Answers, posterior
+from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
+from .table import DRAWS, EvidenceReport, tabulate
+from .weights import spread_uniform, stack, vote
+
+
+Method = Literal["auto", "likelihood-vote", "vote", "stacking", "posterior"]
+METHODS = get_args(Method)
+_MIXES: tuple[Kind, ...] = ("adapter", "uniform")
+
+
+def fit_mixing_weights(
+    model: nn.Module,
+    data: Any,
+    method: Method = "auto",
+    *,
+    adapter_name: str | None = None,
+    head: str | nn.Module | None = None,
+    collate: Collate | None = None,
+    batch_size: int = 16,
+    mixed_precision: Precision = "no",
+    seed: int = 0,
+) -> EvidenceReport:
+    """Choose mixing weights by how well adapters predict examples that they were not fitted to; no validation set.
+
+    Of a fixed composition these become its weights, of a learned one the weights that training starts from (and that
+    weight decay pulls back to); what it had learned before is given up. Every module gets the same weights. A
+    checkpoint that is saved afterwards has them.
+
+    - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
+      them most likely, by leave-one-out predictions of class means.
+    - `"vote"` (classifiers): the same by leave-one-out margins, which are less steep.
+    - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
+      2018).
+    - `"posterior"` (causal and encoder-decoder models): the probability of each adapter given the answers.
+
+    In the first three the uniform mix is a candidate, too, whose share all adapters get evenly. No weight is below
+    1e-4.
+
+    Args:
+        model: a model with a fixed or learned composition, neither merged nor disabled.
+        data: the examples, as for `score_adapters`.
+        method: one of the above. Default: `"likelihood-vote"` where labels are classes, `"posterior"` where they are
+            tokens.
+        adapter_name: of the composition. Default: the active one.
+        head: as for `score_adapters`.
+        collate: as for `score_adapters`.
+        batch_size: as for `score_adapters`.
+        mixed_precision: as for `score_adapters`.
+        seed: of the bootstraps. The same seed gives the same weights.
+
+    Returns:
+        The weights, the scores behind them, and why. With one example of each class nothing can be left out: then the
+        weights are uniform, and `reason` says so.
+
+    Raises:
+        ValueError: as `score_adapters`; or a uniform composition, or a method for other labels. The composition is as
+            it was.
+
+    Example:
+        >>> print(fit_mixing_weights(model, support_set))
+        >>> Trainer(model, args, train_dataset=support_set).train()
+    """
+    started = time.perf_counter()
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    composition = composition_in(model, adapter_name)
+    if composition.config.mixing == "uniform":
+        raise ValueError(
+            f'The composition {composition.name!r} has mixing="uniform", which has no weights to set. Compose with '
+            'mixing="learned", or with mixing="fixed" and any weights.'
+        )
+    examples = read_examples(composition.model, data, head, collate, batch_size)
+    chosen, reason = _choose(method, examples.labels)
+    names = composition.config.adapter_names
+    scores = None
+    weights = [1 / len(names)] * len(names)
+    if chosen != "uniform":
+        mixes = candidates(composition, _MIXES)
+        passed = passes(composition.model, mixes, examples, mixed_precision)
+        scores = tabulate(mixes, passed, len(examples), seed)
+        weights = _WEIGHTS[chosen](mixes, passed, seed).tolist()
+    put_weights(composition, weights)
+    return EvidenceReport(chosen, dict(zip(names, weights)), reason, scores, time.perf_counter() - started)
+
+
+def put_weights(composition: Composition, weights: Sequence[float]) -> None:
+    """Give a composition other weights, the same in all modules: constants, or the start of those that train."""
+    composition.config.follow(list(weights))
+    for mixing in {id(own): own for own in map(_mixing_of(composition.name), composition.layers.values())}.values():
+        mixing.restart(weights)
+    for layer in composition.layers.values():  # what was folded with the old ones is given up
+        layer.swap_mixing(composition.name, cast(Mixing, layer.composition_mixing[composition.name]))
+
+
+def _mixing_of(name: str) -> Callable[[Any], Mixing]:
+    return lambda layer: cast(Mixing, layer.composition_mixing[name])
+
+
+def _choose(method: Method, labels: Tensor | None) -> tuple[str, str]:
+    """The method, and why."""
+    if labels is None:
+        if method not in ("auto", "posterior"):
+            raise ValueError(
+                f'method={method!r} needs one class for each example; these labels are tokens: use "posterior".'
+            )
+        return "posterior", "labels are tokens of answers"
+    if method == "posterior":
+        raise ValueError(
+            'method="posterior" needs the tokens of answers as labels, shape (examples, positions); these labels are '
+            'classes: use "likelihood-vote", "vote" or "stacking".'
+        )
+    classes, counts = labels.unique(return_counts=True)
+    if len(classes) == 1:
+        raise ValueError(f"All {len(labels)} examples are of class {int(classes[0])}: nothing can be told apart.")
+    most = int(counts.max())
+    if most == 1:
+        return "uniform", "one example of each class: none can be left out and compared with others of its class"
+    least = int(counts.min())
+    return (
+        "likelihood-vote" if method == "auto" else method
+    ), f"{least if least == most else f'{least} to {most}'} of a class"
+
+
+def _by_stacking(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
+    found = [log_likelihoods(cast(LeftOut, own.found)) for own in passed]
+    return spread_uniform(stack(torch.stack(found, dim=1)))
+
+
+def _by_vote(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
+    return _elected([margins(cast(LeftOut, own.found)) for own in passed], seed)
+
+
+def _by_likelihood_vote(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
+    return _elected([log_likelihoods(cast(LeftOut, own.found)) for own in passed], seed)
+
+
+def _elected(values: Sequence[Tensor], seed: int) -> Tensor:
+    return spread_uniform(vote(torch.stack(list(values), dim=1), bayesian_bootstrap(len(values[0]), DRAWS, seed)))
+
+
+def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
+    adapters = [cast(Answers, own.found) for candidate, own in zip(mixes, passed) if candidate.kind == "adapter"]
+    return posterior(torch.stack([own.nll for own in adapters], dim=1), adapters[0].tokens)
+
+
+_WEIGHTS = {
+    "likelihood-vote": _by_likelihood_vote,
+    "vote": _by_vote,
+    "stacking": _by_stacking,
+    "posterior": _by_posterior,
+}

@@ -1,0 +1,255 @@
+"""One forward pass over the K examples for every candidate mix: each adapter alone, their uniform mix, the base."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import CompositionConfig
+from ..text import quoted
+from ..tuner.layer import CompositionLayer
+from ..tuner.locating import composition_of, unwrapped
+from ..tuner.single import mixed_by, one_adapter
+from .batches import Batch, Collate, all_labels, inputs_on, processes, read_batches
+from .heads import Features, find_head
+from .posterior import Answers, answers
+from .scores import LeftOut, leave_one_out_distances
+
+
+Kind = Literal["adapter", "uniform", "base"]
+Precision = Literal["no", "bf16", "fp16"]
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composition in a model.
+
+    Attributes:
+        model: what is called.
+        name: of the composition.
+        config: its config.
+        layers: its composed modules and parameters, by their names in the base model.
+    """
+
+    model: nn.Module
+    name: str
+    config: CompositionConfig
+    layers: Mapping[str, CompositionLayer]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mix that can be scored.
+
+    Attributes:
+        name: of the adapter, or "uniform" or "base".
+        kind: what it is.
+        switch: makes a context inside of which the model is so, and after which it is as before.
+    """
+
+    name: str
+    kind: Kind
+    switch: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What candidates are scored on.
+
+    Attributes:
+        batches: the examples.
+        labels: the class of each, shape (n,); None where they have answers.
+        head: whose features are scored; for classes.
+    """
+
+    batches: Sequence[Batch]
+    labels: Tensor | None
+    head: nn.Module | None
+
+    def __len__(self) -> int:
+        return sum(len(batch["labels"]) for batch in self.batches)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one pass of a candidate gave, and the seconds it took."""
+
+    found: LeftOut | Answers
+    seconds: float
+
+
+def composition_in(model: nn.Module, adapter_name: str | None) -> Composition:
+    """The composition that is to be scored.
+
+    Args:
+        model: a model with a composition, in whatever wrapper.
+        adapter_name: its name. Default: the active one.
+
+    Raises:
+        ValueError: there is none, or several are active and none is named, or it is merged or disabled.
+    """
+    adapter_name, config, layers = composition_of(model, adapter_name)
+    own = {name: layer for name, layer in layers.items() if adapter_name in layer.composition_factors}
+    for name, layer in own.items():
+        if layer.merged or layer.disable_adapters:
+            state = "merged into" if layer.merged else "disabled in"
+            raise ValueError(f"Adapters are {state} module {quoted(name)}: every mix would give the same there.")
+        if adapter_name not in layer.active_adapters:
+            raise ValueError(
+                f"The composition {adapter_name!r} is not active: call set_adapter({adapter_name!r}) first."
+            )
+    return Composition(unwrapped(model), adapter_name, config, own)
+
+
+def candidates(composition: Composition, kinds: Sequence[Kind]) -> list[Candidate]:
+    """The mixes of a composition: its adapters alone in their order, then their uniform mix, then the base model."""
+    layers, name = list(composition.layers.values()), composition.name
+    names = composition.config.adapter_names
+    found = [
+        Candidate(adapter, "adapter", partial(one_adapter, layers, name, number))
+        for number, adapter in enumerate(names)
+    ]
+    count = len(names)
+    found.append(Candidate("uniform", "uniform", partial(mixed_by, layers, name, [1 / count] * count)))
+    found.append(Candidate("base", "base", partial(mixed_by, layers, name, [0.0] * count)))
+    return [candidate for candidate in found if candidate.kind in kinds]
+
+
+def read_examples(
+    model: nn.Module, data: Any, head: str | nn.Module | None, collate: Collate | None, batch_size: int
+) -> Examples:
+    """The examples, with the head that sees features of them.
+
+    Args:
+        model: that is called, without wrappers.
+        data: as `score_adapters` takes it.
+        head: likewise.
+        collate: likewise.
+        batch_size: likewise.
+    """
+    batches = read_batches(data, collate, batch_size)
+    labels = all_labels(batches)
+    return Examples(batches, labels, None if labels is None else find_head(model, head))
+
+
+def passes(
+    model: nn.Module,
+    mixes: Sequence[Candidate],
+    examples: Examples,
+    mixed_precision: Precision = "no",
+    are_shared: bool = True,
+) -> list[Passed]:
+    """Run every candidate over the examples, in eval mode and without gradients.
+
+    Args:
+        model: what the candidates switch.
+        mixes: the candidates.
+        examples: what they are scored on.
+        mixed_precision: as accelerate has it.
+        are_shared: whether several processes share out the candidates; else each runs all of them.
+
+    Raises:
+        ValueError: a candidate's features or likelihoods cannot be scored; the message names it.
+    """
+    mine = partial(_pass, model, examples, mixed_precision)
+    with _evaluating(model), torch.no_grad():
+        if (
+            processes() == 1 or not are_shared or _is_sharded(model)
+        ):  # what is sharded is gathered by all processes at once
+            return [mine(candidate) for candidate in mixes]
+        return _shared(mixes, mine)
+
+
+def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, candidate: Candidate) -> Passed:
+    started = time.perf_counter()
+    found: LeftOut | Answers
+    with candidate.switch():
+        try:
+            if examples.labels is None:
+                found = _answers(model, examples.batches, mixed_precision)
+            else:
+                features = _features(model, examples, mixed_precision)
+                found = leave_one_out_distances(features, examples.labels)
+        except ValueError as error:
+            what = (
+                f"adapter {quoted(candidate.name)} alone" if candidate.kind == "adapter" else f"the {candidate.kind}"
+            )
+            raise ValueError(f"Scoring {what}: {error}") from error
+    return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started)
+
+
+def _features(model: nn.Module, examples: Examples, mixed_precision: Precision) -> Tensor:
+    assert examples.head is not None
+    features, seen = Features(examples.head), []
+    for batch in examples.batches:
+        with features.watching(), _autocast(model, mixed_precision):
+            output = model(**inputs_on(batch, model, with_labels=False))
+        seen.append(features.read(output, len(batch["labels"])))
+    return torch.cat(seen)
+
+
+def _answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Precision) -> Answers:
+    is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    found = []
+    for batch in batches:
+        with _autocast(model, mixed_precision):
+            output = model(**inputs_on(batch, model, with_labels=is_seq2seq))
+        found.append(answers(output.logits, batch["labels"], is_shifted=not is_seq2seq))
+    return Answers(*(torch.cat(parts) for parts in zip(*found)))
+
+
+def _shared(mixes: Sequence[Candidate], run: Callable[[Candidate], Passed]) -> list[Passed]:
+    """Every process runs its part of the candidates, and all get all results. An error is everybody's."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own: dict[int, Passed | Exception] = {}
+    for number in range(rank, len(mixes), world):
+        try:
+            own[number] = run(mixes[number])
+        except Exception as error:  # raised below, in all processes
+            own[number] = error
+            break
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, own)
+    found: dict[int, Passed | Exception] = {}
+    for part in gathered:
+        found.update(part)
+    for number in sorted(found):
+        result = found[number]
+        if isinstance(result, Exception):
+            raise result
+    return [cast(Passed, found[number]) for number in range(len(mixes))]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(
+        hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    ) or any(hasattr(module, "_is_fsdp_managed_module") for module in model.modules())
+
+
+def _autocast(model: nn.Module, mixed_precision: Precision) -> AbstractContextManager[object]:
+    if mixed_precision == "no":
+        return nullcontext()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return torch.autocast(device.type, dtype=_PRECISIONS[mixed_precision])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module is put back on its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,142 @@
+"""What comes out of scoring: a table of adapters with intervals, and a report of the weights that followed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..text import one_line
+from .passes import Candidate, Kind, Passed
+from .scores import LeftOut, bayesian_bootstrap, interval, margins
+
+
+Measure = Literal["margin", "log-likelihood"]
+DRAWS = 500
+MEANING = {
+    "margin": "leave-one-out margin, -1 to 1: how much nearer an example is to the mean of its own class",
+    "log-likelihood": "log-likelihood of an answer token, mean over tokens and then over examples",
+}
+
+
+@dataclass(frozen=True)
+class AdapterScore:
+    """One candidate's row.
+
+    Attributes:
+        name: of the adapter; "uniform" for the mean of all, "base" for the model without any.
+        kind: "adapter", "uniform" or "base".
+        score: mean over the examples; the table says of what.
+        low, high: the middle 95% of that mean over Bayesian bootstraps of the examples.
+        accuracy: share of examples that are named rightly when they are left out; for answers, of those whose every
+            token is the most likely one.
+        seconds: of its pass over the examples.
+    """
+
+    name: str
+    kind: Kind
+    score: float
+    low: float
+    high: float
+    accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AdapterScores(Sequence[AdapterScore]):
+    """A table of candidates: the adapters in their order, then the uniform mix and the base. `print` shows it sorted.
+
+    The best of many candidates on few examples looks better than it is: mind how many were tried on how many.
+
+    Attributes:
+        rows: the candidates.
+        measure: what the scores are: "margin" or "log-likelihood".
+        examples: how many each was scored on.
+        unused: examples that are the only ones of their class, and so could not be left out.
+    """
+
+    rows: tuple[AdapterScore, ...]
+    measure: Measure
+    examples: int
+    unused: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        """By number, or by name of the candidate."""
+        if isinstance(index, str):
+            return next(row for row in self.rows if row.name == index)
+        return self.rows[index]
+
+    @property
+    def best(self) -> AdapterScore:
+        """The adapter with the largest score."""
+        return max((row for row in self.rows if row.kind == "adapter"), key=lambda row: row.score)
+
+    def __str__(self) -> str:
+        tried = sum(row.kind == "adapter" for row in self.rows)
+        unused = f" ({self.unused} more are the only ones of their class)" if self.unused else ""
+        lines = [f"{tried} adapters on {self.examples} examples{unused}; score: {MEANING[self.measure]}"]
+        names = [row.name if row.kind == "adapter" else f"({row.name})" for row in self.rows]
+        width = max(len(one_line(name)) for name in names)
+        lines.append(f"{'':{width}}   score  95% interval      accuracy  seconds")
+        for name, row in sorted(zip(names, self.rows), key=lambda pair: -pair[1].score):
+            between = f"[{row.low:+.3f}, {row.high:+.3f}]"
+            facts = f"{row.score:+.3f}  {between:16}  {100 * row.accuracy:6.1f} %  {row.seconds:7.2f}"
+            lines.append(f"{one_line(name):{width}}  {facts}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class EvidenceReport:
+    """What `fit_mixing_weights` did. `print` shows it.
+
+    Attributes:
+        method: "likelihood-vote", "vote", "stacking" or "posterior"; "uniform" where there was no evidence to go by.
+        weights: by adapter; the same in all modules.
+        reason: why this method.
+        scores: of the candidates that it went by; None where nothing was scored.
+        seconds: in all.
+    """
+
+    method: str
+    weights: dict[str, float]
+    reason: str
+    scores: AdapterScores | None
+    seconds: float
+
+    def __str__(self) -> str:
+        width = max(len(one_line(name)) for name in self.weights)
+        ranked = sorted(self.weights.items(), key=lambda item: -item[1])
+        lines = [f"{one_line(name):{width}}  {weight:.4f}" for name, weight in ranked]
+        text = "\n".join([f"mixing weights by {self.method} ({self.reason}), {self.seconds:.1f} s", *lines])
+        return text if self.scores is None else f"{text}\n\n{self.scores}"
+
+
+def tabulate(mixes: Sequence[Candidate], passed: Sequence[Passed], examples: int, seed: int) -> AdapterScores:
+    """The table of some candidates' passes.
+
+    Args:
+        mixes: the candidates.
+        passed: what their passes gave.
+        examples: how many there are in all.
+        seed: of the bootstraps.
+    """
+    first = passed[0].found
+    used = len(first.labels if isinstance(first, LeftOut) else first.nll)
+    bootstraps = bayesian_bootstrap(used, DRAWS, seed)
+    rows = []
+    for candidate, own in zip(mixes, passed):
+        if isinstance(own.found, LeftOut):
+            values = margins(own.found)
+            is_right = values > 0
+        else:
+            values, is_right = -own.found.nll / own.found.tokens, own.found.is_right
+        low, high = interval(values, bootstraps)
+        accuracy = float(is_right.double().mean())
+        rows.append(
+            AdapterScore(candidate.name, candidate.kind, float(values.mean()), low, high, accuracy, own.seconds)
+        )
+    measure: Measure = "margin" if isinstance(first, LeftOut) else "log-likelihood"
+    return AdapterScores(tuple(rows), measure, used, examples - used)

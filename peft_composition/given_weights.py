@@ -1,0 +1,57 @@
+"""Mixing weights that somebody gives for a composition: which are refused, and how they are scaled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .scalars import LARGEST_FLOAT32, as_float, as_list, as_text
+
+
+# Hand-written weights such as [0.333, 0.333, 0.333] are meant to sum to 1.
+SUM_TOLERANCE = 2e-3
+
+
+def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> list[float]:
+    """Weights as floats, for softmax with sum exactly 1.
+
+    Args:
+        weights: as given, one for each adapter.
+        names: of the adapters.
+        normalization: `"softmax"` or `"none"`.
+
+    Raises:
+        ValueError: they are no such list; the message names the adapter and the value.
+    """
+    given = as_list(weights)
+    if given is None:
+        raise ValueError(f"weights must be a list of numbers, got {weights!r}")
+    if len(given) != len(names):
+        raise ValueError(f"weights has {len(given)} entries for {len(names)} adapters ({', '.join(names)})")
+    found = []
+    for name, entry in zip(names, given):
+        weight = as_float(entry)
+        if weight is None or not math.isfinite(weight):
+            raise ValueError(f"weights: the weight of adapter {name!r} must be a finite number, got {as_text(entry)}")
+        if abs(weight) > LARGEST_FLOAT32:
+            raise ValueError(
+                f"weights: the weight of adapter {name!r} is {as_text(entry)}; float32, in which weights are "
+                f"kept, ends at {LARGEST_FLOAT32:.2g}"
+            )
+        found.append(weight)
+        if normalization == "softmax" and weight < 0:
+            raise ValueError(
+                f'the weight of adapter {name!r} is {weight}; normalization="softmax" keeps weights non-negative, '
+                'use normalization="none" for free weights'
+            )
+    if normalization == "none":
+        return found
+    total = math.fsum(found)
+    if abs(total - 1) > SUM_TOLERANCE:
+        raise ValueError(
+            f'weights sum to {total:g}; normalization="softmax" keeps their sum at 1, '
+            'use normalization="none" for free weights'
+        )
+    # Once divided they stay what they are, however often they are saved and read.
+    return found if math.isclose(total, 1, rel_tol=1e-12) else [weight / total for weight in found]

@@ -1,0 +1,123 @@
+"""Stacking against a generic optimiser, the vote's shares by enumeration, and how shares become weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+
+from peft_composition.evidence.scores import bayesian_bootstrap
+from peft_composition.evidence.weights import FLOOR, floored, spread_uniform, stack, vote
+
+
+def generic_stacking(log_likelihoods: np.ndarray) -> float:
+    """The largest mean of log sum_c w_c p_ic over the simplex, by scipy."""
+    likelihoods = np.exp(log_likelihoods)
+    count = likelihoods.shape[1]
+
+    def loss(weights: np.ndarray) -> float:
+        return -float(np.log(likelihoods @ weights).mean())
+
+    def slope(weights: np.ndarray) -> np.ndarray:
+        return -(likelihoods / (likelihoods @ weights)[:, None]).mean(0)
+
+    found = optimize.minimize(
+        loss,
+        np.full(count, 1 / count),
+        jac=slope,
+        method="SLSQP",
+        bounds=[(0, 1)] * count,
+        constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": lambda weights: np.ones(count)},
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    assert found.success, found.message
+    return -float(found.fun)
+
+
+@pytest.mark.parametrize(("examples", "candidates"), [(4, 3), (10, 5), (40, 5), (40, 2), (5, 20)])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_stacking_reaches_what_a_generic_optimiser_reaches(examples, candidates, spread) -> None:
+    generator = torch.Generator().manual_seed(100 * examples + candidates)
+    logits = spread * torch.randn(examples, candidates, dtype=torch.float64, generator=generator)
+    log_likelihoods = torch.nn.functional.logsigmoid(logits)
+    weights = stack(log_likelihoods)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(weights.min()) >= 0
+    reached = float((log_likelihoods.exp() @ weights).log().mean())
+    assert reached == pytest.approx(generic_stacking(log_likelihoods.numpy()), abs=1e-6)
+
+
+def test_stacking_of_two_by_hand() -> None:
+    # log(.8 w + .2 (1-w)) + log(.1 w + .6 (1-w)): derivative .6 / (.2 + .6 w) = .5 / (.6 - .5 w), so w = 13/30
+    weights = stack(torch.tensor([[0.8, 0.2], [0.1, 0.6]], dtype=torch.float64).log())
+    assert weights.tolist() == pytest.approx([13 / 30, 17 / 30], abs=1e-4)
+
+
+def test_stacking_gives_equal_candidates_equal_shares() -> None:
+    column = torch.tensor([-0.1, -2.0, -0.5], dtype=torch.float64)
+    other = torch.tensor([-2.0, -0.2, -3.0], dtype=torch.float64)
+    weights = stack(torch.stack([column, other, column], dim=1))
+    assert float(weights[0]) == pytest.approx(float(weights[2]), abs=1e-12)
+    pair = stack(torch.stack([column, other], dim=1))
+    assert float(weights[0] + weights[2]) == pytest.approx(float(pair[0]), abs=1e-5)
+
+
+def test_stacking_with_impossible_classes() -> None:
+    none = -math.inf
+    assert stack(torch.tensor([[0.0, none], [none, 0.0]])).tolist() == pytest.approx([0.5, 0.5])
+    assert stack(torch.tensor([[none, none], [0.0, none]])).tolist() == pytest.approx([1.0, 0.0])
+    assert stack(torch.tensor([[none, none]])).tolist() == pytest.approx([0.5, 0.5])
+    assert stack(torch.tensor([[-2000.0, -2001.0]])).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("broken", [[[math.nan, 0.0]], [[math.inf, 0.0]]])
+def test_stacking_refuses_broken_likelihoods(broken) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        stack(torch.tensor(broken))
+    with pytest.raises(ValueError, match=r"\(examples, candidates\)"):
+        stack(torch.zeros(0, 3))
+
+
+def test_votes_by_enumeration() -> None:
+    """All multiplicities of 3 examples drawn 3 times, counted with exact fractions."""
+    margins = [[0.5, 0.25, 0.0], [-0.5, 0.25, 0.0], [0.25, -0.25, 0.25]]
+    draws = [(a, b, c) for a in range(4) for b in range(4) for c in range(4) if a + b + c == 3]
+    won: Counter[int] = Counter()
+    for draw in draws:
+        means = [sum(Fraction(m[c]) * n for m, n in zip(margins, draw)) for c in range(3)]
+        winners = [c for c in range(3) if means[c] == max(means)]
+        for c in winners:
+            won[c] += Fraction(1, len(winners))
+    assert any(value.denominator > 1 for value in won.values())  # there are ties among them
+    expected = [float(won[c] / len(draws)) for c in range(3)]
+    assert vote(torch.tensor(margins), torch.tensor(draws).double() / 3).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_votes_of_two_examples_are_lengths_of_intervals() -> None:
+    # With weights (a, 1 - a), a uniform: candidate 0 has a - 0 (1 - a) = a, 1 has .3, 2 has .8 - a
+    margins = torch.tensor([[1.0, 0.3, -0.2], [0.0, 0.3, 0.8]])
+    # 2 leads while .8 - a > max(a, .3), up to a = .4; then 0, which is above .3 there
+    draws = 40_000
+    shares = vote(margins, bayesian_bootstrap(2, draws, seed=0))
+    error = 5 * math.sqrt(0.4 * 0.6 / draws)
+    assert shares.tolist() == pytest.approx([0.6, 0.0, 0.4], abs=error)
+
+
+def test_equal_candidates_share_votes() -> None:
+    column = torch.tensor([0.1, -0.3, 0.7])
+    margins = torch.stack([column, column, column - 0.1], dim=1)
+    assert vote(margins, bayesian_bootstrap(3, 500, seed=1)).tolist() == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_shares_of_the_uniform_mix_go_to_all_evenly_above_a_floor() -> None:
+    weights = spread_uniform(torch.tensor([0.7, 0.0, 0.0, 0.3]))
+    assert weights.tolist() == pytest.approx([0.8, 0.1, 0.1])
+    certain = spread_uniform(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    total = 1 + 2 * FLOOR
+    assert certain.tolist() == pytest.approx([1 / total, FLOOR / total, FLOOR / total], rel=1e-12)
+    assert float(floored(torch.tensor([1.0, 0.0])).sum()) == pytest.approx(1, abs=1e-15)
