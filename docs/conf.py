@@ -88,6 +88,11 @@ LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!\w+:)[^)#\s]+)
 PUBLIC = ("peft_composition", "peft_composition.analysis", "peft_composition.checkpoint", "peft_composition.sharding")
 
 
+def mark_code(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Double the backticks of a docstring: a colon within `{module: weight}` ends nothing then."""
+    lines[:] = [re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line) for line in lines]
+
+
 def write_generated(app: Sphinx) -> None:
     """Write the pages that are made of something else: copies of files outside, and what `--help` says."""
     for file, docname in OUTSIDE.items():
@@ -178,6 +183,7 @@ class LinkPublicNames(SphinxTransform):
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", mark_code, priority=100)  # before napoleon
     app.connect("builder-inited", write_generated)
     app.connect("source-read", lead_inside)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

@@ -33,7 +33,8 @@ class Recorded(Protocol):
     base_model_name_or_path: str | None
 
     @property
-    def adapter_names(self) -> list[str]: ...
+    def adapter_names(self) -> list[str]:
+        """The names of the adapters."""
 
 
 def summary(config: Recorded) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from .text import shown
 
 
 def is_local(path: str) -> bool:
+    """Whether there is a folder of this path."""
     return os.path.isdir(path)
 
 
 def looks_like_path(path: str) -> bool:
+    """Whether text is meant as a path rather than as a Hub id."""
     return (
         os.path.isabs(path)
         or path.startswith((".", "~"))
@@ -39,7 +41,15 @@ def is_hub_id(name: str | None) -> bool:
 
 
 class AdapterReference(TypedDict, total=False):
-    """Where one upstream adapter is found and what it is called; `path` is a Hub id or a local folder."""
+    """Where one upstream adapter is found and what it is called.
+
+    Attributes:
+        path: Hub id or local folder. Required.
+        name: what it is called in the composition. Default: the shortest end of its path that tells it from others.
+        revision: branch, tag or commit on the Hub. Default: the main branch.
+        subfolder: folder of the adapter within the repository or folder. Default: its root.
+        local_files_only: take it from the cache, without asking the Hub. Default: False.
+    """
 
     path: str
     name: str

@@ -16,9 +16,6 @@ from .tuner.mixing import Mixing
 def shard(model: nn.Module, blocks: Collection[str] | None = None, **options: Any) -> nn.Module:
     """Shard a composed model with FSDP2: each transformer block, the mixing weights where need be, and the rest.
 
-        shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-
     Mixing weights belong to their block, and cost no communication of their own. They are a group apart where modules
     share them, since FSDP2 refuses parameters of two groups, and where a mixed precision would round them: they stay
     in float32.
@@ -35,6 +32,10 @@ def shard(model: nn.Module, blocks: Collection[str] | None = None, **options: An
 
     Raises:
         ValueError: the model has none of the blocks.
+
+    Example:
+        >>> shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
     from torch.distributed.fsdp import fully_shard
 

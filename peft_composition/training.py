@@ -1,5 +1,8 @@
-"""Small optional helpers for transformers' `Trainer`: own learning rates for mixing weights and head, a warm-up of the
-head, logs of the mixing weights, and the last checkpoint that was written to its end."""
+"""Small optional helpers for transformers' `Trainer`.
+
+Learning rates of their own for mixing weights and head, a warm-up of the head, logs of the mixing weights, and the
+last checkpoint that was written to its end.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def parameter_groups(
         model: a model with a composition; may be wrapped by DDP, FSDP or `torch.compile`.
         mixing_lr: learning rate of the mixing weights. Default: the optimizer's.
         head_lr: learning rate of the rest. Default: the optimizer's.
-        weight_decay: of the rest.
+        weight_decay: of the rest. Default: 0.
 
     Returns:
         Groups that are not empty, with `params`, `weight_decay` and, where given, `lr`.
@@ -49,7 +52,7 @@ def parameter_groups(
         ValueError: nothing trains.
 
     Example:
-        >>> optimizer = torch.optim.AdamW(parameter_groups(model, mixing_lr=1e-3, head_lr=1e-4))
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, mixing_lr=1e-2, head_lr=1e-3))
         >>> Trainer(model, args, optimizers=(optimizer, None), ...)
     """
     from transformers import Trainer
@@ -99,8 +102,11 @@ def composition_optimizer(
     Returns:
         What the Trainer takes as `optimizer_cls_and_kwargs`.
 
+    Raises:
+        ValueError: when the Trainer builds it: nothing trains, or `optim` groups the parameters itself.
+
     Example:
-        >>> Trainer(model, args, optimizer_cls_and_kwargs=composition_optimizer(args, mixing_lr=1e-3), ...)
+        >>> Trainer(model, args, optimizer_cls_and_kwargs=composition_optimizer(args, mixing_lr=1e-2), ...)
     """
     return _OptimizerFactory, {"args": args, "mixing_lr": mixing_lr, "head_lr": head_lr}
 
@@ -130,11 +136,11 @@ class HeadWarmupCallback(TrainerCallback):
     In the paper the classifier trains for 50 epochs before the mixing weights move (arXiv 2402.15414). Afterwards the
     optimizer starts afresh with the mixing weights; the learning rate's schedule has gone on in the meantime.
 
-    The mixing weights go on requiring gradients, because DDP and FSDP settle when they wrap a model which parameters
-    do. They are put back after every step of the optimizer, which knows nothing of it and keeps the same states in
-    every phase, as FSDP needs them to resume; at the end of the warm-up their states are dropped. So the gradient norm
-    that is clipped and logged is that of head and mixing weights all along. When the warm-up ends follows from the
-    Trainer's count of steps, so that a resumed training goes on where it was.
+    The mixing weights require gradients all the time, because DDP and FSDP look at that only when they wrap a model.
+    They are put back after every step of the optimizer, which knows nothing of it and keeps the same states in every
+    phase, as FSDP needs them to resume; at the end of the warm-up their states are dropped. So the gradient norm that
+    is clipped and logged is always that of head and mixing weights. The end of the warm-up follows from the Trainer's
+    count of steps, so that a resumed training goes on where it was.
 
     Args:
         epochs: length of the warm-up in epochs, to the nearest step.
@@ -160,6 +166,7 @@ class HeadWarmupCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Check that the warm-up can do its work, and find its last step."""
         model = kwargs["model"]
         if args.deepspeed_plugin is not None:
             raise ValueError("HeadWarmupCallback does not work with DeepSpeed: its optimizers step on copies.")
@@ -186,6 +193,7 @@ class HeadWarmupCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Keep the mixing weights within the warm-up; after it drop what the optimizer knows of them."""
         if state.global_step < self._end:
             self._kept = [(theta, theta.detach().clone()) for _, theta in _trainable(kwargs["model"], mixing=True)]
         elif state.global_step == self._end:
@@ -195,6 +203,7 @@ class HeadWarmupCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Put the kept mixing weights back."""
         with torch.no_grad():
             for theta, value in self._kept:
                 theta.copy_(value)
@@ -203,6 +212,7 @@ class HeadWarmupCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Warn if training ended within the warm-up."""
         if state.global_step <= self._end and state.is_world_process_zero:
             warnings.warn(
                 f"Training ended at step {state.global_step}, within the warm-up of the head ({self._end} steps): the "
@@ -225,7 +235,10 @@ class MixingWeightsCallback(TrainerCallback):
     but letters, digits, `.`, `_` and `-` becomes `_`.
 
     Args:
-        trainer: the Trainer, which the callback goes before the reporters of, to have the values in their logs.
+        trainer: the Trainer that it is added to. Among its callbacks it goes before those that report.
+
+    Raises:
+        ValueError: when training begins: it was added to another Trainer.
 
     Example:
         >>> trainer.add_callback(MixingWeightsCallback(trainer))
@@ -238,6 +251,7 @@ class MixingWeightsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Go before the callbacks that report, so that they report these values, too."""
         handler = self._trainer.callback_handler
         if self not in handler.callbacks:
             raise ValueError("MixingWeightsCallback was made for another Trainer than the one that it was added to.")
@@ -248,6 +262,7 @@ class MixingWeightsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Keep the weights of before the first step."""
         if not self._last:  # not when training begins: FSDP can be asked for weights only after a forward pass
             self._last = _weights_by_composition(kwargs["model"])
 
@@ -259,6 +274,7 @@ class MixingWeightsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add the values to a log of the training loss."""
         if logs is None or "loss" not in logs:
             return
         # In every process: to read weights that FSDP has sharded takes all of them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 from contextlib import ExitStack
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import PeftConfig
 from typer.testing import CliRunner
 
 import peft_composition
@@ -132,6 +135,7 @@ def _anchors(page: Path) -> set[str]:
 # The reference, and who is cited
 
 
+OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 PUBLIC = ("peft_composition", "peft_composition.analysis", "peft_composition.checkpoint")
 
 
@@ -145,6 +149,27 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
         if not re.search(rf"\b(?:{'|'.join(map(re.escape, PUBLIC))})\.{re.escape(name)}\b", text)
     ]
     assert not missing, f"name {missing} of {module} on a page of docs/reference"
+
+
+def public_things() -> list[tuple[str, Any]]:
+    things = [
+        (f"{name}.{member}", getattr(importlib.import_module(name), member))
+        for name in PUBLIC
+        for member in importlib.import_module(name).__all__
+    ]
+    return [(name, thing) for name, thing in things if callable(thing)]
+
+
+@pytest.mark.parametrize(("name", "thing"), public_things(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_argument_of_what_is_public_is_explained(name: str, thing: Any) -> None:
+    text = inspect.getdoc(thing) or ""
+    assert len(text.splitlines()[0].split()) >= 3
+    explained = set(re.findall(r"^    \*{0,2}(\w+): ", text, flags=re.MULTILINE))
+    if dataclasses.is_dataclass(thing) or not inspect.isclass(thing):
+        assert set(inspect.signature(thing).parameters) - explained <= OF_PEFT
+    if not inspect.isclass(thing):
+        annotation = inspect.signature(thing).return_annotation
+        assert ("\nReturns:" in text) == (annotation not in (None, "None"))
 
 
 def test_citation_names_this_version_and_the_paper() -> None:

@@ -183,6 +183,7 @@ def _trace_of_product(x: Features, y: Features) -> float:
 
 
 def alignment(xy: float, xx: float, yy: float, names: tuple[str, str]) -> float:
+    """HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)), from the three of them; an error names the one without variation."""
     for name, own in zip(names, (xx, yy)):
         if own <= 0:
             raise ValueError(

@@ -51,7 +51,7 @@ class AdapterReport:
         targets: last parts of the names of its modules.
         modules: number of modules.
         parameters: number of values in its factors.
-        bytes: size of its weights file.
+        bytes: size of its weights file, in bytes.
         reason: why it cannot be composed; None if it can.
         notes: what else there is to know.
     """
@@ -73,6 +73,7 @@ class AdapterReport:
 
     @property
     def is_composable(self) -> bool:
+        """Whether nothing speaks against composing it."""
         return self.reason is None
 
 

@@ -248,6 +248,7 @@ def _write_numbers(axes: Axes, panel: _Panel, image: AxesImage) -> None:
 
 
 def rows_and_columns(weights: Weights, by: Part) -> tuple[list[str], list[str]]:
+    """The parts of the model and the adapters that weights name, in their order."""
     rows = weights_table(weights, by)
     return [*dict.fromkeys(row.part for row in rows)], _adapters(weights)
 

@@ -65,6 +65,7 @@ def single_adapters(model: PeftModel, composition: str | None = None) -> dict[st
 
 
 def base_of(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

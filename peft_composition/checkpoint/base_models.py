@@ -70,6 +70,7 @@ class Loader:
 
     @property
     def loads(self) -> Any:
+        """The class of transformers."""
         return getattr(transformers, self.name)
 
     @property

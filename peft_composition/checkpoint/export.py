@@ -174,8 +174,8 @@ def to_lora(
 ) -> LoraExport:
     """Turn a composition into a plain LoRA adapter; the model stays as it is.
 
-    The product of the exported factors is the composed update B diag(u) A (see `functional`), exactly with the stacked
-    factors, or nearest to it at a lower rank. The dense update is never formed.
+    The product of the exported factors is the composed update B diag(u) A (see `tuner.functional`): exactly, with the
+    stacked factors, or the nearest one of a lower rank. The dense update is never formed.
 
     Args:
         model: a `PeftModel`, a transformers model or any model that a composition was injected into; merged or not.
@@ -184,8 +184,8 @@ def to_lora(
             exact, with the largest sum of the ranks of the upstream adapters of one module.
         energy: instead of `rank`, the share of the squared Frobenius norm of its update that every module keeps, above
             0 and at most 1, with the least rank that does. With 1 only what rounding hides is left out.
-        round_rank: round the rank of all modules up to one that servers accept (`SERVED_RANKS`); vLLM allocates by
-            such a rank.
+        round_rank: round the rank of all modules up to one that vLLM accepts: 8, 16, 32, 64, 128, 256, 320, 512.
+            Default: False.
         one_rank: give all modules the rank of the largest (default). What was truncated fills the room; beyond the
             rank of the update there are zeros. Readers scale by different rules: alpha / r of the config (vLLM),
             alpha / rank of every tensor (llama.cpp, diffusers), `alpha_pattern` / `rank_pattern` (PEFT). With one rank

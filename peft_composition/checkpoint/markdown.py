@@ -23,6 +23,7 @@ _NOTE = "<!-- Replaced whenever the adapter is saved: write your own text above 
 
 
 def is_on_hub(entry: Provenance) -> bool:
+    """Whether an adapter came from a repository of the Hub."""
     return entry["commit"] is not None and is_hub_id(entry["path"])
 
 

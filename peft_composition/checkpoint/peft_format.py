@@ -35,6 +35,7 @@ def missing_projections(state_dict: Mapping[str, Tensor], layout: LoraLayout) ->
 
 
 def require_one_kind_of_bias(config: CompositionConfig) -> None:
+    """Refuse LoRA biases beside embeddings or parameters: PEFT has no LoRA with both."""
     layout = config.lora_layout
     assert layout is not None
     parameters = [f"{owner}.{key}" for owner, keys in layout.get("parameters", {}).items() for key in keys]
@@ -53,6 +54,7 @@ def require_one_kind_of_bias(config: CompositionConfig) -> None:
 
 
 def named_tensors(is_embedding: bool, A: Tensor, B: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of one module by the ends of their keys in a PEFT adapter."""
     if is_embedding:
         return {"lora_embedding_A": A, "lora_embedding_B": B}
     named = {"lora_A.weight": A, "lora_B.weight": B}
@@ -60,6 +62,7 @@ def named_tensors(is_embedding: bool, A: Tensor, B: Tensor, bias: Tensor | None)
 
 
 def lora_config(config: CompositionConfig, ranks: Mapping[str, int], has_head: bool) -> LoraConfig:
+    """The config of the exported adapter: its targets, and ranks and alphas so that every scale is 1."""
     layout = config.lora_layout
     assert layout is not None
     highest = max(ranks.values())

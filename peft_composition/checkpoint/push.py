@@ -127,12 +127,12 @@ class CompositionCardMixin(_TrainerBase):
     """Completes the model card that a Trainer writes, and adds the plain LoRA, so that `push_to_hub` pushes both.
 
     The Trainer writes its card after saving and tells no callback; `create_model_card` is there to be overridden.
-
-        class ComposedTrainer(CompositionCardMixin, Trainer):
-            pass
-
     Works with every subclass of `Trainer`. Until the model is saved in `output_dir`, there is nothing to describe and
     the card stays as the Trainer wrote it.
+
+    Example:
+        >>> class ComposedTrainer(CompositionCardMixin, Trainer):
+        ...     pass
     """
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

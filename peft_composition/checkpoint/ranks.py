@@ -48,6 +48,7 @@ class ExportOptions:
 
     @property
     def is_truncating(self) -> bool:
+        """Whether ranks are cut."""
         return self.rank is not None or self.energy is not None
 
 
@@ -66,6 +67,7 @@ class ExportedModule:
 
     @property
     def stacked_rank(self) -> int:
+        """The sum of the ranks of the adapters."""
         return len(self.u)
 
     @property
@@ -91,6 +93,7 @@ ExportedModules = Mapping[str, Callable[[], ExportedModule]]  # read when needed
 def mixed_modules(
     A: Tensor, B: Tensor, bias: Tensor | None, ranks: list[int], weights: Tensor, has_experts: bool
 ) -> ExportedModule:
+    """What a composition does to one module, from its stacked factors and its mixing weights, shape (N,)."""
     A, B, weights = A.detach().cpu(), B.detach().cpu(), weights.detach().cpu()
     u = weights.repeat_interleave(torch.tensor(ranks))
     mixed_bias = None if bias is None else functional.delta_bias(bias.detach().cpu().double(), weights)
@@ -171,4 +174,5 @@ def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def ratio_of(lost: float, norm: float) -> float:
+    """The share lost / norm; 0 where nothing is lost, also of an update that is zero."""
     return lost / norm if lost else 0.0

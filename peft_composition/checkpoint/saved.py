@@ -31,6 +31,7 @@ INFIX = ".composition_"
 
 
 def read_config(folder: Path) -> CompositionConfig:
+    """The config of a saved composition that carries its factors and its record."""
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(why_no_composition(folder))
     config = PeftConfig.from_pretrained(str(folder))
@@ -50,6 +51,7 @@ def read_config(folder: Path) -> CompositionConfig:
 
 
 def open_weights(folder: Path) -> WeightsFile:
+    """The weights file of a saved composition, opened."""
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / name).is_file():
             return WeightsFile(folder.name, folder / name)
@@ -126,14 +128,17 @@ class Saved:
 
     @property
     def folder(self) -> Path:
+        """Where its files are."""
         return self.root / (self.subfolder or "")
 
     @property
     def weights_file(self) -> Path | None:
+        """The file of its weights; None where there is none."""
         return weights_file(self.folder)
 
     @property
     def is_complete(self) -> bool:
+        """Whether both files are there, and describe a composition."""
         config = self.folder / CONFIG_NAME
         if self.weights_file is None or not config.is_file():
             return False
@@ -146,20 +151,24 @@ class Saved:
 
     @cached_property
     def config(self) -> CompositionConfig:
+        """Its config."""
         config = CompositionConfig.from_pretrained(str(self.folder))
         assert isinstance(config, CompositionConfig)
         return config
 
     @property
     def ranks(self) -> dict[str, list[int]]:
+        """The rank of every adapter by module."""
         return self.config.composed_modules or {}
 
     @property
     def provenance(self) -> list[Provenance]:
+        """What its upstream adapters were when they were read."""
         return self.config.provenance or []
 
     @property
     def base_model(self) -> str | None:
+        """The Hub id of the base model; None for a local one."""
         name = self.config.base_model_name_or_path
         return name if is_hub_id(name) else None
 
@@ -173,6 +182,7 @@ class Saved:
 
     @property
     def head_modules(self) -> list[str]:
+        """The names of the modules that are trained in full."""
         return sorted({key.removeprefix("base_model.model.").rpartition(".")[0] for key in self.head})
 
     @property

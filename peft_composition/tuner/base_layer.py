@@ -28,6 +28,7 @@ def real_device(device: torch.device | None) -> torch.device:
 
 
 def is_on_meta(module: nn.Module) -> bool:
+    """Whether a module has parameters without values."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
@@ -115,6 +116,7 @@ def quantization_backend_of(base_layer: nn.Module, **quantization_kwargs: Any) -
 
 
 def type_name(base_layer: nn.Module) -> str:
+    """The class of a layer with its module."""
     return f"{type(base_layer).__module__}.{type(base_layer).__qualname__}"
 
 

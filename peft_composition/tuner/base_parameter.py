@@ -31,6 +31,7 @@ class TargetParameter:
 
     @property
     def parameter(self) -> Tensor | None:
+        """The parameter itself; None where it is no parameter of its own any more."""
         module, _, name = self.path.rpartition(".")
         return self.module.get_submodule(module)._parameters.get(name)
 

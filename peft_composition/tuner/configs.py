@@ -25,6 +25,7 @@ class Configs(dict[str, PeftConfig]):
         super().__setitem__(adapter_name, config)
 
     def update(self, *others: Any, **more: PeftConfig) -> None:
+        """As of any dict; every entry goes through the check."""
         entries: dict[str, PeftConfig] = dict(*others, **more)
         for adapter_name, config in entries.items():
             self[adapter_name] = config

@@ -126,6 +126,7 @@ class Factors(nn.Module):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
+        """Nothing: upstream factors stay as they were trained."""
         return self  # upstream factors stay as they were trained
 
     def _load_from_state_dict(
@@ -147,4 +148,5 @@ class Factors(nn.Module):
         return tensor.detach().to(tensor.device if waiting.is_meta else waiting.device, waiting.dtype)
 
     def extra_repr(self) -> str:
+        """Shapes and ranks."""
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, ranks={self.ranks}"

@@ -163,9 +163,11 @@ class AwaitedFingerprint(nn.Module):
         self._is_new = False
 
     def get_extra_state(self) -> Tensor:
+        """The fingerprint, for a state dict."""
         return encode(self._config)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Compare with the fingerprint of a state dict that is loaded."""
         require_same(self._config, state)
         self._is_new = True
 

@@ -51,6 +51,7 @@ class Steps:
         self.last = object()
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """An optimizer has stepped."""
         self.last = object()  # written and never read here, so that a compiled step needs no guard on it
 
 
@@ -76,9 +77,11 @@ class Motion:
         return self._since is STEPS.last
 
     def begin(self) -> None:
+        """Derivatives have been led to the parameter."""
         self._since = STEPS.last
 
     def end(self) -> None:
+        """No step is due any more."""
         self._since = None
 
 
@@ -120,6 +123,7 @@ class Source(NamedTuple):
         return cls(module._parameters, name, parameter, address, version, STEPS.last, alias, values)
 
     def is_unchanged(self) -> bool:
+        """Whether the parameter has the values that were folded."""
         parameter = self.parameter
         return (
             self.owner[self.name] is parameter
@@ -176,10 +180,12 @@ class Folds:
         return folded
 
     def drop(self, adapter_name: str) -> None:
+        """Forget what is kept of one composition."""
         self._cleared = object()
         self._kept.pop(adapter_name, None)
 
     def clear(self) -> None:
+        """Forget all that is kept."""
         self._cleared = object()
         self._kept.clear()
 

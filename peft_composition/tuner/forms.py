@@ -125,6 +125,7 @@ class Conv(CompositionLayer):
         return delta + bias.to(delta.dtype).reshape(-1, *(1,) * len(self._convolution.kernel_size))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: PEFT converts linear layers alone."""
         return False
 
 
@@ -145,6 +146,7 @@ class Embedding(CompositionLayer):
         return super()._delta_weight(adapter_name, weights).t()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: PEFT converts linear layers alone."""
         return False
 
 

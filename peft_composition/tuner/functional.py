@@ -153,7 +153,7 @@ def resolved(delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def linear_delta_output(x: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> Tensor:
-    """x (B diag(u) A)^T without forming the product.
+    """Compute x (B diag(u) A)^T without forming the product.
 
     Args:
         x: input, shape (..., in).
@@ -255,7 +255,7 @@ def delta_bias(bias: Tensor, weights: Tensor) -> Tensor:
 
 
 def add_delta(base: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
-    """base + sign * delta, summed in the wider of the two dtypes and rounded once to the dtype of `base`.
+    """Add sign * delta to `base`, summed in the wider of the two dtypes and rounded once to the dtype of `base`.
 
     Args:
         base: weight of the base layer, any float dtype.

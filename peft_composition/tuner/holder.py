@@ -90,7 +90,14 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
                 part.to(target)
 
     def mixing_weights(self, adapter_name: str) -> Tensor:
-        """The mixing weights w of a composition, shape (N,), float32 or wider."""
+        """The mixing weights of a composition.
+
+        Args:
+            adapter_name: name of the composition.
+
+        Returns:
+            w, shape (N,), normalised, in float32 or wider.
+        """
         with self.onloaded([adapter_name]):
             return self._weights(adapter_name)
 
@@ -158,6 +165,7 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
                 self._folds.clear()
 
     def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; what was kept is made anew."""
         self._folds.clear()
         return super().train(mode)
 

@@ -30,13 +30,19 @@ _REPLICA = "_is_replica"
 class CompositionLayer(CompositionHolder):
     """A base layer with one or several compositions of upstream LoRA adapters beside it.
 
-        y = base_layer(x) + x (B diag(u) A)^T          u repeats the mixing weights over the ranks
-
-    The active compositions of a layer add up. Only the mixing weights train.
+    `y = base_layer(x) + x (B diag(u) A)^T`, where u repeats the mixing weights over the ranks. The active compositions
+    of a layer add up. Only the mixing weights train.
     """
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The weight update of a composition, in the layout of the base layer's weight, in float32 or wider."""
+        """The weight update of a composition, in float32 or wider.
+
+        Args:
+            adapter_name: name of the composition.
+
+        Returns:
+            B diag(u) A in the layout of the base layer's weight, (out, in) for a linear one.
+        """
         with self.onloaded([adapter_name]):
             return self._delta_weight(adapter_name, self._weights(adapter_name).detach())
 
@@ -340,4 +346,5 @@ class CompositionLayer(CompositionHolder):
         return cast(Factors, self.composition_factors[adapter_name]).bias is None
 
     def extra_repr(self) -> str:
+        """What PEFT says of quantized layers."""
         return quantization_extra_repr(self)

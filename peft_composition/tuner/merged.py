@@ -82,7 +82,7 @@ def merged_linear(
     u: Tensor | None = None,
     form: Form = "tokens",
 ) -> Tensor:
-    """x (W0 + B diag(u) A)^T + bias with one product over the tokens, differentiable in x, bias and u.
+    """Compute x (W0 + B diag(u) A)^T + bias with one product over the tokens, differentiable in x, bias and u.
 
     The merged weight is made anew for the backward pass, so that what is saved does not grow with N; where it is no
     larger than the factors it is kept instead. A and B and the base weight get no gradients.

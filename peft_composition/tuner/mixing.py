@@ -94,6 +94,7 @@ class Mixing(nn.Module):
             )
 
     def train(self, mode: bool = True) -> Mixing:
+        """Switch between training and evaluation."""
         if self.weight is None or self.weight.grad is None:  # no step is due
             self.motion.end()
         return super().train(mode)
@@ -113,11 +114,12 @@ class Mixing(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Number of adapters and gain."""
         return f"adapters={self.count}, gain={self.gain}"
 
 
 def _gathered(theta: Tensor, count: int) -> Tensor:
-    """theta in float32 or wider and with all its entries, also where FSDP rounds or shards it."""
+    """The parameter theta in float32 or wider and with all its entries, also where FSDP rounds or shards it."""
     if type(theta) is not nn.Parameter and hasattr(theta, "full_tensor"):  # FSDP2, outside of a forward pass
         theta = theta.full_tensor()
     if theta.shape[0] != count:

@@ -15,8 +15,6 @@ from .locating import composition_of
 def mixing_weights(model: nn.Module, adapter_name: str | None = None) -> dict[str, dict[str, float]]:
     """The normalised weight of every upstream adapter in every composed module that it touches.
 
-        mixing_weights(model)["vit.layers.0.attention.q_proj"]  # {"lora-a": 0.61, "lora-b": 0.39}
-
     Args:
         model: a `PeftModel`, a transformers model after `add_adapter` or `load_adapter`, or any model that a
             composition was injected into.
@@ -29,6 +27,10 @@ def mixing_weights(model: nn.Module, adapter_name: str | None = None) -> dict[st
     Raises:
         ValueError: there is no composition, or none of that name, or several are active and none is named.
         TypeError: `model` is no model but the path of a saved one.
+
+    Example:
+        >>> mixing_weights(model)["vit.layers.0.attention.q_proj"]
+        {'lora-a': 0.61, 'lora-b': 0.39}
     """
     if isinstance(model, (str, os.PathLike)):
         raise TypeError(

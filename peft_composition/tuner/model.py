@@ -130,7 +130,11 @@ class CompositionModel(BaseTuner):
         return super()._apply(fn, recurse)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a composition; if it was the only active one, another becomes active."""
+        """Delete a composition; if it was the only active one, another becomes active.
+
+        Args:
+            adapter_name: name of the composition.
+        """
         super().delete_adapter(adapter_name)
         # PEFT asks the first layer what is active now, and that layer may have held only the deleted one.
         if not self.active_adapters and self.peft_config:

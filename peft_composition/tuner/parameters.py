@@ -96,19 +96,24 @@ class ParameterComposition(CompositionLayer):
         return cast(Tensor, attrgetter(self.path)(self.get_base_layer()))
 
     def base_parameters(self) -> list[Place]:
+        """The parameter of the module that is composed."""
         owner, _, name = self.path.rpartition(".")
         return [Place(self.get_base_layer().get_submodule(owner), name)]
 
     def get_base_weight(self) -> Tensor:
+        """The values of the parameter, without the update unless it is merged."""
         return self._parameter().data
 
     def set_base_weight(self, weight: Tensor) -> None:
+        """Put other values into the parameter."""
         self._parameter().data = weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: PEFT converts linear layers alone."""
         return False
 
     def extra_repr(self) -> str:
+        """Which parameter it is."""
         return f"parameter={self.path}"
 
 
@@ -136,6 +141,7 @@ class ParameterWrapper(nn.Module):
         return cast(ParameterComposition, self.composed_parameters[target.key])
 
     def get_base_layer(self) -> nn.Module:
+        """The module of the base model."""
         return self.base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +204,7 @@ class MultiheadAttention(ParameterWrapper):
 
     @property
     def out_proj(self) -> OutputProjection:
+        """The output projection as PyTorch's fast path reads it, with the active compositions."""
         base = cast(nn.Linear, cast(nn.MultiheadAttention, self.base_layer).out_proj)
         composition = self._compositions().get(OUT_PROJ)
         return OutputProjection(base.weight if composition is None else composition.composed_weight(), base.bias)

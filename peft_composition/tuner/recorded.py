@@ -84,6 +84,7 @@ def require_recorded_modules(config: CompositionConfig, base: BaseModel) -> None
 
 
 def require_recorded_ranks(config: CompositionConfig, plan: CompositionPlan) -> None:
+    """Refuse fetched adapters whose ranks are not those of the saved composition."""
     found = {module: plan.ranks(module) for module in plan.factors}
     for module, ranks in (config.composed_modules or {}).items():
         if found.get(module) != ranks:

@@ -32,9 +32,11 @@ class TiedLayer(Protocol):
     base_layer: nn.Module
     tie: Tie | None
 
-    def get_base_layer(self) -> nn.Module: ...
+    def get_base_layer(self) -> nn.Module:
+        """The layer below."""
 
-    def base_parameters(self) -> list[Place]: ...
+    def base_parameters(self) -> list[Place]:
+        """Where its weights are."""
 
 
 @dataclass
@@ -45,10 +47,12 @@ class Flag:
     leavers: int = 0
 
     def lower(self) -> None:
+        """One more layer is outside the tie."""
         self.leavers += 1
         setattr(self.config, FLAG, False)
 
     def hoist(self) -> None:
+        """A layer is back in the tie; the last one restores the flag."""
         self.leavers -= 1
         if not self.leavers:
             setattr(self.config, FLAG, True)

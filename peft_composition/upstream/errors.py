@@ -6,7 +6,12 @@ from ..text import LONG, one_line, quoted
 
 
 class AdapterError(ValueError):
-    """An upstream adapter cannot be composed; the message names the adapter, the module and the values."""
+    """An upstream adapter cannot be composed; the message names the adapter, the module and the values.
+
+    Attributes:
+        adapter_name: name of the adapter in the composition.
+        reason: the message without it, one line.
+    """
 
     def __init__(self, name: str, reason: str) -> None:
         reason = one_line(reason, LONG)  # whatever it quotes

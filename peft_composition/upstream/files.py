@@ -53,6 +53,7 @@ class AdapterFiles:
 
     @property
     def name(self) -> str:
+        """The name of the adapter."""
         return self.reference["name"]
 
 

@@ -33,9 +33,11 @@ class CompositionPlan:
     factors: dict[str, list[FactorKeys | None]] = field(default_factory=dict)
 
     def ranks(self, module: str) -> list[int]:
+        """The rank of every adapter in a module, 0 where it does not touch it."""
         return [entry.rank if entry is not None else 0 for entry in self.factors[module]]
 
     def is_biased(self, module: str) -> bool:
+        """Whether an adapter brings a LoRA bias there."""
         return any(entry is not None and entry.bias is not None for entry in self.factors[module])
 
 

@@ -194,7 +194,7 @@ class _Literal:
 
 @dataclass(frozen=True)
 class _OneOf:
-    """A dot, a class such as `\\d`, or a set in brackets."""
+    r"""A dot, a class such as `\d`, or a set in brackets."""
 
     source: str
 

@@ -31,17 +31,21 @@ class LayerShape:
 
     @property
     def rank_dim_of_A(self) -> int:
+        """The dimension of A that has the ranks."""
         return 0 if self.experts is None else 1
 
     @property
     def rank_dim_of_B(self) -> int:
+        """The dimension of B that has the ranks."""
         return self.rank_dim_of_A + 1
 
     def shape_of_A(self, rank: int) -> tuple[int, ...]:
+        """The shape of A for a sum of ranks, as it is stacked."""
         experts = () if self.experts is None else (self.experts,)
         return (*experts, rank, *self.in_shape)
 
     def shape_of_B(self, rank: int) -> tuple[int, ...]:
+        """The shape of B for a sum of ranks, as it is stacked."""
         if self.experts is not None:
             return (self.experts, self.out_features, rank)
         return (self.out_features, rank, *(1,) * (len(self.in_shape) - 1))
@@ -51,6 +55,7 @@ class LayerShape:
         return self.shape_of_A(rank) if self.experts is None else (self.experts * rank, *self.in_shape)
 
     def saved_shape_of_B(self, rank: int) -> tuple[int, ...]:
+        """The shape in an adapter's file, where the experts come one beside the other."""
         return self.shape_of_B(rank) if self.experts is None else (self.out_features, rank * self.experts)
 
     def unpack_A(self, saved: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ class WeightsFile:
         return iter(self._entries)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
         return self._entries[key].shape
 
     def dtype(self, key: str) -> str:
