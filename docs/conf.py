@@ -68,7 +68,7 @@ nitpick_ignore_regex = [
         "py:class",
         r"(Weights|Similarities|Part)|peft_composition\.references\.(Provenance|LoraLayout)",
     ),  # see the docstrings
-    ("py:class", r"'\w+'"),  # a value in a Literal
+    ("py:class", r"'[\w-]+'"),  # a value in a Literal
     (
         "py:.*",
         r"(Tensor|Module|nn\.Module|PeftModel|Trainer|TrainingArguments|Figure|CommitInfo|Path|Callable|Any|optional|dtype)",
@@ -85,7 +85,7 @@ OUTSIDE = {
 }
 COMMAND_LINE = "peft_composition_cli"
 LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!\w+:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
-PUBLIC = ("peft_composition", "peft_composition.analysis", "peft_composition.checkpoint", "peft_composition.sharding")
+PUBLIC = ("peft_composition", "peft_composition.analysis", "peft_composition.checkpoint", "peft_composition.evidence")
 
 
 def mark_code(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:

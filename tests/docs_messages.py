@@ -18,12 +18,12 @@ HOLE = "\0"  # in a message, where it puts something in
 # How a clause begins that asks for something. A message without any is not listed on the page unless it is worth it.
 VERBS = (
     "add ask build call check choose clear compose convert copy dequantize download exclude export fetch free gather "
-    "give install keep leave let list load log make merge move name pass pin pull push put read remove rename resize "
+    "give install keep leave let list load make merge move name pass pin pull push put read remove rename resize "
     "run save say set shorten take train truncate try unload unmerge update upgrade use write"
 )
 ASKS = re.compile(
-    rf"(?:^|[.;:,(?] |\b(?:or|and|then|first) )(?:{VERBS.replace(' ', '|')})\b"
-    r"|pip install|\bhf auth|\bFor (?:those|one of)|needs a name|must name|which can be composed"
+    rf"(?:^|[.;:,(?] |\b(?:or|and|then|first) )(?:{VERBS.replace(' ', '|')})\b(?!-)"
+    r"|\blog in\b|pip install|\bhf auth|\bFor (?:those|one of)|needs a name|must name|which can be composed"
     r"|--[a-z-]+ (?:is|writes)",
     re.IGNORECASE,
 )

@@ -27,7 +27,8 @@ class AdapterScore:
         name: of the adapter; "uniform" for the mean of all, "base" for the model without any.
         kind: "adapter", "uniform" or "base".
         score: mean over the examples; the table says of what.
-        low, high: the middle 95% of that mean over Bayesian bootstraps of the examples.
+        low: lower end of the middle 95% of that mean over Bayesian bootstraps of the examples.
+        high: upper end.
         accuracy: share of examples that are named rightly when they are left out; for answers, of those whose every
             token is the most likely one.
         seconds: of its pass over the examples.
