@@ -32,7 +32,6 @@ version = release = peft_composition.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["reference/_command_line.md"]
 
-smartquotes = False  # options begin with two hyphens
 highlight_language = "none"  # of blocks that do not name theirs, most of them shell
 html_math_renderer = "mathml"  # MathJax would come from the network
 html_theme = "furo"
@@ -101,6 +100,9 @@ def write_generated(app: Sphinx) -> None:
     text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     text = text.partition("\n")[2].lstrip()  # the page has a title of its own
     text = re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n?", "", text, count=1)  # cut short there, whole below
+    text = re.sub(
+        r"(`[^`]*`)|(--[a-z][a-z-]+)", lambda found: found[1] or f"`{found[2]}`", text
+    )  # two hyphens, not a dash
     _write("reference/_command_line", text)
 
 
