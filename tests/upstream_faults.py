@@ -75,5 +75,5 @@ TRANSFORMERS_RESUMES_ON_GPUS_ALONE = Version(version("transformers")) < Version(
 
 
 # gloo before PyTorch 2.9 adds in `reduce_scatter` where it is asked for a mean (pytorch issue 162338): under FSDP2 on
-# CPUs, gradients are multiplied by the number of processes. NCCL does as it is told.
+# CPUs, gradients are multiplied by the number of processes.
 GLOO_ADDS_FOR_MEANS = Version(torch.__version__) < Version("2.9")
