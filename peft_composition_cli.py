@@ -29,7 +29,7 @@ HEATMAP_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of those
 
 
 class Mixing(StrEnum):
-    """How compositions are mixed that nothing is trained for."""
+    """Where the weights of a composition come from that is not trained."""
 
     uniform = "uniform"
     fixed = "fixed"

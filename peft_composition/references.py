@@ -77,7 +77,7 @@ class _LayoutOfLayers(TypedDict):
 
 
 class LoraLayout(_LayoutOfLayers, total=False):
-    """What a plain LoRA on the composed modules must say of the base model and factors do not show.
+    """What a plain LoRA must say of the base model that its factors do not show.
 
     `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
     embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`. Where there are such: `attentions` lists

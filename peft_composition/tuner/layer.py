@@ -154,7 +154,7 @@ class CompositionLayer(CompositionHolder):
             bias = functional.add_delta(cast(Tensor, base_layer.bias).data, torch.stack(biases).sum(0), sign)
         if must_be_finite and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
             raise ValueError(
-                f"The merged weights are not finite. Broken seems one of: {', '.join(map(repr, weights))}."
+                f"The merged weights are not finite. One of these is probably broken: {', '.join(map(repr, weights))}."
             )
         if self.tie is not None and sign > 0:
             self.tie.leave(self)
