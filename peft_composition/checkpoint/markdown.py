@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import quote
@@ -62,6 +63,7 @@ def section_of(saved: Saved, repo_id: str | None, metrics: Mapping[str, float]) 
     return f"{begin} -->\n{_NOTE}\n{text.strip()}\n{END}"
 
 
+@cache  # to compile it takes longer than all else of a small save
 def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
