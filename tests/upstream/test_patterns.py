@@ -109,9 +109,9 @@ ENDLESS = [
 
 @pytest.mark.parametrize("key", ENDLESS, ids=lambda key: key[:20])
 def test_expressions_that_never_end_end(key: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert value_for({key: 8}, MODULE * 5, 4) == 4
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -132,22 +132,22 @@ def test_expressions_that_never_end_end(key: str) -> None:
     ids=lambda value: value[:20],
 )
 def test_keys_that_are_refused(key: str, message: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(2):  # the second time, what is cached
         with pytest.raises(PatternError, match=re.escape(message)) as caught:
             value_for({key: 8}, MODULE * 5, 4)
         assert len(str(caught.value)) < 800
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_many_keys_and_modules_are_quick() -> None:
     """PEFT compiles more than 512 keys anew for every module."""
     names = [f"model.layers.{layer}.mlp.experts.{expert}.gate_proj" for layer in range(20) for expert in range(150)]
     pattern = {name: 8 + number for number, name in enumerate(names)}
-    start = time.perf_counter()
+    start = time.process_time()
     for name in names:
         assert value_for(pattern, f"base_model.{name}", None) == pattern[name]
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_too_many_expressions() -> None:
@@ -159,7 +159,7 @@ def test_all_keys_together_end() -> None:
     """Each key is short of the limit for one."""
     hard = {f"({'(' * 13}.?{')*' * 13}){{{number}}}!": 8 for number in range(1, 400)}
     assert value_for({next(iter(hard)): 8}, MODULE, 4) == 4
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(PatternError, match="takes too long to match"):
         value_for(hard, MODULE, 4)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30

@@ -136,9 +136,9 @@ def test_what_says_nothing_of_the_product_does_not_matter(changes: dict[str, Any
 )
 def test_a_config_that_nobody_could_mean(content: bytes, message: str, good: Path, bad: Path) -> None:
     (bad / "adapter_config.json").write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     refuse(good, bad, message)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_config_with_a_byte_order_mark(bad: Path) -> None:
@@ -149,9 +149,9 @@ def test_a_config_with_a_byte_order_mark(bad: Path) -> None:
 
 def test_a_sparse_config_of_gigabytes(good: Path, bad: Path) -> None:
     os.truncate(bad / "adapter_config.json", 10 << 30)
-    start = time.perf_counter()
+    start = time.process_time()
     refuse(good, bad, "too large for a config")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to itself", "link to nothing", "device"])
@@ -249,9 +249,9 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_a_hostile_card_states_no_licence_and_takes_no_time(front_matter: str | bytes, good: Path, bad: Path) -> None:
     write_card(bad, front_matter)
-    start = time.perf_counter()
+    start = time.process_time()
     first, second = inspect_adapters(CompositionConfig(adapters=[bad, good]).references)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert (first.license, first.reason, second.reason) == (None, None, None)
 
 
