@@ -112,7 +112,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(str(args[6]) if len(args) > 6 else "tokens")
         return real(*args)
 
-    monkeypatch.setattr(merged, "merged_linear", recorded)
+    monkeypatch.setattr("peft_composition.tuner.forms.merged_linear", recorded)
     return seen
 
 
