@@ -54,6 +54,18 @@ def two_adapters(tmp_path: Path) -> list[str]:
     return [str(first), str(second)]
 
 
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A healthy LoRA for the MLP, which stands before the bad one."""
+    return tiny.save_lora(tmp_path / "good", tiny.build("mlp"), ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """Another one, called 'bad', for a test to break."""
+    return tiny.save_lora(tmp_path / "bad", tiny.build("mlp"), ["lin0", "lin1"], seed=2, r=4, lora_alpha=16)
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
     """Two LoRAs for a tiny model, by its name; written once, and left as they are."""

@@ -31,8 +31,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
 )
 
@@ -90,17 +88,7 @@ def quantized() -> Iterator[Names]:
 @contextmanager
 def images() -> Iterator[Names]:
     """A tiny ViT with its image processor, two LoRAs for it, and photographs in a folder for each class."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=16,
-        patch_size=8,
-        num_labels=3,
-    )
-    base = ViTForImageClassification(config)
+    base = tiny.build("vit")
     base.save_pretrained("org/vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained("org/vit")
     for number, folder in enumerate(("me/flowers", "you/birds"), start=1):

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel, StaticCache, ViTConfig
 
 from ..measure import race
 from ..memory import give_back, peak_during, resident_bytes
-from ..models import Architecture, Workbench, _llama, _vit
+from ..models import ARCHITECTURES, Architecture, Workbench, _llama, _vit
 from ..peers import BASE, COMPOSITION, FROZEN, LOOP, LORA, MERGED, PEFT, Peer, UnavailableError
 from ..train import Step
 
@@ -27,30 +27,11 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 def architectures(smoke: bool) -> dict[str, Architecture]:
     """ViT-B/32 and a 1B Llama, with adapters on q, k and v or on all linear layers; in a smoke run tiny ones."""
     if smoke:
-        vit = ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=8,
-        )
-        small = LlamaConfig(
-            vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2,
-        )  # fmt: skip
-        tiny = _llama(small, "tiny Llama", 2, 16)
-        return {
-            "vit": _vit(vit, "tiny ViT", 4),
-            "llama": tiny,
-            "llama-all": dataclasses.replace(tiny, targets=ALL_LINEAR),
-        }
-    llama = _llama(llama_config(2048, 8192, 16, 32), "Llama-3.2-1B's shape", 4, 512)
-    return {
-        "vit": _vit(ViTConfig(patch_size=32), "ViT-B/32", 32),
-        "llama": llama,
-        "llama-all": dataclasses.replace(llama, targets=ALL_LINEAR),
-    }
+        vit, llama = ARCHITECTURES["tiny-vit"], ARCHITECTURES["tiny-llama"]
+    else:
+        vit = _vit(ViTConfig(patch_size=32), "ViT-B/32", 32)
+        llama = _llama(llama_config(2048, 8192, 16, 32), "Llama-3.2-1B's shape", 4, 512)
+    return {"vit": vit, "llama": llama, "llama-all": dataclasses.replace(llama, targets=ALL_LINEAR)}
 
 
 def llama_config(width: int, inner: int, layers: int, heads: int, vocabulary: int = 128256) -> LlamaConfig:

@@ -6,8 +6,8 @@ The first half are pure functions on matrices; the second runs models and compar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -17,6 +17,7 @@ from huggingface_hub.utils import tqdm
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..tuner.single import evaluating
 from .cka import FEWEST_EXAMPLES, Estimator, Features, MinibatchCKA, alignment, hsic
 from .views import View, base_of, touched_modules
 
@@ -75,7 +76,7 @@ def layerwise_cka(
     goal = _as_view(target)
     compared = _compared_modules(goal, views, modules, part)
     tally: _Batchwise | _AtOnce = _Batchwise() if estimator == "minibatch" else _AtOnce(estimator)
-    with _evaluating([goal.model, *(view.model for view in views.values())]):
+    with evaluating([goal.model, *(view.model for view in views.values())]):
         for batch in tqdm(batches, desc="Comparing representations", unit="batch"):
             if not tally.start(_represent(goal, batch, list(compared), part, tokens, "the target")):
                 continue
@@ -139,20 +140,6 @@ def _require_switchable(name: str, view: View, part: Part, layers: Mapping[str, 
         if isinstance(layer, BaseTunerLayer) and (layer.merged or layer.disable_adapters):
             state = "merged into" if layer.merged else "disabled in"
             raise ValueError(f"{name} cannot be looked at alone: adapters are {state} module {module!r}")
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """All these models in eval mode; each module is put back on its own."""
-    models = list(models)
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _represent(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..tuner.factors import Factors
-from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_layers
-from ..tuner.mixing import Mixing
 from ..tuner.model import CompositionModel
+from ..tuner.single import mixed_by
 
 
 @dataclass(frozen=True)
@@ -94,30 +92,22 @@ def _upstream_views(model: PeftModel, tuner: CompositionModel, composition: str 
     views = {}
     for number, name in enumerate(config.adapter_names):
         one_hot = [float(other == number) for other in range(len(config.adapter_names))]
-        mixing = Mixing(replace(config, mixing="fixed", weights=one_hot, normalization="none"), torch.float32)
         touched = [
             module
             for module, layer in composition_layers(tuner.model)
             if composition in layer.composition_factors
             and cast(Factors, layer.composition_factors[composition]).ranks[number]
         ]
-        views[name] = View(model, partial(_mixed_by, model, composition, mixing), tuple(touched))
+        views[name] = View(model, partial(_only_mixed_by, model, composition, one_hot), tuple(touched))
     return views
 
 
 @contextmanager
-def _mixed_by(model: PeftModel, composition: str, mixing: Mixing) -> Iterator[None]:
+def _only_mixed_by(model: PeftModel, composition: str, weights: list[float]) -> Iterator[None]:
     """A composition, alone, with other mixing weights in all its modules."""
-    with _only_active(model, composition):
-        before: list[tuple[CompositionLayer, Mixing]] = []
-        try:
-            for _, layer in composition_layers(model):
-                if composition in layer.composition_mixing:
-                    before.append((layer, layer.swap_mixing(composition, mixing)))
-            yield
-        finally:
-            for layer, own in before:
-                layer.swap_mixing(composition, own)
+    layers = [layer for _, layer in composition_layers(model)]
+    with _only_active(model, composition), mixed_by(layers, composition, weights):
+        yield
 
 
 @contextmanager

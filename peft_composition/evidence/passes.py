@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
@@ -17,7 +17,7 @@ from ..config import CompositionConfig
 from ..text import quoted
 from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_of, unwrapped
-from ..tuner.single import mixed_by, one_adapter
+from ..tuner.single import evaluating, mixed_by, one_adapter
 from .batches import Batch, Collate, all_labels, inputs_on, processes, read_batches
 from .heads import Features, find_head
 from .posterior import Answers, answers
@@ -162,10 +162,9 @@ def passes(
         ValueError: a candidate's features or likelihoods cannot be scored; the message names it.
     """
     mine = partial(_pass, model, examples, mixed_precision)
-    with _evaluating(model), torch.no_grad():
-        if (
-            processes() == 1 or not are_shared or _is_sharded(model)
-        ):  # what is sharded is gathered by all processes at once
+    with evaluating([model]), torch.no_grad():
+        # What is sharded is gathered by all processes at once.
+        if processes() == 1 or not are_shared or _is_sharded(model):
             return [mine(candidate) for candidate in mixes]
         return _shared(mixes, mine)
 
@@ -241,15 +240,3 @@ def _autocast(model: nn.Module, mixed_precision: Precision) -> AbstractContextMa
         return nullcontext()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return torch.autocast(device.type, dtype=_PRECISIONS[mixed_precision])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module is put back on its own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

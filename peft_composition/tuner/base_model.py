@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from typing import Any, cast
 
@@ -85,7 +85,7 @@ class BaseModel:
         return cast(Tensor, parameter.parameter).dtype
 
     @cached_property
-    def _renamed_key(self) -> Any:
+    def _renamed_key(self) -> Callable[[str], str]:
         assert isinstance(self.model, PreTrainedModel)
         return compat.key_renamer(self.model, dict.fromkeys((f"{name}.weight" for name in self.layers), True))
 

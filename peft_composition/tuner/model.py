@@ -84,7 +84,6 @@ class CompositionModel(BaseTuner):
         """
         if adapter_name is None:
             adapter_name = next(iter(self.active_adapters), None)
-
         return mixing_weights(self, adapter_name)
 
     def inject_adapter(

@@ -1,4 +1,4 @@
-"""A composition for a while as something simpler: one adapter alone at the price of one, other weights, or nothing."""
+"""A model for a while as something simpler: in eval mode, with one adapter alone, with other weights, or with none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..config import CompositionConfig
 from ..upstream.shapes import LayerShape
@@ -15,6 +16,20 @@ from .factors import Factors
 from .forms import Embedding
 from .layer import CompositionLayer
 from .mixing import Mixing
+
+
+@contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """All these models in eval mode; each module is put back on its own."""
+    models = list(models)
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -38,10 +38,10 @@ def index(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """
     records = _records(path)
     try:
-        state = _torch_load(path, "meta") if records is not None else None
+        state = _torch_load(path, "meta", records) if records is not None else None
     except UnreadablePickleError:
         state = None  # of some kinds of tensors there are none without values; what is wrong is said below
-    tensors = _plain_tensors(state if state is not None else _torch_load(path, "cpu"))
+    tensors = _plain_tensors(state if state is not None else _torch_load(path, "cpu", records))
     _require_bounded(tensors, path, records)
     return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
 
@@ -57,7 +57,7 @@ def load(path: Path) -> dict[str, Tensor]:
     records = _records(path)
     if records is not None:
         _require_checksums(path)
-    tensors = _plain_tensors(_torch_load(path, "cpu"))
+    tensors = _plain_tensors(_torch_load(path, "cpu", records))
     _require_bounded(tensors, path, records)
     for key, tensor in tensors.items():
         if tensor.is_meta:
@@ -105,23 +105,23 @@ def _require_checksums(path: Path) -> None:
         )
 
 
-def _torch_load(path: Path, device: str) -> Any:
-    _require_no_allocations(path)
+def _torch_load(path: Path, device: str, records: Mapping[str, int] | None) -> Any:
+    _require_no_allocations(path, records)
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:  # on damaged bytes the restricted unpickler raises whatever it trips over
         raise _damaged(error) from error
 
 
-def _require_no_allocations(path: Path) -> None:
+def _require_no_allocations(path: Path, records: Mapping[str, int] | None) -> None:
     """PyTorch's restricted unpickler allows bytearray(N), which takes any memory that a few bytes ask for."""
-    if _records(path) is None:
+    if records is None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             allocates = content.find(b"bytearray") >= 0
     else:
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.endswith(".pkl")]
+                names = [name for name in records if name.endswith(".pkl")]
                 allocates = any(b"bytearray" in archive.read(name) for name in names)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
             raise _damaged(error) from error

@@ -29,16 +29,6 @@ from .. import tiny
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    return tiny.save_lora(tmp_path / "good", tiny.build("mlp"), ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
-    return tiny.save_lora(tmp_path / "bad", tiny.build("mlp"), ["lin0", "lin1"], seed=2, r=4, lora_alpha=16)
-
-
 def inspect(*folders: Path | str, **kwargs: Any) -> list[AdapterReport]:
     return inspect_adapters(CompositionConfig(adapters=list(folders)).references, **kwargs)
 

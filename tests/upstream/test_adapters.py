@@ -630,18 +630,6 @@ def test_a_revision_within_a_hub_id_is_told_how_to_be_written() -> None:
     refuse(tiny.build("mlp"), "you/lora-b@v2", message=message)
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    """A healthy LoRA for the MLP, which stands before the bad one."""
-    return tiny.save_lora(tmp_path / "good", tiny.build("mlp"), ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
-    """Another one, called 'bad', for a test to break."""
-    return tiny.save_lora(tmp_path / "bad", tiny.build("mlp"), ["lin0", "lin1"], seed=2, r=4, lora_alpha=16)
-
-
 def test_a_folder_that_does_not_exist(good: Path, tmp_path: Path) -> None:
     refuse(tiny.build("mlp"), good, tmp_path / "bad", message=f"adapter 'bad': there is no folder {tmp_path}/bad")
 

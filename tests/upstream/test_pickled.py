@@ -24,14 +24,9 @@ A, B = "base_model.model.lin0.lora_A.weight", "base_model.model.lin0.lora_B.weig
 
 
 @pytest.fixture
-def good(tmp_path: Path) -> Path:
-    return tiny.save_lora(tmp_path / "good", tiny.build("mlp"), ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
+def bad(bad: Path) -> Path:
     """A pickled LoRA, called 'bad', for a test to break."""
-    return as_pickle(tiny.save_lora(tmp_path / "bad", tiny.build("mlp"), ["lin0", "lin1"], seed=2, r=4, lora_alpha=16))
+    return as_pickle(bad)
 
 
 def reference_of(folder: Path) -> Reference:

@@ -20,17 +20,6 @@ from peft_composition.upstream.schema import MAX_CONFIG_BYTES
 from .. import tiny
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    return tiny.save_lora(tmp_path / "good", tiny.build("mlp"), ["lin0", "lin1"], seed=1, r=2, lora_alpha=8)
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
-    """Another one, for a test to break."""
-    return tiny.save_lora(tmp_path / "bad", tiny.build("mlp"), ["lin0", "lin1"], seed=2, r=4, lora_alpha=16)
-
-
 def edit(folder: Path, **changes: Any) -> Path:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
