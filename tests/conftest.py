@@ -32,6 +32,26 @@ from . import tiny
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+# Files with tests of half a minute and more: begun last, one of them would keep one process busy and the others idle.
+LONGEST_FIRST = (
+    "examples/test_few_shot.py",
+    "examples/test_scripts.py",
+    "examples/test_study.py",
+    "examples/test_quickstart.py",
+    "benchmarks/test_gpu_check.py",
+    "analysis/test_fuzz.py",
+    "test_docs.py",
+    "evidence/test_processes.py",
+    "test_cli.py",
+    "tuner/test_big_models.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
     torch.set_num_threads(1)

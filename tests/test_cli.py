@@ -213,11 +213,9 @@ def test_inspect_finds_shapes_that_differ(tmp_path: Path, loras: list[Path], bas
 
 def test_compose_saves_what_python_composes(tmp_path: Path, loras: list[Path], base_folder: Path) -> None:
     out = tmp_path / "out"
-    result = run_process(
-        "-m", "peft_composition", "compose", "--base", base_folder, "--adapters", *loras,
-        "--mixing", "fixed", "--weights", "0.3", "0.7", "--out", out,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    weights = ["--mixing", "fixed", "--weights", "0.3", "0.7"]
+    result = run("compose", "--base", base_folder, "--adapters", *loras, *weights, "--out", out)
+    assert result.exit_code == 0, result.stderr
     assert "a 0.3, b 0.7" in result.stdout
     by_hand = tiny.composed_by_hand(load_base(base_folder), [str(lora) for lora in loras], [0.3, 0.7])
     wanted = tiny.output(by_hand, "bert")
@@ -333,14 +331,18 @@ def test_weights_draws_nothing_unless_asked(tmp_path: Path, composed: Path, monk
 def test_without_matplotlib_the_tables_are_there(tmp_path: Path, composed: Path) -> None:
     """Also where a heatmap is asked for that cannot be drawn."""
     code = (
-        "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
-        "sys.argv = ['peft-composition', *sys.argv[1:]]; from peft_composition_cli import main; main()"
+        "import json, sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
+        "from typer.testing import CliRunner; from peft_composition_cli import app\n"
+        "results = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([(result.exit_code, result.stdout, result.stderr) for result in results]))"
     )
-    for options, exit_code in (([], 0), (["--png", tmp_path / "heat.png"], 1)):
-        result = run_process("-c", code, "weights", composed, *options)
-        assert result.returncode == exit_code, result.stderr
-        assert "Mean weight by block" in result.stdout
-        assert ("pip install 'peft-composition[cli]'" in result.stderr) is (exit_code == 1)
+    weights = ["weights", str(composed)]
+    done = run_process("-c", code, json.dumps([weights, [*weights, "--png", str(tmp_path / "heat.png")]]))
+    assert done.returncode == 0, done.stderr
+    for (found, output, error), exit_code in zip(json.loads(done.stdout), (0, 1), strict=True):
+        assert found == exit_code, error
+        assert "Mean weight by block" in output
+        assert ("pip install 'peft-composition[cli]'" in error) is (exit_code == 1)
 
 
 def test_merge_writes_a_plain_model_with_its_tokenizer(tmp_path: Path, composed: Path, base_folder: Path) -> None:

@@ -607,6 +607,7 @@ def save_again_and_again(folder: str, adapter: str, first: int, ready: Any) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.xdist_group("forked")
 class TestCutShort:
     def test_a_killed_save_leaves_a_whole_checkpoint(self, tmp_path) -> None:
         """SIGKILL at random moments, and when an unfinished file is seen; the folder loads every time."""

@@ -18,7 +18,10 @@ from peft_composition.drafts import CONFIG_DRAFT, LORA_DRAFT, draft_in
 from .. import kills, tiny
 
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL"),
+    pytest.mark.xdist_group("forked"),  # one server that forks for all that are killed
+]
 
 
 @pytest.mark.parametrize("kind", list(kills.SAVES))

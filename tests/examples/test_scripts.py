@@ -1,18 +1,23 @@
-"""The example scripts learn: each in a fresh process and in two, offline, with the same checked result."""
+"""The example scripts learn: each in one process and in two fresh ones, offline, with the same checked result."""
 
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetDict, load_dataset
 from few_shot import FewShotArguments, HeadWarmup, cross_entropy, draw, encode_classes, require_one_group
 from few_shot_question_answering import ExactMatch, QuestionArguments, answers_of, prompt_of, token_cross_entropy
@@ -33,33 +38,45 @@ from ..hub_server import HubServer, environment_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CLASSES = ["negative", "positive"]
+OFFLINE_ON_CPU = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(
     script: str, inputs: Inputs, output: Path, processes: int, *arguments: object, **variables: str
 ) -> dict[str, Any]:
-    """Runs a script as a user does, on the CPU and, unless variables say otherwise, offline; returns its results."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(EXAMPLES / f"{script}.py"), "--model_name_or_path", str(inputs.model)]
+    """Runs a script on the CPU and, unless variables say otherwise, offline; returns its results.
+
+    Two processes are started as a user starts them, and so is one that is given variables; another one would say the
+    same a second time, so that the script runs in this process.
+    """
+    command = [str(EXAMPLES / f"{script}.py"), "--model_name_or_path", str(inputs.model)]
     command += ["--dataset_name", str(inputs.dataset), "--adapters", *map(str, inputs.adapters)]
     command += ["--output_dir", str(output), *map(str, arguments)]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("test examples") == 1, done.stdout  # one process alone reports
+    if processes == 1 and not variables:
+        printed = _run_here(command)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), *command]
+        environment = {**os.environ, **OFFLINE_ON_CPU, **variables}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed = done.stdout
+    assert printed.count("test examples") == 1, printed  # one process alone reports
     results = json.loads((output / "results.json").read_text())
     assert results["processes"] == processes
     assert results["test"] == TEST_EXAMPLES
-    assert done.stdout.count("mixing weights") == bool(results["mixing_weights"])
+    assert printed.count("mixing weights") == bool(results["mixing_weights"])
     return results
+
+
+def _run_here(command: list[str]) -> str:
+    """Runs a script as the main program of this process; returns what it prints."""
+    printed = io.StringIO()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of programs that ran in this process before
+    with patch.dict(os.environ, OFFLINE_ON_CPU), patch.object(sys, "argv", command), redirect_stdout(printed):
+        runpy.run_path(command[0], run_name="__main__")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return printed.getvalue()
 
 
 def assert_same(one: dict[str, Any], two: dict[str, Any], metric: str, bound: float = 1e-4) -> None:
