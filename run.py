@@ -24,10 +24,13 @@ UV = "uv==0.13.9"  # makes the lock and the environments of the lowest and the n
 
 SITE = ["-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-b", "html", "docs", "build/docs"]
 
+# Tests of one file in one process, which makes what they share once, and files in the order of tests/conftest.py.
+WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder"]
+
 # command -> (lock that it installs, what it runs)
 COMMANDS: dict[str, tuple[str, list[list[str]]]] = {
     "demo": ("demo", [["examples/quickstart.py"]]),
-    "test": ("dev", [["-m", "pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadgroup"]]),
+    "test": ("dev", [["-m", "pytest", "--numprocesses", "auto", "--maxprocesses", "4", *WHOLE_FILES]]),
     "benchmark": ("benchmark", [["-m", "benchmarks"]]),
     "check": (
         "dev",

@@ -32,18 +32,34 @@ from . import tiny
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
-# Files with tests of half a minute and more: begun last, one of them would keep one process busy and the others idle.
+# Files that take long, the longest first: begun last, one of them would keep one process busy and the others idle.
 LONGEST_FIRST = (
-    "examples/test_few_shot.py",
     "examples/test_scripts.py",
     "examples/test_study.py",
+    "tuner/test_big_models.py",
+    "test_distributed.py",
+    "examples/test_few_shot.py",
+    "test_registration.py",
     "examples/test_quickstart.py",
     "benchmarks/test_gpu_check.py",
-    "analysis/test_fuzz.py",
-    "test_docs.py",
-    "evidence/test_processes.py",
+    "test_training.py",
+    "checkpoint/test_checkpoints.py",
+    "checkpoint/test_hub_push.py",
+    "tuner/test_model.py",
+    "checkpoint/test_export.py",
     "test_cli.py",
-    "tuner/test_big_models.py",
+    "checkpoint/test_kills.py",
+    "upstream/test_hub.py",
+    "test_docs.py",
+    "tuner/test_quantized_training.py",
+    "benchmarks/test_tables.py",
+    "analysis/test_fuzz.py",
+    "upstream/test_adapters.py",
+    "test_trainer.py",
+    "analysis/test_report.py",
+    "tuner/test_layer.py",
+    "tuner/test_ties.py",
+    "tuner/test_fingerprint.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""What runs in every process of `test_distributed.py`, under torchrun or accelerate launch.
+"""What runs in every process of `test_distributed.py`; by hand:
 
     torchrun --nproc_per_node 2 -m tests.distributed_worker <group of checks> <folder>
 

@@ -49,7 +49,7 @@ MNIST = Archive(
     sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
 )
 TEST_EXAMPLES = 201  # odd: two processes cannot share them evenly
-TEXT_TOKENS = 24
+TEXT_TOKENS = 16
 WORDS = ("shop", "paper", "short", "film")  # what the questions ask for: where a text is from
 QUESTION_TOKENS = 20
 
@@ -147,7 +147,7 @@ def images(folder: Path, kind: str) -> Inputs:
     known, known_labels = pixels[is_upstream & is_train], labels[is_upstream & is_train]
     set_seed(0)
     model = _vit() if kind == "vit" else _timm_vit()
-    fit(model, _image_batches(known, known_labels), 300, 2e-3)
+    fit(model, _image_batches(known, known_labels), 100, 2e-3)
     model.save_pretrained(folder / kind)
     if kind == "vit":
         size = {"height": 28, "width": 28}
@@ -162,7 +162,7 @@ def images(folder: Path, kind: str) -> Inputs:
             type(model).from_pretrained(folder / kind),
             folder / name,
             _image_batches(seen, known_labels),
-            120,
+            60,
             4e-3,
             **lora,
         )
@@ -251,7 +251,7 @@ def questions(folder: Path, kind: str) -> Inputs:
     set_seed(0)
     model = _t5(len(tokenizer)) if kind == "t5" else _llama(len(tokenizer))
     rate = 1e-2 if kind == "t5" else 5e-3
-    fit(model, _question_batches(upstream, WORDS[1:] + WORDS[:1], tokenizer, kind), 200, rate)
+    fit(model, _question_batches(upstream, WORDS[1:] + WORDS[:1], tokenizer, kind), 120, rate)
     model.save_pretrained(folder / kind)
     tokenizer.save_pretrained(folder / kind)
     lora = {
@@ -263,7 +263,7 @@ def questions(folder: Path, kind: str) -> Inputs:
             type(model).from_pretrained(folder / kind),
             folder / name,
             _question_batches(upstream[half::2], WORDS, tokenizer, kind),
-            120,
+            60,
             rate,
             **lora,
         )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -30,7 +29,7 @@ from peft_composition.checkpoint.export import LoraExport, to_lora
 from peft_composition.checkpoint.exported import HEAD_NAME
 from peft_composition.checkpoint.push import add_to_checkpoint
 
-from . import tiny
+from . import tiny, warm
 
 
 NAME = "mlp"
@@ -264,8 +263,7 @@ def kill(kind: str, moments: int = 0, events: bool = False, seed: int = 0) -> tu
     Returns:
         How often a user found the old state, the new one, an error or a mixture; and the drafts left by a later save.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.kills"])
+    context = warm.context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(kind, moments, events, seed, sender))
     process.start()

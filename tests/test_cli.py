@@ -27,7 +27,7 @@ from peft_composition import CompositionConfig
 from peft_composition.given_weights import SUM_TOLERANCE
 from peft_composition_cli import app
 
-from . import tiny
+from . import tiny, warm
 from .checkpoint.test_card import trained
 from .hub_server import HubServer, environment_of
 from .upstream.test_hub import files_of
@@ -331,13 +331,13 @@ def test_weights_draws_nothing_unless_asked(tmp_path: Path, composed: Path, monk
 def test_without_matplotlib_the_tables_are_there(tmp_path: Path, composed: Path) -> None:
     """Also where a heatmap is asked for that cannot be drawn."""
     code = (
-        "import json, sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
+        f"import json, sys; {warm.without('matplotlib')}\n"
         "from typer.testing import CliRunner; from peft_composition_cli import app\n"
         "results = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[1])]\n"
         "print(json.dumps([(result.exit_code, result.stdout, result.stderr) for result in results]))"
     )
     weights = ["weights", str(composed)]
-    done = run_process("-c", code, json.dumps([weights, [*weights, "--png", str(tmp_path / "heat.png")]]))
+    done = warm.run("-c", code, json.dumps([weights, [*weights, "--png", str(tmp_path / "heat.png")]]))
     assert done.returncode == 0, done.stderr
     for (found, output, error), exit_code in zip(json.loads(done.stdout), (0, 1), strict=True):
         assert found == exit_code, error

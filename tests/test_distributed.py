@@ -22,13 +22,11 @@ from peft_composition import CompositionConfig
 from peft_composition.tuner.mixing import Mixing
 
 from . import distributed_worker as worker
-from . import tiny
+from . import tiny, warm
 from .hub_server import HubServer, environment_of
 from .ports import free_port
 from .upstream_faults import GLOO_ADDS_FOR_MEANS, TRANSFORMERS_RESUMES_ON_GPUS_ALONE
 
-
-pytestmark = pytest.mark.xdist_group("distributed")  # two processes at a time are enough for two cores
 
 # Both sides add the same float32 numbers in another order: 8 examples at once, or 4 and 4. Six steps of Adam carry
 # that on; a weight that was not reduced differs by far more than 1%. Adam hardly sees a gradient's scale, so gradients
@@ -38,21 +36,20 @@ ABSOLUTE = 1e-5
 STEPS = 6
 
 
-def launch(group: str, folder: Path, launcher: list[str], **environment: str) -> list[dict[str, Any]]:
-    """Run a group of checks in two processes.
+def forked(group: str, folder: Path) -> list[dict[str, Any]]:
+    """Run a group of checks in two processes; returns the results by name, for each rank."""
+    arguments = ("-m", "tests.distributed_worker", group, folder)
+    done = warm.run(*arguments, processes=2, timeout=worker.SECONDS + 30, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-6000:]
+    return results_in(folder)
 
-    Args:
-        group: its name in `distributed_worker.GROUPS`.
-        folder: where the inputs are and the results go.
-        launcher: what starts two processes, and its options.
-        **environment: further variables.
 
-    Returns:
-        The results by name, for each rank.
-    """
-    command = [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", group, str(folder)]
+def launched(group: str, folder: Path, **environment: str) -> list[dict[str, Any]]:
+    """The same in new processes that accelerate starts, with variables that they read as they import."""
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--main_process_port", str(free_port())]
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-m", *launcher, "-m", "tests.distributed_worker", group, str(folder)],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
@@ -66,13 +63,13 @@ def launch(group: str, folder: Path, launcher: list[str], **environment: str) ->
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-6000:]
+    return results_in(folder)
+
+
+def results_in(folder: Path) -> list[dict[str, Any]]:
     results = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(worker.WORLD_SIZE)]
     assert [result.pop("world_size") for result in results] == [worker.WORLD_SIZE] * worker.WORLD_SIZE
     return results
-
-
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +119,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 @pytest.fixture(scope="module")
 def ddp(inputs: Path) -> list[dict[str, Any]]:
-    return launch("ddp", inputs, TORCHRUN)
+    return forked("ddp", inputs)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +187,7 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(ddp: list[dict[st
 
 @pytest.fixture(scope="module")
 def fsdp(inputs: Path) -> list[dict[str, Any]]:
-    return launch("fsdp", inputs, TORCHRUN)
+    return forked("fsdp", inputs)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +295,7 @@ def hub(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     server.push("me/bare", files)
     server.push("me/dora", {name: (dora / name).read_bytes() for name in (CONFIG, SAFETENSORS)})
     server.latency = 0.05  # so that processes that do not wait would overlap
-    return launch("hub", folder, [*ACCELERATE, str(free_port())], **environment_of(server, folder / "home"))
+    return launched("hub", folder, **environment_of(server, folder / "home"))
 
 
 def requests(server: HubServer, repo: str, rank: int) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ import array
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import signal
 import termios
@@ -41,7 +40,7 @@ from peft_composition import (
 from peft_composition.training import _weights_by_composition
 from peft_composition.tuner.mixing import Mixing
 
-from . import tiny
+from . import tiny, warm
 from .ports import free_port
 from .test_trainer import Sentences, StopAt
 
@@ -525,9 +524,7 @@ def test_early_stopping_ends_with_the_best_weights(adapters: list[str], tmp_path
 
 def start(target: Callable[..., None], *args: Any) -> ForkServerProcess:
     """A process of its own, from a server that has done the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=target, args=args, daemon=True)
+    process = warm.context().Process(target=target, args=args, daemon=True)
     process.start()
     return process
 
@@ -551,7 +548,6 @@ def train_in_parallel(rank: int, port: int, adapters: list[str], folder: Path) -
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.xdist_group("forked")
 def test_two_processes_warm_up_alike_and_one_logs(adapters: list[str], tmp_path: Path) -> None:
     port = free_port()
     processes = [start(train_in_parallel, rank, port, adapters, tmp_path) for rank in range(2)]
@@ -602,7 +598,6 @@ def require_same(folder: Path, expected: dict[str, Tensor]) -> None:
         assert torch.equal(actual[name], weight), name
 
 
-@pytest.mark.xdist_group("forked")
 def test_killed_training_ends_where_an_uninterrupted_one_does(
     adapters: list[str], uninterrupted: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -624,7 +619,6 @@ def waiting_bytes(pipe: int) -> int:
     return count[0]
 
 
-@pytest.mark.xdist_group("forked")
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="makes a pipe of one page, which only Linux can")
 @pytest.mark.parametrize(
     ("file", "error"),

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+from .. import warm
 from ..mutations import MUTATIONS
 
 
@@ -19,14 +17,7 @@ CASES = int(os.environ.get("PEFT_COMPOSITION_FUZZ", "700"))
 
 def test_broken_adapters_end_in_right_numbers_or_an_error_that_names_them() -> None:
     """In one process of its own: its memory is measured and limited, and a crash is no end of all tests."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzzing", "--cases", str(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=300 + CASES,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = warm.run("-m", "tests.fuzzing", "--cases", CASES, timeout=300 + CASES)
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)
     print(json.dumps({name: value for name, value in result.items() if name != "failures"}, indent=2))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import warnings
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -18,6 +16,8 @@ from scipy import stats
 
 from peft_composition.analysis.correlation import rank_correlations
 from peft_composition.analysis.report import WeightRow, plot_weights, plot_weights_and_similarity, weights_table
+
+from .. import warm
 
 
 WEIGHTS = {
@@ -124,14 +124,14 @@ def test_uniform_weights_are_one_colour() -> None:
 
 def test_without_a_package_its_extra_is_named() -> None:
     code = (
-        "import sys; sys.modules.update(matplotlib=None, scipy=None)\n"
+        f"{warm.without('matplotlib', 'scipy')}\n"
         "from peft_composition.analysis import plot_weights, rank_correlations\n"
         "try: plot_weights({'m': {'a': 1.0}})\n"
         "except ImportError as error: print(error)\n"
         "try: rank_correlations({'m': {'a': 1, 'b': 2}}, {'m': {'a': 1, 'b': 2}})\n"
         "except ImportError as error: print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    result = warm.run("-c", code)
     for extra in ("cli", "analysis"):
         assert f"pip install 'peft-composition[{extra}]'" in result.stdout, result.stderr
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.checks import Check
+
+from .. import warm
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_smoke_run_passes_its_checks_and_measures_every_part(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--smoke", "--output", output]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run("-m", "benchmarks.gpu_check", "--smoke", "--output", output)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     document = json.loads(output.read_text())
     assert document["failures"] == document["left_out"] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,8 +25,8 @@ from benchmarks.peers import FROZEN, PlainLoop, target_names
 from benchmarks.results import Cell, Measurement, Results, Summary, UsageError
 from benchmarks.text import seconds, size
 
+from .. import warm
 
-pytestmark = pytest.mark.xdist_group("benchmarks")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -41,14 +40,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "page.md").write_bytes(PAGE)
     words = ["all", "--models", "tiny-vit", "tiny-llama", "--adapters", "1", "5", "--repeats", "2"]
     paths = ["--out", str(folder / "results"), "--page", str(folder / "page.md")]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *words, *paths],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = warm.run("-m", "benchmarks", *words, *paths, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

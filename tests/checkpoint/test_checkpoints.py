@@ -7,12 +7,10 @@ import copy
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +40,7 @@ from transformers import (
 
 from peft_composition import CompositionConfig, CompositionLayer
 
-from .. import tiny
+from .. import tiny, warm
 from ..upstream_faults import composed_by_transformers, loaded_by_transformers
 
 
@@ -281,18 +279,7 @@ class TestStandingAlone:
             "model = PeftModel.from_pretrained(tiny.build('bert'), sys.argv[1])\n"
             "torch.save(tiny.output(model, 'bert'), 'output.pt')\n"
         )
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "saved")],
-            cwd=tmp_path / "elsewhere",
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-            },
-            check=True,
-            timeout=120,
-        )
+        warm.run("-c", script, tmp_path / "saved", cwd=tmp_path / "elsewhere").check_returncode()
         torch.testing.assert_close(torch.load("elsewhere/output.pt"), output(model, "bert"), rtol=0, atol=1e-6)
 
 
@@ -607,7 +594,6 @@ def save_again_and_again(folder: str, adapter: str, first: int, ready: Any) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.xdist_group("forked")
 class TestCutShort:
     def test_a_killed_save_leaves_a_whole_checkpoint(self, tmp_path) -> None:
         """SIGKILL at random moments, and when an unfinished file is seen; the folder loads every time."""
@@ -620,8 +606,7 @@ class TestCutShort:
         complete = (folder / WEIGHTS).stat().st_size
         assert complete > 20e6
 
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.tiny"])
+        context = warm.context()
         chance = random.Random(0)
         last, unfinished = 0.0, 0
         for trial in range(6):

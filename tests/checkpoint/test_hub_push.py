@@ -35,8 +35,6 @@ from .test_card import code_blocks, metadata, named, table, trained
 CARD, CONFIG, WEIGHTS = "README.md", "adapter_config.json", "adapter_model.safetensors"
 BASE, UPSTREAM = "org/tiny-bert", ["you/lora-a", "they/lora-b"]
 LABELS = 3
-pytestmark = pytest.mark.xdist_group("hub_push")
-
 
 # What runs in the other process
 

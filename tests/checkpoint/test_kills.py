@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -15,13 +14,10 @@ from peft import PeftModel
 from peft_composition.checkpoint.export import to_lora
 from peft_composition.drafts import CONFIG_DRAFT, LORA_DRAFT, draft_in
 
-from .. import kills, tiny
+from .. import kills, tiny, warm
 
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL"),
-    pytest.mark.xdist_group("forked"),  # one server that forks for all that are killed
-]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 
 
 @pytest.mark.parametrize("kind", list(kills.SAVES))
@@ -60,8 +56,7 @@ class TestDrafts:
 
     def test_of_the_living_stay(self, tmp_path) -> None:
         """In this process and in another one."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.kills"])
+        context = warm.context()
         ready, done = context.Event(), context.Event()
         process = context.Process(target=_hold_a_draft, args=(str(tmp_path), ready, done))
         process.start()
@@ -97,8 +92,7 @@ def _hold_a_draft(folder: str, ready: Any, done: Any) -> None:
 class TestTwoAtOnce:
     def test_exports_into_one_folder_end_as_one_of_them(self, tmp_path) -> None:
         """Two processes export again and again: every state that is left when both are done is whole."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.kills"])
+        context = warm.context()
         folder = tmp_path / "lora"
         start = time.time() + 3
         processes = [

