@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.utils.hub import has_file
@@ -24,9 +24,8 @@ from .analysis.report import Part, plot_weights, weights_table
 from .checkpoint.base_models import AUTO_CLASSES, Loader, base_config, choose, loaders, stated_class
 from .checkpoint.card import write_model_card
 from .checkpoint.export import lora_from_checkpoint, to_lora
-from .checkpoint.kinds import why_no_composition
 from .checkpoint.push import push_to_hub
-from .checkpoint.saved import head_hash, saved_head, saved_mixing_weights
+from .checkpoint.saved import SavedComposition, head_hash, saved_mixing_weights
 from .config import CompositionConfig
 from .names import LORA_SUBFOLDER
 from .references import AdapterReference, is_hub_id
@@ -158,7 +157,7 @@ def export(folder: Path, out: Path, head: str, dtype: str | None, as_json: bool,
 def weights(folder: Path, png: Path | None, by: Part, as_json: bool) -> None:
     """Print the mixing weights of a saved composition and, where that is asked for, draw them."""
     mixed = saved_mixing_weights(folder)
-    names = _saved_config(folder).adapter_names
+    names = SavedComposition.opened(folder).config.adapter_names
     whole, parts = weights_table(mixed, adapters=names), weights_table(mixed, by, names)
     if as_json:
         rows = [asdict(row) for row in (*whole, *parts)]
@@ -178,7 +177,8 @@ def weights(folder: Path, png: Path | None, by: Part, as_json: bool) -> None:
 
 def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: str | None, as_json: bool) -> None:
     """Save the base model with the composition merged into it, and its tokenizer or processor."""
-    config = _saved_config(folder)
+    composition = SavedComposition.opened(folder)
+    config = composition.config
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{folder} does not say what its base model is; give --base")
@@ -191,7 +191,7 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
         num_labels=config.num_labels if loader.is_classifier else None,
         is_reported=False,
     )
-    head, is_untrained = saved_head(folder)
+    head, is_untrained = composition.head_modules, composition.has_untrained_head
     dropped = _without_place(head, base_model)
     if dropped and not is_untrained:
         raise ValueError(
@@ -238,15 +238,6 @@ def _push(model: PeftModel, repo_id: str, with_lora: bool, out: Path) -> CommitI
 
 
 # What goes in
-
-
-def _saved_config(folder: Path) -> CompositionConfig:
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(why_no_composition(folder))
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, CompositionConfig):
-        raise ValueError(why_no_composition(folder))
-    return config
 
 
 def _references(adapters: Sequence[str]) -> list[AdapterReference]:

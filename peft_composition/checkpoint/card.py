@@ -17,14 +17,13 @@ from urllib.parse import unquote
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..drafts import CARD_DRAFT, draft_in
 from ..names import LORA_SUBFOLDER
 from ..references import Provenance, is_hub_id
 from .exported import remove_outdated_export
 from .markdown import BEGIN, END, is_on_hub, section_of
-from .saved import Saved
+from .saved import SavedComposition
 
 
 if TYPE_CHECKING:
@@ -75,16 +74,13 @@ def write_model_card(
     """
     root = Path(folder)
     subfolder = subfolder or None
-    saved = Saved(root, subfolder)
-    if not saved.is_complete:
-        raise ValueError(
-            f"There is no saved composition in {saved.folder}: it needs {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
-        )
+    saved = SavedComposition.opened(root, subfolder)
     path = root / REPOCARD_NAME
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n\n---\n{NEW_TITLE}\n")
     repo_id = repo_id or _repository_of(card.text, subfolder)
     card.text = _with_section(card.text, section_of(saved, repo_id, metrics or {}), subfolder)
-    described = [Saved(root, _subfolder_in(found)) for found in _SECTION.finditer(card.text)]
+    subfolders = [_subfolder_in(found) for found in _SECTION.finditer(card.text)]
+    described = [saved if other == subfolder else SavedComposition(root, other) for other in subfolders]
     _complete_metadata(cast(ModelCardData, card.data), [other for other in described if other.is_complete])
     with draft_in(root, CARD_DRAFT) as draft:
         card.save(draft / REPOCARD_NAME)
@@ -158,7 +154,7 @@ def _repository_of(text: str, subfolder: str | None) -> str | None:
     return None
 
 
-def _complete_metadata(data: ModelCardData, compositions: list[Saved]) -> None:
+def _complete_metadata(data: ModelCardData, compositions: list[SavedComposition]) -> None:
     """Add what is known of the compositions; keep what is there already, unless the Hub would refuse it."""
     data.library_name = "peft"
     known = [composition.base_model for composition in compositions if composition.base_model]

@@ -21,19 +21,16 @@ from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..drafts import LORA_DRAFT, alone_in, draft_in
-from ..names import name_in_checkpoint
 from ..public import publish
 from ..text import one_line
-from ..tuner.fingerprint import checked_weights
 from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_layers
 from ..tuner.mixing import Mixing
 from ..tuner.wrapping import attention_output_times, is_attention_output, wrapped_path
-from ..upstream.weights import WeightsFile
 from .exported import HEAD_NAME, RECORD_NAME, sha256_of, weights_file, write_record
 from .peft_format import lora_config, missing_projections, named_tensors, require_one_kind_of_bias
 from .ranks import ExportedModule, ExportedModules, ExportOptions, choose_ranks, factorize, mixed_modules, ratio_of
-from .saved import INFIX, PREFIX, open_weights, read_config
+from .saved import INFIX, PREFIX, SavedComposition
 
 
 @dataclass(repr=False)  # that of its tensors fills screens
@@ -252,18 +249,10 @@ def lora_from_checkpoint(
         ValueError: the folder holds no composition, or not its factors; or as in `to_lora`.
     """
     options = ExportOptions(rank, energy, round_rank, one_rank, include_head, dtype)
-    folder = Path(folder)
-    config = read_config(folder)
-    weights = open_weights(folder)
-    checked_weights(config, {key: weights.read(key) for key in weights})
-    composed = config.composed_modules or {}
-    saved = dict.fromkeys(key.removeprefix(PREFIX).partition(INFIX)[0] for key in weights if INFIX in key)
-    paths = {name_in_checkpoint(path, composed): path for path in saved}
-    modules = {name: partial(_read_saved, weights, config, name, paths.get(name, name)) for name in composed}
-    others = {}
-    if include_head:
-        others = {key.removeprefix(PREFIX): weights.read(key) for key in weights if INFIX not in key}
-    return _export(config, modules, others, options)
+    saved = SavedComposition.opened(folder)
+    saved.require_factors()
+    modules = {name: partial(_read_saved, saved, name) for name in saved.ranks}
+    return _export(saved.config, modules, saved.others if include_head else {}, options)
 
 
 def _composed_base(model: nn.Module) -> Any:
@@ -302,19 +291,11 @@ def _read_layer(layer: CompositionLayer, adapter_name: str) -> ExportedModule:
         return mixed_modules(factors.A, factors.B, factors.bias, factors.ranks, weights, factors.has_experts)
 
 
-def _read_saved(weights: WeightsFile, config: CompositionConfig, module: str, path: str) -> ExportedModule:
-    keys = set(weights)
-
-    def read(part: str) -> Tensor:
-        key = f"{PREFIX}{path}{INFIX}{part}"
-        if key not in keys:
-            raise ValueError(f"the saved composition is damaged: {key!r} is missing from its weights")
-        return weights.read(key)
-
-    assert config.composed_modules is not None
+def _read_saved(saved: SavedComposition, module: str) -> ExportedModule:
+    config = saved.config
     assert config.lora_layout is not None
-    ranks = config.composed_modules[module]
-    A, B = read("factors.A"), read("factors.B")
+    ranks = saved.ranks[module]
+    A, B = saved.read(module, "factors.A"), saved.read(module, "factors.B")
     owner, _, key = module.rpartition(".")
     has_experts = A.dim() == 3 and key in config.lora_layout.get("parameters", {}).get(owner, ())
     found = (A.shape[1], B.shape[2]) if has_experts else (A.shape[0], B.shape[1])
@@ -323,8 +304,8 @@ def _read_saved(weights: WeightsFile, config: CompositionConfig, module: str, pa
             f"the saved composition is damaged: module {module!r} has ranks {ranks} in its config, but factors of "
             f"rank {found[0]} and {found[1]}"
         )
-    bias = read("factors.bias") if module in (config.biased_modules or ()) else None
-    theta = read("mixing.weight") if config.mixing == "learned" else None
+    bias = saved.read(module, "factors.bias") if module in (config.biased_modules or ()) else None
+    theta = saved.read(module, "mixing.weight") if config.mixing == "learned" else None
     mixing = Mixing(config, torch.float32 if theta is None else theta.dtype, torch.device("cpu"))
     if theta is not None and mixing.weight is not None:
         mixing.weight.data = theta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..text import one_line
 
@@ -19,21 +19,23 @@ def why_no_composition(folder: Path) -> str:
     Returns:
         One sentence without a full stop.
     """
-    kind = _peft_type(folder)
+    kind = peft_type_in(folder)
     if kind is None:
         return f"{one_line(folder)} is no saved composition: it has no {CONFIG_NAME} of an adapter"
     if kind == "COMPOSITION":
-        return f"There is no saved composition in {one_line(folder)}: its weights file is missing"
+        files = f"neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
+        return f"{one_line(folder)} is no saved composition: its weights are missing, it has {files}"
     what = "a plain LoRA" if kind == "LORA" else f"an adapter of type {one_line(kind)}"
     where = f"; the composition beside it is {one_line(folder.parent)}" if _is_beside_composition(folder) else ""
     return f"{one_line(folder)} is no saved composition: it is {what}, not a composition{where}"
 
 
 def _is_beside_composition(folder: Path) -> bool:
-    return _peft_type(folder.absolute().parent) == "COMPOSITION"
+    return peft_type_in(folder.absolute().parent) == "COMPOSITION"
 
 
-def _peft_type(folder: Path) -> str | None:
+def peft_type_in(folder: Path) -> str | None:
+    """The `peft_type` of the `adapter_config.json` in a folder; None where there is none that can be read."""
     try:
         fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ from ..names import LORA_SUBFOLDER, block_of
 from ..references import Provenance, is_hub_id
 from ..text import SHORT, in_code, in_markdown, in_python, one_line
 from .base_models import AUTO_CLASSES, class_to_load, stated_class
-from .saved import Saved
+from .saved import SavedComposition
 
 
 TEMPLATE = "model_card_template.md"
@@ -28,7 +28,7 @@ def is_on_hub(entry: Provenance) -> bool:
     return entry["commit"] is not None and is_hub_id(entry["path"])
 
 
-def section_of(saved: Saved, repo_id: str | None, metrics: Mapping[str, float]) -> str:
+def section_of(saved: SavedComposition, repo_id: str | None, metrics: Mapping[str, float]) -> str:
     """The text about one composition, between its marks."""
     weights = saved.mixing_weights()
     adapters = [_Row(saved, number, weights) for number in range(len(saved.config.references))]
@@ -84,7 +84,7 @@ def _cell(value: object) -> str:
 class _Row:
     """What the tables say of one upstream adapter."""
 
-    def __init__(self, saved: Saved, number: int, weights: dict[str, list[float]]) -> None:
+    def __init__(self, saved: SavedComposition, number: int, weights: dict[str, list[float]]) -> None:
         entry = saved.provenance[number]
         ranks = {module: row[number] for module, row in saved.ranks.items() if row[number]}
         base = entry["base_model_name_or_path"]
@@ -123,7 +123,7 @@ def _in_address(path: str) -> str:
     return quote(path, errors="surrogatepass")
 
 
-def _loading_code(saved: Saved, repo_id: str | None, subfolder: str | None, *first_lines: str) -> str:
+def _loading_code(saved: SavedComposition, repo_id: str | None, subfolder: str | None, *first_lines: str) -> str:
     """Python that loads the base model and the adapter, to be pasted."""
     where = [in_python(repo_id or ".")]
     if subfolder:
@@ -134,7 +134,7 @@ def _loading_code(saved: Saved, repo_id: str | None, subfolder: str | None, *fir
     return "\n".join([*lines, f"model = PeftModel.from_pretrained(base_model, {', '.join(where)}){note}"])
 
 
-def _base_model_code(saved: Saved) -> tuple[list[str], str]:
+def _base_model_code(saved: SavedComposition) -> tuple[list[str], str]:
     """The import and the line that load the base model, as far as the config tells."""
     config = saved.config
     mapping = config.auto_mapping or {}

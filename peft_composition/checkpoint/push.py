@@ -20,7 +20,7 @@ from ..public import publish
 from .card import write_model_card
 from .export import LoraExport, lora_from_checkpoint
 from .exported import sha256_of, weights_file
-from .saved import Saved
+from .saved import SavedComposition
 
 
 def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = LORA_SUBFOLDER, **options: Any) -> LoraExport:
@@ -144,7 +144,7 @@ class CompositionCardMixin(_TrainerBase):
         folder = Path(cast(str, self.args.output_dir))
         for name, config in getattr(model, "peft_config", {}).items():
             subfolder = _subfolder_of(name)
-            if isinstance(config, CompositionConfig) and Saved(folder, subfolder).is_complete:
+            if isinstance(config, CompositionConfig) and SavedComposition(folder, subfolder).is_complete:
                 if self.args.push_to_hub:
                     publish(_folder_of(folder, name))
                 if self.args.push_to_hub and config.save_adapters:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from ..config import CompositionConfig
@@ -23,39 +21,11 @@ from ..tuner.mixing import Mixing
 from ..upstream.keys import BASE_COPY
 from ..upstream.weights import WeightsFile
 from .exported import Exported, export_in, weights_file
-from .kinds import why_no_composition
+from .kinds import peft_type_in, why_no_composition
 
 
 PREFIX = "base_model.model."
 INFIX = ".composition_"
-
-
-def read_config(folder: Path) -> CompositionConfig:
-    """The config of a saved composition that carries its factors and its record."""
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(why_no_composition(folder))
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, CompositionConfig):
-        raise ValueError(why_no_composition(folder))
-    if not config.save_adapters:
-        raise ValueError(
-            f"{folder} was saved with save_adapters=False and does not hold the factors of its adapters. Load it "
-            "(PeftModel.from_pretrained) and export the model: to_lora(model)"
-        )
-    if config.composed_modules is None or config.lora_layout is None:
-        raise ValueError(
-            f"{folder} does not record its modules (composed_modules, lora_layout in {CONFIG_NAME}). Load it "
-            "(PeftModel.from_pretrained) and save it again, or export the model: to_lora(model)"
-        )
-    return config
-
-
-def open_weights(folder: Path) -> WeightsFile:
-    """The weights file of a saved composition, opened."""
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (folder / name).is_file():
-            return WeightsFile(folder.name, folder / name)
-    raise ValueError(f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
 def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
@@ -71,9 +41,7 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
     Raises:
         ValueError: there is no saved composition, or its weights are not in it.
     """
-    saved = Saved(Path(folder), None)
-    if not saved.is_complete:
-        raise ValueError(f"{why_no_composition(saved.folder)}.")
+    saved = SavedComposition.opened(folder)
     weights = saved.mixing_weights()
     if not weights:
         raise ValueError(f"The weights file in {saved.folder} does not hold the mixing weights of all its modules.")
@@ -82,21 +50,6 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
         module: {name: weight for name, weight, rank in zip(names, weights[module], ranks) if rank}
         for module, ranks in saved.ranks.items()
     }
-
-
-def saved_head(folder: str | os.PathLike[str]) -> tuple[list[str], bool]:
-    """The modules beside the composition's own in a saved composition, and whether they are known to be untrained.
-
-    Args:
-        folder: what `save_pretrained` wrote.
-
-    Raises:
-        ValueError: there is no saved composition.
-    """
-    saved = Saved(Path(folder), None)
-    if not saved.is_complete:
-        raise ValueError(f"{why_no_composition(saved.folder)}.")
-    return saved.head_modules, saved.has_untrained_head
 
 
 def head_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -115,16 +68,32 @@ def _is_of_composition(key: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A composition that `save_pretrained` wrote.
+class SavedComposition:
+    """A composition that `save_pretrained` wrote; each of its two files is opened once, when it is asked for.
 
     Attributes:
         root: folder of the card.
-        subfolder: where in it the composition is.
+        subfolder: where in it the composition is; None: in `root` itself.
     """
 
     root: Path
-    subfolder: str | None
+    subfolder: str | None = None
+
+    @classmethod
+    def opened(cls, root: str | os.PathLike[str], subfolder: str | None = None) -> SavedComposition:
+        """The composition in a folder.
+
+        Args:
+            root: folder of the card.
+            subfolder: where in it the composition is.
+
+        Raises:
+            ValueError: there is none, or its weights file is missing.
+        """
+        saved = cls(Path(root), subfolder or None)
+        if not saved.is_complete:
+            raise ValueError(f"{why_no_composition(saved.folder)}.")
+        return saved
 
     @property
     def folder(self) -> Path:
@@ -132,17 +101,9 @@ class Saved:
         return self.root / (self.subfolder or "")
 
     @property
-    def weights_file(self) -> Path | None:
-        """The file of its weights; None where there is none."""
-        return weights_file(self.folder)
-
-    @property
     def is_complete(self) -> bool:
         """Whether both files are there, and describe a composition."""
-        config = self.folder / CONFIG_NAME
-        if self.weights_file is None or not config.is_file():
-            return False
-        return json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "COMPOSITION"
+        return weights_file(self.folder) is not None and peft_type_in(self.folder) == "COMPOSITION"
 
     @cached_property
     def lora(self) -> Exported | None:
@@ -173,17 +134,66 @@ class Saved:
         return name if is_hub_id(name) else None
 
     @cached_property
+    def weights(self) -> WeightsFile:
+        """Its weights, not yet compared with the config."""
+        path = weights_file(self.folder)
+        if path is None:
+            raise ValueError(f"{why_no_composition(self.folder)}.")
+        return WeightsFile(self.subfolder or self.folder.name, path)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Where in the keys of the weights file a module is, once they are known to belong to the config."""
+        checked_weights(self.config, {key: self.weights.read(key) for key in self.weights})
+        ours = dict.fromkeys(key.removeprefix(PREFIX).partition(INFIX)[0] for key in self.weights if INFIX in key)
+        return {name_in_checkpoint(path, self.ranks): path for path in ours}
+
+    def require_factors(self) -> None:
+        """Make sure that it holds all that an export needs.
+
+        Raises:
+            ValueError: it was saved without its factors, or by a version that recorded too little.
+        """
+        if not self.config.save_adapters:
+            raise ValueError(
+                f"{self.folder} was saved with save_adapters=False and does not hold the factors of its adapters. "
+                "Load it (PeftModel.from_pretrained) and export the model: to_lora(model)"
+            )
+        if self.config.composed_modules is None or self.config.lora_layout is None:
+            raise ValueError(
+                f"{self.folder} does not record its modules (composed_modules, lora_layout in {CONFIG_NAME}). Load it "
+                "(PeftModel.from_pretrained) and save it again, or export the model: to_lora(model)"
+            )
+
+    def read(self, module: str, part: str) -> Tensor:
+        """A tensor of a composed module.
+
+        Args:
+            module: its name.
+            part: such as `factors.A` or `mixing.weight`.
+
+        Raises:
+            ValueError: it is not there, or the weights do not belong to the config.
+        """
+        key = f"{PREFIX}{self._paths.get(module, module)}{INFIX}{part}"
+        if key not in self.weights:
+            raise ValueError(f"the saved composition is damaged: {key!r} is missing from its weights")
+        return self.weights.read(key)
+
+    @cached_property
+    def others(self) -> dict[str, Tensor]:
+        """All tensors but those of composed modules, by their keys without PEFT's prefix."""
+        return {key.removeprefix(PREFIX): self.weights.read(key) for key in self.weights if INFIX not in key}
+
+    @cached_property
     def head(self) -> dict[str, Tensor]:
         """The tensors beside the composition's own: those of modules that are trained in full."""
-        if self.weights_file is None:
-            return {}
-        file = WeightsFile(self.subfolder or "default", self.weights_file)
-        return {key: file.read(key) for key in file if not _is_of_composition(key)}
+        return {key: self.weights.read(key) for key in self.weights if not _is_of_composition(key)}
 
     @property
     def head_modules(self) -> list[str]:
         """The names of the modules that are trained in full."""
-        return sorted({key.removeprefix("base_model.model.").rpartition(".")[0] for key in self.head})
+        return sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in self.head})
 
     @property
     def has_untrained_head(self) -> bool:
@@ -195,15 +205,12 @@ class Saved:
         mixing = Mixing(self.config, torch.float32)
         if mixing.weight is None:
             return dict.fromkeys(self.ranks, mixing().tolist())
-        assert self.weights_file is not None
-        file = WeightsFile(self.subfolder or "default", self.weights_file)
         weights = {}
-        checked_weights(self.config, {key: file.read(key) for key in file})
-        for key in file:
-            path, found, _ = key.removeprefix("base_model.model.").partition(".composition_mixing.")
-            if found:
-                mixing.load_state_dict({"weight": file.read(key)})
-                weights[name_in_checkpoint(path, self.ranks)] = mixing().tolist()
+        for module, path in self._paths.items():
+            key = f"{PREFIX}{path}{INFIX}mixing.weight"
+            if key in self.weights:
+                mixing.weight.data = self.weights.read(key).to(torch.float32)
+                weights[module] = mixing().tolist()
         if weights.keys() != self.ranks.keys():  # DeepSpeed, for one, can leave an empty file here and save elsewhere
             return {}
         return {module: weights[module] for module in self.ranks}

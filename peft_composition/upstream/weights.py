@@ -95,6 +95,9 @@ class WeightsFile:
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self._entries[key].shape
