@@ -325,7 +325,7 @@ def build_model(
     config = CompositionConfig(adapters=list(arguments.adapters), mixing=mixing, **shared)
     model = get_peft_model(base, config)
     if arguments.method == "lora":
-        targets = sorted(config.composed_modules or ())
+        targets = sorted(model.mixing_weights())
         lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, **shared)
         return get_peft_model(model.unload(), lora)
     return model

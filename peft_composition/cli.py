@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -102,6 +102,7 @@ def compose(
         check_base_model=check_base,
     )
     model = get_peft_model(base_model, config)
+    config = cast(CompositionConfig, model.peft_config["default"])
     if is_headless:
         config.num_labels = None
     elif has_new_head:

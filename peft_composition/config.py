@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
+from .as_built import DEFINING, AsBuilt
 from .drafts import CONFIG_DRAFT, draft_in
 from .given_weights import checked_weights
 from .public import without_local_paths
@@ -28,19 +29,6 @@ from .version import __version__
 MIXINGS = ("learned", "uniform", "fixed")
 NORMALIZATIONS = ("softmax", "none")
 SHARINGS = ("module", "block", "model")
-# The fields that say what is composed and how.
-DEFINING = (
-    "adapters",
-    "mixing",
-    "weights",
-    "normalization",
-    "gain",
-    "weight_sharing",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-)
 DEFAULT_GAIN = {"softmax": 40.0, "none": 10.0}
 
 
@@ -166,6 +154,7 @@ class CompositionConfig(PeftConfig):
             self.peft_composition_version = __version__
         self._read_from_checkpoint = self.composed_modules is not None
         self._is_built = self._is_building = False
+        self._as_built: AsBuilt | None = None
         self._request = self.target_modules
         self._as_loaded = self._definition() if self._read_from_checkpoint else None
         self.summary_as_read: dict[str, Any] | None = None
@@ -208,7 +197,7 @@ class CompositionConfig(PeftConfig):
                         )
             self._request = self.requested_target_modules
             yield
-            self._is_built = True
+            self._is_built, self._as_built = True, AsBuilt(self)
         finally:
             if not self._is_built:
                 self.target_modules = self._request
@@ -292,6 +281,7 @@ class CompositionConfig(PeftConfig):
         Raises:
             ValueError: this composition cannot have them; it stays as it was.
         """
+        self.undo_edits()
         own, before = self.__dict__, self.weights
         try:
             own["weights"] = weights
@@ -301,9 +291,16 @@ class CompositionConfig(PeftConfig):
             raise
         if self._as_loaded is not None:
             self._as_loaded["weights"] = own["weights"]
+        self._as_built = AsBuilt(self)
+
+    def undo_edits(self) -> None:
+        """Put back what was edited in place after a model was built from this config, with a warning."""
+        if self._as_built is not None and not self._is_building:
+            self._as_built.restore(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, as they are saved, with `target_modules` as requested."""
+        self.undo_edits()
         return {**super().to_dict(), "target_modules": self.requested_target_modules}
 
     @classmethod

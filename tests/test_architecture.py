@@ -23,7 +23,7 @@ FLOORS = [
     {"training", "sharding", "checkpoint", "analysis", "evidence"},
     {"tuner"},
     {"upstream"},
-    {"config", "given_weights", "record", "selection", "references", "drafts", "public"},
+    {"config", "as_built", "given_weights", "record", "selection", "references", "drafts", "public"},
     {"names", "text", "scalars", "compat", "version", "versions", "registration"},
 ]
 # Rooms of one floor that stand on each other, in order.

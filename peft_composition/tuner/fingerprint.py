@@ -87,6 +87,7 @@ def add_fingerprint(
     """
     for key in [key for key in selected if f".{_ATTRIBUTE}." in key]:
         del selected[key]
+    config.undo_edits()
     if not config.composed_modules:
         return
     infixes = f"{_INFIX}factors.{adapter_name}.", f"{_INFIX}mixing.{adapter_name}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -98,9 +99,10 @@ class CompositionModel(BaseTuner):
 
         Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
         """
-        config = self.peft_config[adapter_name]
         if not isinstance(self.peft_config, Configs):
             self.peft_config = cast("dict[str, CompositionConfig]", Configs(self.peft_config))
+        # The model's own: one config can serve for several models, and what is recorded differs between them.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         with config.building():
             base = BaseModel(model)
             require_usable_name(adapter_name, base.layers)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
@@ -181,3 +182,52 @@ def test_a_config_serves_again_also_after_a_failure(pair: Folders) -> None:
         assert torch.equal(output(composed_of(again)), output(first))
     other = dataclasses.replace(config, composed_modules=None, target_modules=["lin0"])
     assert set(composed_of(other).mixing_weights()) == {"lin0"}
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "inject_adapter_in_model"])
+def test_a_config_for_two_models_stays_as_written_and_each_records_its_own(way: str, pair: Folders) -> None:
+    config = CompositionConfig(adapters=pair("bert"))
+    written = copy.deepcopy(vars(config))
+    bases = [tiny.build("bert"), tiny.build("bert")]
+    other = copy.deepcopy(bases[1].config)
+    other.num_labels = 7
+    bases[1] = type(bases[1])(other)
+    models = [
+        get_peft_model(base, config) if way == "get_peft_model" else inject_adapter_in_model(config, base)
+        for base in bases
+    ]
+    records = [model.peft_config["default"] for model in models]
+    assert {**vars(config), "base_model_name_or_path": None} == written  # which PEFT fills in
+    assert [record.num_labels for record in records] == [base.config.num_labels for base in bases]
+    assert all(record.composed_modules for record in records)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config.weights.append(0.5),
+        lambda config: config.weights.reverse(),
+        lambda config: config.adapters[0].update(path="elsewhere"),
+        lambda config: config.adapters.reverse(),
+        lambda config: config.target_modules.append("lin1"),
+        lambda config: config.exclude_modules.append("lin1"),
+        lambda config: config.composed_modules.pop("lin1"),
+        lambda config: config.composed_modules["lin1"].reverse(),
+        lambda config: config.provenance[0].update(sha256="0" * 64),
+        lambda config: setattr(config, "composed_modules", None),
+    ],
+)
+def test_a_checkpoint_says_what_its_model_was_built_with(
+    edit: Callable[[Any], Any], pair: Folders, tmp_path: Path
+) -> None:
+    model = composed_of(
+        CompositionConfig(adapters=pair("mlp"), mixing="fixed", weights=[0.25, 0.75], exclude_modules=["relu"])
+    )
+    model.save_pretrained(tmp_path / "before")
+    edit(model.peft_config["default"])
+    model.save_pretrained(tmp_path / "after")
+
+    before, after = ((tmp_path / name / CONFIG_NAME).read_text() for name in ("before", "after"))
+    assert after == before
+    again = PeftModel.from_pretrained(tiny.build("mlp"), str(tmp_path / "after")).eval()
+    assert torch.equal(output(again), output(model))

@@ -1,0 +1,48 @@
+"""The fields of a config as they were when a model was built from it: they are saved, whatever is edited in place."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from .text import shown
+
+
+# The fields that say what is composed and how.
+DEFINING = (
+    "adapters",
+    "mixing",
+    "weights",
+    "normalization",
+    "gain",
+    "weight_sharing",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+_RECORD = ("composed_modules", "biased_modules", "layer_sizes", "lora_layout", "provenance", "_request")
+
+
+class AsBuilt:
+    """What a model was built with.
+
+    Args:
+        config: the config, at the end of building.
+    """
+
+    def __init__(self, config: object) -> None:
+        self._fields = {name: copy.deepcopy(getattr(config, name)) for name in (*DEFINING, *_RECORD)}
+
+    def restore(self, config: object) -> None:
+        """Undo edits of a config, with a warning: they changed nothing in the model."""
+        for name, built in self._fields.items():
+            now = getattr(config, name)
+            if now != built:
+                vars(config)[name] = copy.deepcopy(built)
+                warnings.warn(
+                    f"{name} of the config was edited to {shown(now)} after a model was built with "
+                    f"{shown(built)}; the edit is undone, because the model did not change. Build another model "
+                    "from a new config: dataclasses.replace(config, composed_modules=None, ...)",
+                    stacklevel=4,
+                )
