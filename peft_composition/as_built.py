@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 import warnings
+from typing import Any
 
 from .text import shown
 
@@ -32,14 +33,16 @@ class AsBuilt:
     """
 
     def __init__(self, config: object) -> None:
-        self._fields = {name: copy.deepcopy(getattr(config, name)) for name in (*DEFINING, *_RECORD)}
+        # As a pickle, which is several times faster than a deep copy of a record of many modules.
+        self._fields = pickle.dumps({name: getattr(config, name) for name in (*DEFINING, *_RECORD)})
 
     def restore(self, config: object) -> None:
         """Undo edits of a config, with a warning: they changed nothing in the model."""
-        for name, built in self._fields.items():
+        fields: dict[str, Any] = pickle.loads(self._fields)
+        for name, built in fields.items():
             now = getattr(config, name)
             if now != built:
-                vars(config)[name] = copy.deepcopy(built)
+                vars(config)[name] = built
                 warnings.warn(
                     f"{name} of the config was edited to {shown(now)} after a model was built with "
                     f"{shown(built)}; the edit is undone, because the model did not change. Build another model "

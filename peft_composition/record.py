@@ -70,6 +70,8 @@ def require_valid_record(config: Recorded) -> None:
     for module, ranks in composed.items():
         if not isinstance(ranks, list) or len(ranks) != len(names):
             raise _refusal(f"composed_modules must have {len(names)} ranks for module {quoted(module)}", ranks)
+        if all(type(rank) is int and rank >= 0 for rank in ranks) and any(ranks):
+            continue
         for name, rank in zip(names, ranks):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
                 raise _refusal(

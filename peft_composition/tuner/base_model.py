@@ -109,8 +109,9 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     targets: dict[str, nn.Module] = {}
     wrappers: list[str] = []
     wrapped: str | None = None
+    is_tuner_layer = cache(lambda kind: issubclass(kind, BaseTunerLayer))  # models have few types of modules
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, CompositionLayer):
+        if is_tuner_layer(type(module)) and not isinstance(module, CompositionLayer):
             raise ValueError(
                 f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Compose, or "
                 "load the composition, first, and put the other adapter on afterwards; or merge that one "

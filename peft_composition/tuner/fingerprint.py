@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -207,14 +207,14 @@ def await_fingerprint(
     cast(nn.ModuleDict, layer._modules[_ATTRIBUTE])[adapter_name] = AwaitedFingerprint(config, mixings)
 
 
-def forget_awaited(model: nn.Module, adapter_name: str) -> None:
-    """Let nothing wait for the fingerprint of a composition any more, once it was compared."""
-    for module in list(model.modules()):
-        awaited = module._modules.get(_ATTRIBUTE)
+def forget_awaited(layers: Iterable[nn.Module], adapter_name: str) -> None:
+    """Let no composed layer wait for the fingerprint of a composition any more, once it was compared."""
+    for layer in layers:
+        awaited = layer._modules.get(_ATTRIBUTE)
         if isinstance(awaited, nn.ModuleDict) and adapter_name in awaited:
             del awaited[adapter_name]
             if not awaited:
-                delattr(module, _ATTRIBUTE)
+                delattr(layer, _ATTRIBUTE)
 
 
 def require_weights_in(folder: Path, config: CompositionConfig) -> None:

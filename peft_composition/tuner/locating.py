@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import cast
 
 from peft import PeftModel
@@ -80,24 +81,31 @@ def composition_of(
 def located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLayer]]:
     """The same with their paths in this model, where a wrapper may lie between."""
     wrappers: list[str] = []
+    is_wrapper = cache(lambda kind: issubclass(kind, (ParameterWrapper, BaseTunerLayer)))  # slow: an abstract class
     for inner_path, module in model.named_modules():
+        if not is_wrapper(type(module)):
+            continue
         path = _WRAPPERS.sub("", inner_path)
         if isinstance(module, CompositionLayer):
             yield name_in_base(f"{path}.", wrappers).rstrip("."), path, module
-        elif isinstance(module, (ParameterWrapper, BaseTunerLayer)):
+        else:
             wrappers.append(path)
 
 
 def renamed_state_dict(
-    model: nn.Module, config: CompositionConfig, state_dict: dict[str, Tensor]
+    base_model: nn.Module, paths: Mapping[str, str], config: CompositionConfig, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The same renaming for the keys of its weights."""
+    """The keys of a checkpoint's weights, brought up to date as the modules of its record were.
+
+    Args:
+        base_model: the model, without any `PeftModel` around it.
+        paths: of its composed layers, by their names; see `located_layers`.
+        config: of the composition.
+        state_dict: its weights by the keys of the checkpoint.
+    """
     composed = config.composed_modules or {}
     prefix, separator = PEFT_PREFIX, ".composition_"
-    base_model = model
-    while isinstance(base_model, PeftModel):
-        base_model = base_model.get_base_model()
-    paths = {name: without_outer_adapters(path) for name, path, _ in located_layers(base_model)}
+    paths = {name: without_outer_adapters(path) for name, path in paths.items()}
     found = dict.fromkeys(key.removeprefix(prefix).partition(separator)[0] for key in state_dict if separator in key)
     if found.keys() <= set(paths.values()):
         return state_dict

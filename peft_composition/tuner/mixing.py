@@ -28,7 +28,7 @@ class Mixing(nn.Module):
 
     def __init__(self, config: CompositionConfig, dtype: torch.dtype, device: torch.device | None = None) -> None:
         super().__init__()
-        count = len(config.references)
+        count = len(config.adapters or ())
         weights = config.weights if config.weights is not None else [1 / count] * count
         self.normalization = config.normalization
         assert config.gain is not None  # __post_init__ fills in the default

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from .mixing import Mixing, sharing_key
 from .mixing_weights import mixing_weights
 from .parameters import ParameterWrapper, wrapper_for
 from .preparation import Injection, prepare, require_usable_name
-from .ties import computes_by_flag, find_ties, separate, warn_about_leaving
+from .ties import computes_by_flag, find_ties, held_more_than_once, separate, warn_about_leaving
 
 
 class CompositionModel(BaseTuner):
@@ -102,7 +101,7 @@ class CompositionModel(BaseTuner):
         if not isinstance(self.peft_config, Configs):
             self.peft_config = cast("dict[str, CompositionConfig]", Configs(self.peft_config))
         # The model's own: one config can serve for several models, and what is recorded differs between them.
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = self.peft_config[adapter_name].copy()
         with config.building():
             base = BaseModel(model)
             require_usable_name(adapter_name, base.layers)
@@ -123,8 +122,10 @@ class CompositionModel(BaseTuner):
                 await_fingerprint(carrying, adapter_name, config, injection.mixings)
             if injection.stacked is not None:
                 self._fill(injection, adapter_name)
-        find_ties(model, dict(composition_layers(model)))
-        packing.watch(model)
+        modules = list(model.modules())
+        if held_more_than_once(modules):
+            find_ties(model, dict(composition_layers(model)))
+        packing.watch(modules)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionModel:
         packing.unpack_all(self)  # bitsandbytes does not, or loses the order of the scales
@@ -229,7 +230,9 @@ class CompositionModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         config = cast(CompositionConfig, peft_config)
-        if config.lora_layout is not None:
+        if config.lora_layout is not None and (
+            "attentions" in config.lora_layout or "parameters" in config.lora_layout
+        ):
             wrapped = {*config.lora_layout.get("attentions", ()), *config.lora_layout.get("parameters", ())}
             if key in wrapped or key.rpartition(".")[0] in config.lora_layout.get("attentions", ()):
                 return key in wrapped
@@ -361,9 +364,14 @@ class CompositionModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = renamed_state_dict(model, cast(CompositionConfig, config), state_dict)
+        base_model = model
+        while isinstance(base_model, PeftModel):
+            base_model = base_model.get_base_model()
+        located = list(located_layers(base_model))
+        paths = {name: path for name, path, _ in located}
+        state_dict = renamed_state_dict(base_model, paths, cast(CompositionConfig, config), state_dict)
         state_dict = checked_weights(cast(CompositionConfig, config), state_dict)
-        forget_awaited(model, adapter_name)
+        forget_awaited([layer for _, _, layer in located], adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not cast(CompositionConfig, config).save_adapters:
             # The factors were fetched when the layers were built; they are not missing from the checkpoint.

@@ -8,7 +8,7 @@ bitsandbytes has leaves the scales out of order, or quantizes them anew.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,16 +21,16 @@ _SCALES = ("absmax", "nested", "offset", "state2", "dtype")
 _KEPT = "scales_before_packing"
 
 
-def watch(model: nn.Module) -> None:
-    """See to it that packed weights of a model are unpacked before they train or are saved, to the bit.
+def watch(modules: Iterable[nn.Module]) -> None:
+    """See to it that packed weights are unpacked before they train or are saved, to the bit.
 
     Also those of layers that nothing is composed with: gradients must pass through them. Hooks of PyTorch do it; they
     stay when the compositions are taken off, and do nothing for weights on other devices.
 
     Args:
-        model: the base model, with layers of any kind.
+        modules: those of the base model, of any kind.
     """
-    for layer in _layers(model):
+    for layer in _packable(modules):
         if _before_forward not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_before_forward)
             layer.register_state_dict_pre_hook(_before_saving)
@@ -62,14 +62,14 @@ def unpack(layer: nn.Module) -> None:
 
 def unpack_all(model: nn.Module) -> None:
     """`unpack` for every layer of a model."""
-    for layer in _layers(model):
+    for layer in _packable(model.modules()):
         unpack(layer)
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def _packable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The layers of bitsandbytes that may be packed; none with versions of it that do not pack."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+    for module in modules:
+        if "support_avx512bf16_for_cpu" in vars(module):  # hasattr would search parameters and submodules, too
             yield module
 
 

@@ -192,7 +192,8 @@ def _name_ends(wanted: Collection[str], names: Iterable[str]) -> list[str] | Non
     if not wanted:
         return []
     ends = compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted))
-    selected = {name for name in names if any(name == end or name.endswith(f".{end}") for end in ends)}
+    dotted = tuple(f".{end}" for end in ends)
+    selected = {name for name in names if f".{name}".endswith(dotted)}
     return sorted(ends) if selected == set(wanted) else None
 
 

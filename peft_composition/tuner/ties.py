@@ -129,9 +129,9 @@ def find_ties(model: nn.Module, layers: Mapping[str, TiedLayer]) -> dict[str, Ti
     Returns:
         The ties by the names of their layers; a layer that has left one keeps it.
     """
-    holders = _holders(model)
-    parents = _parents(model)
     found: dict[str, Tie] = {}
+    several = held_more_than_once(model.modules())
+    holders = _holders(model)
     flags: dict[int, Flag] = {}
     for layer in layers.values():  # a config has one flag, whatever layer has lowered it
         flags.update({id(flag.config): flag for flag in (layer.tie.flags if layer.tie else ())})
@@ -143,8 +143,8 @@ def find_ties(model: nn.Module, layers: Mapping[str, TiedLayer]) -> dict[str, Ti
         layer.tie = None
         held = layer.base_parameters()
         base = layer.get_base_layer()
-        is_shared = parents.get(id(base), 0) > 1 and all(place.module is base for place in held)
-        tied = held if is_shared else [place for place in held if len(holders[id(_held(place))]) > 1]
+        is_shared = id(base) in several and all(place.module is base for place in held)
+        tied = held if is_shared else [place for place in held if id(_held(place)) in several]
         if not tied:
             continue
         names = names or {id(module): _plain(path) for path, module in model.named_modules()}
@@ -248,13 +248,15 @@ def _holders(model: nn.Module) -> dict[int, list[Place]]:
     return holders
 
 
-def _parents(model: nn.Module) -> dict[int, int]:
-    """How many modules hold each module, by its id."""
-    parents: dict[int, int] = {}
-    for module in model.modules():
-        for child in module._modules.values():
-            parents[id(child)] = parents.get(id(child), 0) + 1
-    return parents
+def held_more_than_once(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of the parameters, and of the modules, that several modules hold, or one under several names."""
+    once: set[int] = set()
+    again: set[int] = set()
+    for module in modules:
+        for held in (*module._parameters.values(), *module._modules.values()):
+            if held is not None:
+                (again if id(held) in once else once).add(id(held))
+    return again
 
 
 def _held(place: Place) -> nn.Parameter:
