@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -20,6 +22,17 @@ from ..upstream.shapes import LayerShape
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer with adapters of some PEFT method."""
+    return _is_tuner_layer(cast(Hashable, type(module)))
+
+
+@lru_cache
+def _is_tuner_layer(kind: type) -> bool:
+    """The same by its type: a model has few, and asking PEFT's abstract class for every module is slow."""
+    return issubclass(kind, BaseTunerLayer)
 
 
 def real_device(device: torch.device | None) -> torch.device:

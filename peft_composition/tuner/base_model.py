@@ -7,7 +7,6 @@ from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from .. import compat
 from ..names import CONTAINER, name_in_base
 from ..upstream.shapes import LayerShape
-from .base_layer import compute_dtype, layer_shape
+from .base_layer import compute_dtype, is_tuner_layer, layer_shape
 from .base_parameter import TargetParameter, find_parameter, parameter_shape
 from .layer import CompositionLayer
 from .parameters import ParameterWrapper
@@ -109,9 +108,8 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     targets: dict[str, nn.Module] = {}
     wrappers: list[str] = []
     wrapped: str | None = None
-    is_tuner_layer = cache(lambda kind: issubclass(kind, BaseTunerLayer))  # models have few types of modules
     for name, module in model.named_modules():
-        if is_tuner_layer(type(module)) and not isinstance(module, CompositionLayer):
+        if is_tuner_layer(module) and not isinstance(module, CompositionLayer):
             raise ValueError(
                 f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Compose, or "
                 "load the composition, first, and put the other adapter on afterwards; or merge that one "

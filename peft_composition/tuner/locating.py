@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import cast
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..names import name_in_base, name_in_checkpoint, without_outer_adapters
+from .base_layer import is_tuner_layer
 from .base_model import BaseModel
 from .layer import CompositionLayer
 from .parameters import ParameterWrapper
@@ -81,9 +81,8 @@ def composition_of(
 def located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLayer]]:
     """The same with their paths in this model, where a wrapper may lie between."""
     wrappers: list[str] = []
-    is_wrapper = cache(lambda kind: issubclass(kind, (ParameterWrapper, BaseTunerLayer)))  # slow: an abstract class
     for inner_path, module in model.named_modules():
-        if not is_wrapper(type(module)):
+        if not (is_tuner_layer(module) or isinstance(module, ParameterWrapper)):
             continue
         path = _WRAPPERS.sub("", inner_path)
         if isinstance(module, CompositionLayer):

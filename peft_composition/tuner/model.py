@@ -230,11 +230,11 @@ class CompositionModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         config = cast(CompositionConfig, peft_config)
-        if config.lora_layout is not None and (
-            "attentions" in config.lora_layout or "parameters" in config.lora_layout
-        ):
-            wrapped = {*config.lora_layout.get("attentions", ()), *config.lora_layout.get("parameters", ())}
-            if key in wrapped or key.rpartition(".")[0] in config.lora_layout.get("attentions", ()):
+        layout = config.lora_layout
+        if layout is not None and (layout.get("attentions") or layout.get("parameters")):
+            attentions = layout.get("attentions", ())
+            wrapped = {*attentions, *layout.get("parameters", ())}
+            if key in wrapped or key.rpartition(".")[0] in attentions:
                 return key in wrapped
         # What was excluded is not in the record; a checkpoint's own expressions are never matched.
         return key in (config.composed_modules or {})

@@ -529,10 +529,10 @@ def test_the_plain_lora_is_mentioned_where_there_is_one(pair: Any, hub_base: nn.
 @pytest.mark.parametrize("commits", [[None, None], ["a" * 40, None], COMMITS], ids=["local", "both", "hub"])
 def test_without_the_factors_local_folders_have_no_commits(commits: list[Any], pair: Any, tmp_path: Path) -> None:
     saved(tiny.compose("mlp", pair("mlp"), save_adapters=False), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / CONFIG).read_text())
     for entry, commit in zip(config["provenance"], commits):
         entry["commit"] = commit
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / CONFIG).write_text(json.dumps(config))
     card = write_model_card(tmp_path).read_text().replace("\n", " ")
     assert ("at these commits" in card) == (commits != [None, None])
     assert ("local folders that they were in" in card) == (None in commits)
