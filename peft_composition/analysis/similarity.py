@@ -17,9 +17,10 @@ from huggingface_hub.utils import tqdm
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..tuner.locating import base_of
 from ..tuner.single import evaluating
 from .cka import FEWEST_EXAMPLES, Estimator, Features, MinibatchCKA, alignment, hsic
-from .views import View, base_of, touched_modules
+from .views import View, touched_modules
 
 
 ModelEstimator = Literal["minibatch", "biased", "unbiased"]

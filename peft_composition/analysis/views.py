@@ -62,11 +62,6 @@ def single_adapters(model: PeftModel, composition: str | None = None) -> dict[st
     }
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def touched_modules(base: nn.Module, adapters: list[str] | None) -> tuple[str, ...]:
     """Names of the layers that have weights of one of these adapters; None: of one that is active."""
     return tuple(

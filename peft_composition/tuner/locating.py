@@ -41,6 +41,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside every `PeftModel` around it."""
+    while isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return model
+
+
 def composition_of(
     model: nn.Module, adapter_name: str | None
 ) -> tuple[str, CompositionConfig, dict[str, CompositionLayer]]:

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import CompositionConfig
-from ..names import name_in_checkpoint, without_outer_adapters
+from ..names import without_outer_adapters
 from . import packing
 from .base_layer import device_of, hooks_of, real_device
 from .base_model import BaseModel
@@ -23,7 +23,7 @@ from .factors import Factors
 from .fingerprint import add_fingerprint, await_fingerprint, checked_weights, forget_awaited
 from .forms import form_of
 from .layer import CompositionLayer
-from .locating import PEFT_PREFIX, composition_layers, located_layers, renamed_state_dict
+from .locating import PEFT_PREFIX, base_of, composition_layers, located_layers, renamed_state_dict
 from .mixing import Mixing, sharing_key
 from .mixing_weights import mixing_weights
 from .parameters import ParameterWrapper, wrapper_for
@@ -110,7 +110,7 @@ class CompositionModel(BaseTuner):
             config.target_modules = list(injection.ranks)
             self._injection = injection
             if state_dict is not None:
-                state_dict = {_at_the_module(key, injection): tensor for key, tensor in state_dict.items()}
+                state_dict = {injection.key_at_the_module(key): tensor for key, tensor in state_dict.items()}
             try:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             finally:
@@ -364,9 +364,7 @@ class CompositionModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        base_model = model
-        while isinstance(base_model, PeftModel):
-            base_model = base_model.get_base_model()
+        base_model = base_of(model)
         located = list(located_layers(base_model))
         paths = {name: path for name, path, _ in located}
         state_dict = renamed_state_dict(base_model, paths, cast(CompositionConfig, config), state_dict)
@@ -394,13 +392,3 @@ def _asks_for_ties(module: nn.Module) -> bool:
     if not isinstance(module, PreTrainedModel) or not computes_by_flag(module):
         return False
     return bool(getattr(module.config, "tie_word_embeddings", False))
-
-
-def _at_the_module(key: str, injection: Injection) -> str:
-    """A key of a checkpoint as PEFT looks for it: at the module, also where a parameter of it is composed."""
-    path, found, rest = key.partition(".composition_")
-    if not found:
-        return key
-    name = name_in_checkpoint(path, injection.ranks)
-    owner = next((owner for owner, parameters in injection.parameters.items() if name in parameters), name)
-    return f"{owner}{found}{rest}"

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import compat
 from ..config import CompositionConfig
-from ..names import CONTAINER
+from ..names import CONTAINER, name_in_checkpoint
 from ..references import AdapterReference, LoraLayout
 from ..text import LONG, one_line
 from ..upstream.adapter import UpstreamAdapter, read_adapters
@@ -56,6 +56,15 @@ class Injection:
     stacked: dict[str, StackedFactors] | None
     awaits_fingerprint: str | None
     quantization_kwargs: dict[str, Any]
+
+    def key_at_the_module(self, key: str) -> str:
+        """A key of a checkpoint as PEFT looks for it: at the module, also where a parameter of it is composed."""
+        path, found, rest = key.partition(".composition_")
+        if not found:
+            return key
+        name = name_in_checkpoint(path, self.ranks)
+        owner = next((owner for owner, parameters in self.parameters.items() if name in parameters), name)
+        return f"{owner}{found}{rest}"
 
 
 def prepare(config: CompositionConfig, base: BaseModel) -> Injection:

@@ -44,7 +44,8 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
         The stacked factors by module, on the CPU. Beside them only a few adapters are in memory at a time.
 
     Raises:
-        AdapterError: a factor holds NaN or infinity, in the file or after rounding to its dtype.
+        AdapterError: a factor holds NaN or infinity, in the file or after rounding to its dtype, or the update of two
+            factors overflows.
     """
     stacked = {module: _allocate(plan, module, dtypes[module]) for module in plan.factors}
     filled = dict.fromkeys(plan.factors, 0)
@@ -54,7 +55,7 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
         for number in batch:
             plan.adapters[number].weights.unmap()
     for module, target in stacked.items():
-        if not all(_is_finite(tensor) for tensor in (target.A, target.B, target.bias) if tensor is not None):
+        if not _is_surely_finite(target):
             for adapter, factors in zip(plan.adapters, plan.factors[module]):
                 if factors is not None:
                     _require_finite(adapter, module, factors, dtypes[module])
@@ -62,7 +63,7 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
 
 
 def require_finite(adapter: UpstreamAdapter, dtype: torch.dtype) -> None:
-    """Raise AdapterError where a factor holds NaN or infinity, in the file or after rounding to `dtype`.
+    """Raise AdapterError where a factor holds NaN or infinity, in the file or after rounding to `dtype`, or overflows.
 
     Unlike in `stack`, only a part of one factor is in memory at a time.
     """
@@ -137,22 +138,29 @@ def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return (tensor.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite: what is not survives a sum; where that overflows, the extremes tell."""
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return math.isfinite(total.item()) or all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
+def _is_surely_finite(stacked: StackedFactors) -> bool:
+    """Whether all values are finite, and their products, too: no entry of B A exceeds the product of the norms.
+
+    False where a norm overflows, which proves nothing yet.
+    """
+    norms = [torch.linalg.vector_norm(t).item() for t in (stacked.A, stacked.B, stacked.bias) if t is not None]
+    return all(map(math.isfinite, norms)) and norms[0] * norms[1] < torch.finfo(torch.float32).max
 
 
 def _require_finite(adapter: UpstreamAdapter, module: str, factors: FactorKeys, dtype: torch.dtype) -> None:
     parts = {"lora_A": (factors.A, 1.0), "lora_B": (factors.B, factors.scale)}
     if factors.bias is not None:
         parts["lora_B bias"] = (factors.bias, factors.scale)
+    largest: dict[str, float] = {}
     for what, (key, scale) in parts.items():
         tensor = adapter.weights.read(key)
+        largest[what] = 0.0
         bad = in_file = 0
         for part in tensor.flatten().split(CHECKED_AT_ONCE):
             scaled = _scaled(part, scale, dtype)
-            if not _is_finite(scaled):
+            extremes = [abs(extreme.item()) for extreme in scaled.aminmax()]
+            largest[what] = max(largest[what], *extremes)
+            if not all(map(math.isfinite, extremes)):
                 bad += int((~torch.isfinite(scaled)).sum())
                 in_file += int((~torch.isfinite(part)).sum())
         if bad:
@@ -160,3 +168,10 @@ def _require_finite(adapter: UpstreamAdapter, module: str, factors: FactorKeys, 
             if not in_file:
                 reason = f"{bad} values overflow in {dtype} once scaled by {scale:g}"
             raise AdapterError(adapter.name, f"module {quoted(module)}: {what}: {reason}")
+    A, B = largest["lora_A"], largest["lora_B"]
+    if A * B * factors.rank > torch.finfo(torch.promote_types(dtype, torch.float32)).max:
+        raise AdapterError(
+            adapter.name,
+            f"module {quoted(module)}: values up to {A:.2g} in lora_A and {B:.2g} in lora_B (scaled) can overflow in "
+            f"their product of rank {factors.rank}: no training gives such factors",
+        )

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_composition import AdapterError, CompositionConfig, add_to_checkpoint, compat
+from peft_composition.analysis.inspection import inspect_adapters
 from peft_composition.tuner import base_model, preparation
 from peft_composition.tuner.locating import composition_layers
 from peft_composition.upstream import stacking, weights
@@ -1055,20 +1056,37 @@ def test_values_that_are_not_finite(factor: str, value: float, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_finite_whose_sum_is_not(dtype: torch.dtype, good: Path, bad: Path) -> None:
+@pytest.mark.parametrize("huge_A", [True, False], ids=["A", "B"])
+def test_values_are_finite_whose_sum_is_not(huge_A: bool, dtype: torch.dtype, good: Path, bad: Path) -> None:
     huge = 1e38 if dtype != torch.float16 else 6e4
+    in_A, in_B = (huge, 2**-10) if huge_A else (2**-10, huge)
 
     def enlarge(tensors: dict[str, Tensor]) -> None:
-        tensors["base_model.model.lin0.lora_A.weight"].fill_(huge)
-        tensors["base_model.model.lin0.lora_B.weight"].fill_(huge / 4)  # the scale is 16 / 4
+        tensors["base_model.model.lin0.lora_A.weight"].fill_(in_A)
+        tensors["base_model.model.lin0.lora_B.weight"].fill_(in_B / 4)  # the scale is 16 / 4
 
     edit_tensors(bad, enlarge)
     model = compose(tiny.build("mlp").to(dtype), good, bad)
     factors = model.base_model.model.lin0.composition_factors["default"]
-    expected = torch.tensor(huge, dtype=torch.float64).to(dtype)
-    assert not factors.A.to(dtype).sum().isfinite()
-    assert torch.equal(factors.A[2:], expected.expand(4, 10))
-    assert torch.equal(factors.B[:, 2:], expected.expand(20, 4))
+    large = factors.A if huge_A else factors.B
+    assert not large.to(dtype).sum().isfinite()
+    expected = torch.tensor([in_A, in_B], dtype=torch.float64).to(dtype)
+    assert torch.equal(factors.A[2:], expected[0].expand(4, 10))
+    assert torch.equal(factors.B[:, 2:], expected[1].expand(20, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_factors_whose_product_overflows(dtype: torch.dtype, good: Path, bad: Path) -> None:
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        tensors["base_model.model.lin0.lora_A.weight"][0, 0] = 1e30
+        tensors["base_model.model.lin0.lora_B.weight"][0, 0] = 1e10
+
+    edit_tensors(bad, enlarge)
+    message = r"module 'lin0': values up to 1e+30 in lora_A and 4e+10 in lora_B (scaled) can overflow"
+    refuse(tiny.build("mlp").to(dtype), good, bad, message=message)
+    for model in (None, tiny.build("mlp")):
+        (report,) = inspect_adapters(CompositionConfig(adapters=[bad]).references, model)
+        assert "can overflow" in (report.reason or "")
 
 
 def test_a_bias_that_is_not_finite(good: Path, tmp_path: Path) -> None:
