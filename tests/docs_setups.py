@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from huggingface_hub import constants
 from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -37,7 +34,7 @@ from transformers import (
 from peft_composition import CompositionConfig
 
 from . import tiny
-from .hub_server import HubServer
+from .hub_server import HubServer, as_the_hub
 from .reference import read_lora
 from .test_trainer import Sentences
 
@@ -153,14 +150,7 @@ def fsdp() -> Iterator[Names]:
 def hub() -> Iterator[Names]:
     """A composition, and a Hub that is a server of this process."""
     with composed() as names, HubServer() as server:
-        environment = patch.dict(os.environ, HF_TOKEN=server.token, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }
-        with environment, patch.multiple(constants, **settings), patch.object(constants, "HF_HUB_CACHE", "cache"):
+        with as_the_hub(server, "cache", server.token):
             yield names
         pushed = server.repositories["me/composed"]
         files = pushed.commits[pushed.refs["main"]]

@@ -14,9 +14,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import close_session, constants
 
 from .hub_metadata import errors_in
 
@@ -538,6 +540,25 @@ def environment_of(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         **more,
     }
+
+
+@contextmanager
+def as_the_hub(hub: HubServer, cache: str | Path, token: str = "") -> Iterator[None]:
+    """The server is the Hub of this process, which imported its client before."""
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(cache),
+    }
+    variables = {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    close_session()
+    with patch.dict(os.environ, variables), patch.multiple(constants, **settings):
+        try:
+            yield
+        finally:
+            close_session()
 
 
 class Client:

@@ -29,7 +29,7 @@ from peft_composition_cli import app
 
 from . import tiny, warm
 from .checkpoint.test_card import trained
-from .hub_server import HubServer, environment_of
+from .hub_server import HubServer, as_the_hub
 from .upstream.test_hub import files_of
 
 
@@ -156,17 +156,10 @@ def test_inspect_gives_a_row_and_a_reason_for_each_of_ten_adapters(tmp_path: Pat
     hub.push("org/tiny-bert", files_of(tmp_path / "tiny-bert"))
     expected = ten_adapters(tmp_path, base, hub)
     adapters = [adapter for adapter, _ in expected]
-    result = run_process(
-        "-m",
-        "peft_composition",
-        "inspect",
-        *adapters,
-        "--base",
-        "org/tiny-bert",
-        "--json",
-        **environment_of(hub, tmp_path / "home"),
-    )
-    assert result.returncode == 1, result.stderr
+    with as_the_hub(hub, tmp_path / "cache"):
+        result = run("inspect", *adapters, "--base", "org/tiny-bert", "--json")
+    assert result.exit_code == 1, result.stderr
+    assert isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.stderr
     rows = json.loads(result.stdout)["adapters"]
     assert [row["path"] for row in rows] == adapters
@@ -257,11 +250,12 @@ def test_an_adapter_that_cannot_be_composed_is_one_line_and_leaves_nothing(tmp_p
 
 
 def test_compose_pushes_with_the_export(tmp_path: Path, hub: HubServer, loras: list[Path], base_folder: Path) -> None:
-    result = run_process(
-        "-m", "peft_composition", "compose", "--base", base_folder, "--adapters", *loras, "--out", tmp_path / "out",
-        "--push", "me/mix", "--json", **environment_of(hub, tmp_path / "home", HF_TOKEN=hub.token),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    with as_the_hub(hub, tmp_path / "cache", hub.token):
+        result = run(
+            "compose", "--base", base_folder, "--adapters", *loras, "--out", tmp_path / "out", "--push", "me/mix",
+            "--json",
+        )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
     repository = hub.repositories["me/mix"]
     files = repository.commits[repository.refs["main"]]
     assert {CONFIG, WEIGHTS, "README.md", f"lora/{CONFIG}", f"lora/{WEIGHTS}"} <= set(files)

@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from peft_composition import CompositionConfig, CompositionModel
 from peft_composition.registration import add_peft_type, register_method
-from peft_composition.versions import MINIMUM
+from peft_composition.versions import MINIMUM, require_supported_versions
+
+from . import warm
 
 
 LIBRARY = Path(__file__).parents[1] / "peft_composition"
@@ -184,18 +186,28 @@ def test_all_that_is_too_old_is_named_at_once(tmp_path: Path) -> None:
     assert error.endswith('pip install "torch>=2.8" "peft>=0.21.0"')
 
 
-@pytest.mark.parametrize("number", ["2.8.0a0+34c6371d24.nv25.08", "2.8.0+cu128"])
-def test_builds_of_vendors_are_taken_for_their_release(tmp_path: Path, number: str) -> None:
-    assert error_at_import(tmp_path, torch=number) == ""
+VENDORS = ["2.8.0a0+34c6371d24.nv25.08", "2.8.0+cu128"]
+
+
+@pytest.mark.parametrize("number", VENDORS)
+def test_builds_of_vendors_are_taken_for_their_release(
+    tmp_path: Path, number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, torch=number)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert version("torch") == number
+    require_supported_versions()
 
 
 def test_a_version_that_lacks_something_is_named() -> None:
     program = (
-        "import peft, transformers.conversion_mapping as changed\n"
+        "import sys, transformers.conversion_mapping as changed\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'peft_composition']:\n"
+        "    del sys.modules[name]\n"
         "del changed.get_model_conversion_mapping\n"
         "import peft_composition\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = warm.run("-c", program)
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("ImportError: peft-composition does not work with these versions: ")
     assert "get_model_conversion_mapping" in error
@@ -211,27 +223,41 @@ def test_minimums_are_those_of_setup_cfg() -> None:
 
 
 def error_at_import(folder: Path, **versions: str) -> str:
-    """The error of an import where these distributions come first on the path; empty if there is none."""
+    """The error of an import where these distributions come first on the path."""
+    install(folder, **versions)
+    done = run_with(folder, "import peft_composition")
+    assert done.returncode == 1
+    return done.stderr.strip().splitlines()[-1]
+
+
+def install(folder: Path, **versions: str) -> None:
+    """Distributions as far as their metadata go."""
     for name, number in versions.items():
         metadata = folder / f"{name}-{number}.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
-    done = subprocess.run(
-        [sys.executable, "-c", "import peft_composition"],
+
+
+def run_with(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh process where what is in a folder comes first on the path."""
+    path = os.pathsep.join([str(folder), str(LIBRARY.parent)])
+    return subprocess.run(
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(LIBRARY.parent)])},
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": path},
     )
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
-def test_import_in_a_fresh_process_registers() -> None:
+def test_import_in_a_fresh_process_registers(tmp_path: Path) -> None:
+    """Under a vendor's version of PyTorch."""
+    install(tmp_path, torch=VENDORS[0])
     program = (
         "import peft_composition, peft_composition as again\n"
         "from peft import PeftConfig\n"
         "from peft.utils import PeftType\n"
         "print(sum(m.value == 'COMPOSITION' for m in PeftType))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = run_with(tmp_path, program)
     assert done.stdout == "1\n", done.stderr

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import close_session, constants
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -50,7 +49,7 @@ from peft_composition import (
 )
 
 from .. import tiny
-from ..hub_server import HubServer, environment_of
+from ..hub_server import HubServer, as_the_hub, environment_of
 from ..reference import Reference, mixing_weights, read_lora, relative_error
 
 
@@ -940,16 +939,9 @@ class TestSaving:
 
 class TestPushing:
     @pytest.fixture
-    def hub(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-        with HubServer() as server:
-            for name in ("NO_PROXY", "no_proxy"):
-                monkeypatch.setenv(name, "127.0.0.1")
-            monkeypatch.setattr(constants, "ENDPOINT", server.url)
-            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-            monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-            close_session()
+    def hub(self, tmp_path: Path) -> Iterator[HubServer]:
+        with HubServer() as server, as_the_hub(server, tmp_path / "cache"):
             yield server
-        close_session()
 
     @pytest.mark.parametrize("subfolder", [None, "lora"])
     def test_puts_the_files_into_a_repository(self, subfolder, hub, pair, tmp_path) -> None:

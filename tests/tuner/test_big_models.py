@@ -397,23 +397,18 @@ def large_adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class TestMemoryOfLoading:
-    """Peaks of resident memory in new processes; 32 MiB of adapters are mapped at a time, the rest is slack."""
+    """Peaks of resident memory in a new process; 32 MiB of adapters are mapped at a time, the rest is slack."""
 
     MAPPED = 36 << 20
+    CASES = (
+        *("compose float32", "compose bfloat16", "compose pickled"),
+        *("load float32", "load bfloat16", "load low_cpu_mem_usage"),
+    )
 
     @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks are measured on Linux")
-    @pytest.mark.parametrize(
-        ("way", "kinds"),
-        [
-            ("compose", ["float32", "bfloat16", "pickled"]),
-            ("load", ["float32", "bfloat16", "low_cpu_mem_usage"]),
-        ],
-        ids=["compose", "load"],
-    )
-    def test_is_about_the_size_of_the_factors(self, way: str, kinds: list[str], large_adapters: Path) -> None:
-        cases = [f"{way} {kind}" for kind in kinds]
+    def test_is_about_the_size_of_the_factors(self, large_adapters: Path) -> None:
         result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.loading_memory", str(large_adapters), *cases],
+            [sys.executable, "-W", "ignore", "-m", "tests.loading_memory", str(large_adapters), *self.CASES],
             cwd=Path(__file__).parents[2],
             # Freed memory shall leave the process, so that no case uses that of another.
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
@@ -424,7 +419,7 @@ class TestMemoryOfLoading:
         )
         measured = json.loads(result.stdout.splitlines()[-1])
 
-        assert list(measured) == cases
+        assert list(measured) == [*self.CASES]
         count = loading_memory.ADAPTERS * loading_memory.RANK * loading_memory.LAYERS * 2 * loading_memory.WIDTH
         for case, found in measured.items():
             assert found["factors"] == count * (2 if "bfloat16" in case else 4)
