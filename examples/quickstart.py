@@ -107,7 +107,7 @@ class Settings:
             raise ValueError(f"--test_size must be even, got {self.test_size}")
 
 
-SMOKE = {"draws": 2, "steps": 2, "upstream_steps": 2, "test_size": 40}
+SMOKE = {"draws": 2, "steps": 2, "upstream_steps": 2, "test_size": 12}
 
 
 # The model: MiniLM with a linear head on the mean of its token vectors

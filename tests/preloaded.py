@@ -1,5 +1,7 @@
 """What processes of `warm` need not import again."""
 
+import gc
+
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
 import matplotlib.figure  # noqa: F401
@@ -19,3 +21,5 @@ from . import kills, tiny  # noqa: F401
 
 transformers.Trainer  # what transformers imports when it is asked for  # noqa: B018
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # children need not look through it, and share its memory
