@@ -106,7 +106,7 @@ class CompositionModel(BaseTuner):
             base = BaseModel(model)
             require_usable_name(adapter_name, base.layers)
             injection = prepare(config, base)
-            require_usable_name(adapter_name, injection.ranks)
+            require_usable_name(adapter_name, injection.ranks.keys() - base.layers.keys())
             config.target_modules = list(injection.ranks)
             self._injection = injection
             if state_dict is not None:

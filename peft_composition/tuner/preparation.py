@@ -88,7 +88,7 @@ def prepare(config: CompositionConfig, base: BaseModel) -> Injection:
         kind = type(base.model)
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     assert config.composed_modules is not None
-    config.lora_layout = _lora_layout(config.composed_modules, base)
+    config.lora_layout = _lora_layout(config.composed_modules, base, config.lora_layout)
     shapes = {module: cast(LayerShape, base.shape_of(module)) for module in config.composed_modules}
     config.layer_sizes = {module: sizes_of(shape) for module, shape in shapes.items()}
     return Injection(
@@ -169,7 +169,7 @@ def _names_in_order(adapters: list[UpstreamAdapter], base: BaseModel) -> list[st
     return names
 
 
-def _lora_layout(composed: Collection[str], base: BaseModel) -> LoraLayout:
+def _lora_layout(composed: Collection[str], base: BaseModel, recorded: LoraLayout | None) -> LoraLayout:
     """What a plain LoRA on these modules says of the model; a regex where no list of name ends selects just them."""
     owners, layers = base.parameters(composed), base.layers
     attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]
@@ -180,7 +180,7 @@ def _lora_layout(composed: Collection[str], base: BaseModel) -> LoraLayout:
     }
     wrapped = {name for names in owners.values() for name in names}
     modules = [*(name for name in composed if name not in wrapped), *attentions]
-    ends = _name_ends(modules, layers)
+    ends = _name_ends(modules, layers, recorded.get("target_modules") if recorded else None)
     layout = LoraLayout(
         target_modules="|".join(map(re.escape, modules)) if ends is None else ends,
         embeddings=[name for name in modules if isinstance(layers[name], nn.Embedding)],
@@ -196,14 +196,23 @@ def _lora_layout(composed: Collection[str], base: BaseModel) -> LoraLayout:
     return layout
 
 
-def _name_ends(wanted: Collection[str], names: Iterable[str]) -> list[str] | None:
-    """The fewest name ends that select these names and no others; None where there are none."""
+def _name_ends(wanted: Collection[str], names: Iterable[str], recorded: object = None) -> list[str] | None:
+    """The fewest name ends that select these names and no others; None where there are none.
+
+    Those that were recorded are taken where they still do, since finding them takes a while.
+    """
     if not wanted:
         return []
-    ends = compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted))
+    known = recorded if isinstance(recorded, list) and all(isinstance(end, str) for end in recorded) else []
+    if known and _selected(known, names) == set(wanted):
+        return known
+    ends = sorted(compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted)))
+    return ends if _selected(ends, names) == set(wanted) else None
+
+
+def _selected(ends: Iterable[str], names: Iterable[str]) -> set[str]:
     dotted = tuple(f".{end}" for end in ends)
-    selected = {name for name in names if f".{name}".endswith(dotted)}
-    return sorted(ends) if selected == set(wanted) else None
+    return {name for name in names if f".{name}".endswith(dotted)}
 
 
 def _read(config: CompositionConfig, base: BaseModel) -> CompositionPlan:
