@@ -25,7 +25,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ViTImageProcessor,
@@ -178,15 +177,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def _language_model(hidden_size: int = 16) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    base = LlamaForCausalLM(config)
+    base = LlamaForCausalLM(tiny.llama_config(60, hidden_size, 2 * hidden_size))
     base.save_pretrained("org/base-lm")
     _tokenizer().save_pretrained("org/base-lm")
     for number, folder in enumerate(("me/style-a", "you/style-b"), start=1):

@@ -127,16 +127,15 @@ def _gpt2() -> nn.Module:
     )
 
 
-def _llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=60,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
+def llama_config(vocab_size: int = 60, hidden_size: int = 16, intermediate_size: int = 24) -> LlamaConfig:
+    """Two blocks; wider where weights are to be quantized, which is done block by block."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
 
 
@@ -186,7 +185,13 @@ TINY: dict[str, Tiny] = {
     "embedding": Tiny(EmbeddingNet, ["emb", "lin"], ["head"], lambda: {"x": _tokens(40)}),
     "bert": Tiny(_bert, ["query", "key", "value"], ["classifier"], lambda: {"input_ids": _tokens(60)}, "SEQ_CLS"),
     "gpt2": Tiny(_gpt2, ["c_attn", "c_fc"], [], lambda: {"input_ids": _tokens(60)}, "CAUSAL_LM"),
-    "llama": Tiny(_llama, ["q_proj", "v_proj"], [], lambda: {"input_ids": _tokens(60)}, "CAUSAL_LM"),
+    "llama": Tiny(
+        lambda: LlamaForCausalLM(llama_config()),
+        ["q_proj", "v_proj"],
+        [],
+        lambda: {"input_ids": _tokens(60)},
+        "CAUSAL_LM",
+    ),
     "t5": Tiny(
         _t5,
         ["q", "v"],

@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_composition import CompositionConfig
 from peft_composition.tuner import packing
@@ -26,14 +26,7 @@ from ..reference import relative_error
 
 
 # Two blocks of scales in a row of the smallest weight, so that their order matters.
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+CONFIG = tiny.llama_config(64, 128, 256)
 TARGETS = ["q_proj", "v_proj"]
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"bnb_4bit_quant_type": "nf4"},

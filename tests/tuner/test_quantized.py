@@ -30,7 +30,6 @@ from torchao.quantization import (
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     TorchAoConfig,
 )
@@ -82,16 +81,8 @@ main_kinds = pytest.mark.parametrize("kind", ["nf4", "8bit", "torchao-int8"])
 @pytest.fixture(scope="module")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(tiny.llama_config(64, 64, 128)).save_pretrained(folder)
     return folder
 
 
