@@ -384,8 +384,8 @@ def _require_good_weights(weights: Sequence[float], normalization: Normalization
     elif normalization is Normalization.softmax and weights:
         if min(weights) < 0:
             problem = f"must not be negative, got {_joined(weights)}; free weights: --normalization none"
-        elif abs(math.fsum(weights) - 1) > SUM_TOLERANCE:
-            problem = f"must sum to 1, got {math.fsum(weights):g}; free weights: --normalization none"
+        elif math.fsum(weights) > 1 + SUM_TOLERANCE:
+            problem = f"must sum to 1 or less, got {math.fsum(weights):g}; free weights: --normalization none"
     if problem:
         raise typer.BadParameter(f"{problem}.", param_hint="--weights")
 

@@ -45,8 +45,9 @@ class CompositionConfig(PeftConfig):
         mixing: `"learned"` (default; one trainable vector per module, starts at the uniform composition),
             `"uniform"` (1/N, nothing trainable) or `"fixed"` (`weights`, nothing trainable).
         weights: one weight per adapter, for `"fixed"`, or where `"learned"` starts. Default: 1/N each. With
-            `normalization="softmax"` they are non-negative and sum to 1; a learned weight that starts at zero stays
-            zero.
+            `normalization="softmax"` they are non-negative and sum to 1, or to less: the rest is the base model's
+            share, as if it were an adapter without an update, and where weights are learned it grows and shrinks with
+            them. A learned weight that starts at zero stays zero.
         normalization: `"softmax"` (default; weights positive, sum 1) or `"none"` (free weights, may be negative).
         gain: inner factor of the mixing logits, `v = v0 + gain * theta` with theta trained. Adam moves theta by about
             the learning rate per step, so the gain decides how far the weights come in a few-shot run. Default: 40
@@ -357,7 +358,7 @@ class CompositionConfig(PeftConfig):
                 complete(folder)
 
     def _checked_weights(self) -> list[float] | None:
-        """`weights` as floats, for softmax with sum exactly 1."""
+        """`weights` as floats, for softmax with sum exactly 1 or less."""
         if self.weights is None:
             if self.mixing == "fixed":
                 raise ValueError('mixing="fixed" needs weights, one per adapter')

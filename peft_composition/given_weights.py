@@ -14,7 +14,7 @@ SUM_TOLERANCE = 2e-3
 
 
 def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> list[float]:
-    """Weights as floats, for softmax with sum exactly 1.
+    """Weights as floats, for softmax with sum exactly 1, or less where they leave a share to the base model.
 
     Args:
         weights: as given, one for each adapter.
@@ -48,10 +48,17 @@ def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> l
     if normalization == "none":
         return found
     total = math.fsum(found)
-    if abs(total - 1) > SUM_TOLERANCE:
+    if total > 1 + SUM_TOLERANCE:
         raise ValueError(
-            f'weights sum to {total:g}; normalization="softmax" keeps their sum at 1, '
-            'use normalization="none" for free weights'
+            f'weights sum to {total:g}; normalization="softmax" keeps their sum at 1 (or below: the rest is the base '
+            'model\'s), use normalization="none" for free weights'
         )
+    if total == 0:
+        raise ValueError(
+            'all weights are zero; normalization="softmax" mixes nothing then, and nothing could be learned. Leave the '
+            "adapters away, or give one of them a weight"
+        )
+    if total < 1 - SUM_TOLERANCE:
+        return found
     # Once divided they stay what they are, however often they are saved and read.
     return found if math.isclose(total, 1, rel_tol=1e-12) else [weight / total for weight in found]

@@ -227,8 +227,8 @@ class MixingWeightsCallback(TrainerCallback):
     Beside every training loss, for the active compositions:
 
     - `mixing_weight/<adapter>`: its weight, mean over the composed modules;
-    - `mixing_entropy`: entropy of the weights divided by ln N, mean over the modules: 1 is uniform, 0 is one adapter
-      alone. Not where N is 1, nor for free weights (`normalization="none"`);
+    - `mixing_entropy`: entropy of the weights, as parts of their sum, divided by ln N, mean over the modules: 1 is
+      uniform, 0 is one adapter alone. Not where N is 1, nor for free weights (`normalization="none"`);
     - `mixing_max_change`: largest change of any weight since the last log, or since training began or was resumed.
 
     With several active compositions their names are put in: `mixing_weight/<composition>/<adapter>`. In the names all
@@ -313,7 +313,8 @@ def _summary(
             values[f"mixing_weight{infix}/{tag}"] = weight
         count = len(config.adapter_names)
         if config.normalization == "softmax" and count > 1:
-            entropy = torch.special.entr(table).sum(1).mean().item()
+            shares = table / table.sum(1, keepdim=True).clamp_min(torch.finfo(table.dtype).tiny)
+            entropy = torch.special.entr(shares).sum(1).mean().item()
             values[f"mixing_entropy{infix}"] = entropy / math.log(count)
         if composition in before:  # it may have become active just now
             values[f"mixing_max_change{infix}"] = (table - before[composition]).abs().max().item()

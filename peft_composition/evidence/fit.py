@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from ..tuner.mixing import Mixing
 from .batches import Collate
-from .passes import Candidate, Composition, Kind, Passed, Precision, candidates, composition_in, passes, read_examples
+from .passes import (
+    ALL_KINDS,
+    Candidate,
+    Composition,
+    Kind,
+    Passed,
+    Precision,
+    candidates,
+    composition_in,
+    passes,
+    read_examples,
+)
 from .posterior import Answers, posterior
 from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
 from .table import DRAWS, EvidenceReport, tabulate
@@ -20,7 +31,7 @@ from .weights import spread_uniform, stack, vote
 
 Method = Literal["auto", "likelihood-vote", "vote", "stacking", "posterior"]
 METHODS = get_args(Method)
-_MIXES: tuple[Kind, ...] = ("adapter", "uniform")
+_MIXES: dict[str, tuple[Kind, ...]] = {"posterior": ("adapter", "uniform")}
 
 
 def fit_mixing_weights(
@@ -42,14 +53,16 @@ def fit_mixing_weights(
     checkpoint that is saved afterwards has them.
 
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
-      them most likely, by leave-one-out predictions of class means.
+      them most likely, by leave-one-out predictions of class means. It must be ahead of the uniform mix by half a
+      standard error: what the examples cannot tell apart stays uniform.
     - `"vote"` (classifiers): the same by leave-one-out margins, which are less steep.
     - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
       2018).
     - `"posterior"` (causal and encoder-decoder models): the probability of each adapter given the answers.
 
-    In the first three the uniform mix is a candidate, too, whose share all adapters get evenly. No weight is below
-    1e-4.
+    In the first three the uniform mix and the base model are candidates, too. All adapters get the share of the uniform
+    mix evenly; that of the base model is missing in the sum of the weights, so that adapters which harm are mixed in
+    less, down to not at all. No weight is below 1e-4.
 
     Args:
         model: a model with a fixed or learned composition, neither merged nor disabled.
@@ -90,7 +103,7 @@ def fit_mixing_weights(
     scores = None
     weights = [1 / len(names)] * len(names)
     if chosen != "uniform":
-        mixes = candidates(composition, _MIXES)
+        mixes = candidates(composition, _MIXES.get(chosen, ALL_KINDS))
         passed = passes(composition.model, mixes, examples, mixed_precision)
         scores = tabulate(mixes, passed, len(examples), seed)
         weights = _WEIGHTS[chosen](mixes, passed, seed).tolist()
@@ -150,7 +163,8 @@ def _by_likelihood_vote(mixes: Sequence[Candidate], passed: Sequence[Passed], se
 
 
 def _elected(values: Sequence[Tensor], seed: int) -> Tensor:
-    return spread_uniform(vote(torch.stack(list(values), dim=1), bayesian_bootstrap(len(values[0]), DRAWS, seed)))
+    bootstraps = bayesian_bootstrap(len(values[0]), DRAWS, seed)
+    return spread_uniform(vote(torch.stack(list(values), dim=1), bootstraps, reference=len(values) - 2))
 
 
 def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:

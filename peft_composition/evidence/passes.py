@@ -25,6 +25,7 @@ from .scores import LeftOut, leave_one_out_distances
 
 
 Kind = Literal["adapter", "uniform", "base"]
+ALL_KINDS: tuple[Kind, ...] = ("adapter", "uniform", "base")
 Precision = Literal["no", "bf16", "fp16"]
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _Found = TypeVar("_Found")

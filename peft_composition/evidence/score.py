@@ -8,12 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .batches import Collate
-from .passes import Kind, Precision, candidates, composition_in, passes, read_examples
+from .passes import ALL_KINDS, Precision, candidates, composition_in, passes, read_examples
 from .streamed import read_in_turn
 from .table import AdapterScores, tabulate
-
-
-ALL_KINDS: tuple[Kind, ...] = ("adapter", "uniform", "base")
 
 
 def score_adapters(

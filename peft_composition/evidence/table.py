@@ -9,6 +9,7 @@ from typing import Literal
 from ..text import one_line
 from .passes import Candidate, Kind, Passed
 from .scores import LeftOut, bayesian_bootstrap, interval, margins
+from .weights import LEAST_BASE
 
 
 Measure = Literal["margin", "log-likelihood"]
@@ -95,7 +96,7 @@ class EvidenceReport:
 
     Attributes:
         method: "likelihood-vote", "vote", "stacking" or "posterior"; "uniform" where there was no evidence to go by.
-        weights: by adapter; the same in all modules.
+        weights: by adapter; the same in all modules. What their sum leaves to 1 is the base model's.
         reason: why this method.
         scores: of the candidates that it went by; None where nothing was scored.
         seconds: in all.
@@ -108,9 +109,12 @@ class EvidenceReport:
     seconds: float
 
     def __str__(self) -> str:
-        width = max(len(one_line(name)) for name in self.weights)
+        width = max(len(one_line(name)) for name in (*self.weights, "(base)"))
         ranked = sorted(self.weights.items(), key=lambda item: -item[1])
         lines = [f"{one_line(name):{width}}  {weight:.4f}" for name, weight in ranked]
+        rest = 1 - sum(self.weights.values())
+        if self.method != "posterior" and rest > LEAST_BASE / 2:
+            lines.append(f"{'(base)':{width}}  {rest:.4f}")
         text = "\n".join([f"mixing weights by {self.method} ({self.reason}), {self.seconds:.1f} s", *lines])
         return text if self.scores is None else f"{text}\n\n{self.scores}"
 

@@ -25,34 +25,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+LEAST_SHARE = 1e-6  # less is what rounding leaves of the sum 1
+
+
 def starting_logits(weights: Sequence[float], normalization: str) -> list[float]:
     """The logits v0 from which training starts, so that `normalize(v0)` gives `weights`.
 
     Args:
-        weights: one starting weight per adapter. For `"softmax"` non-negative with sum 1; a zero gives the logit
-            -inf, whose gradient is zero: such an adapter is left out and stays out.
+        weights: one starting weight per adapter. For `"softmax"` non-negative with a sum of at most 1; a zero gives the
+            logit -inf, whose gradient is zero: such an adapter is left out and stays out.
         normalization: `"softmax"` or `"none"`.
 
     Returns:
-        N floats.
+        N floats; one more, the base model's, where the weights of `"softmax"` leave it a share.
     """
     if normalization == "none":
         return list(weights)
-    return [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+    rest = 1 - math.fsum(weights)
+    base = [math.log(rest)] if rest > LEAST_SHARE else []
+    return [math.log(weight) if weight > 0 else -math.inf for weight in weights] + base
 
 
-def normalize(logits: Tensor, normalization: str) -> Tensor:
+def normalize(logits: Tensor, normalization: str, base: Tensor | None = None) -> Tensor:
     """Mixing weights w from logits v: `softmax(v)`, or `v` itself for `"none"`.
+
+    The base model is an adapter whose update is zero. Where it has a share, its logit is a constant: N logits that move
+    against it reach all shares that there are.
 
     Args:
         logits: shape (N,).
         normalization: `"softmax"` or `"none"`.
+        base: for `"softmax"`, the base model's logit, shape (1,), or (0,) where it has no share. Default: none.
 
     Returns:
         Shape (N,), in float32 or wider whatever the dtype of `logits` is.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.softmax(logits, dim=-1) if normalization == "softmax" else logits
+    if normalization == "none":
+        return logits
+    if base is None or not base.numel():
+        return torch.softmax(logits, dim=-1)
+    return torch.softmax(torch.cat([logits, base.to(logits.dtype)]), dim=-1)[:-1]
 
 
 def places_of_ranks(ranks: Sequence[int]) -> tuple[int, list[int] | None]:

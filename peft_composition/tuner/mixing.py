@@ -17,6 +17,9 @@ from .folding import Motion
 class Mixing(nn.Module):
     """Mixing weights of one or several modules: `w = softmax(v0 + gain * theta)`, or without the softmax.
 
+    Starting weights with a sum below 1 leave the rest to the base model: it takes part in the softmax, by a logit that
+    stays what it is.
+
     theta is the parameter `weight`, zero at the start, of shape (N,); uniform and fixed mixings have none. It is kept
     in float32 (float64 in a float64 model), whatever dtype the model is cast to.
 
@@ -60,9 +63,10 @@ class Mixing(nn.Module):
             wide = torch.promote_types(dtype, torch.float32)
             return self._start_on(torch.device("cpu") if device is None else device, wide)
         logits = self.gain * _gathered(self.weight, self.count)
-        if self._start is not None:
-            logits = logits + self._start_on(logits.device, logits.dtype)
-        return functional.normalize(logits, self.normalization)
+        if self._start is None:
+            return functional.normalize(logits, self.normalization)
+        start = self._start_on(logits.device, logits.dtype)
+        return functional.normalize(logits + start[: self.count], self.normalization, start[self.count :])
 
     def _start_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if self._start is None or self._start.device != device or self._start.dtype != dtype:

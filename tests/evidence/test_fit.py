@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def test_every_method_prefers_the_adapter_that_tells_classes_apart(pair, tmp_pat
     """One adapter moves the features of the two classes apart, the other is noise."""
     base = tiny.build("mlp")
     folders = []
-    for number, size in enumerate((0.0, 0.3)):
+    for number, size in enumerate((0.0, 0.1)):
         folder = tiny.save_lora(tmp_path / str(number), base, ["lin1"], seed=number, r=1)
         direct_towards_classes(base, folder, size)
         folders.append(str(folder))
@@ -181,9 +182,31 @@ def test_every_method_prefers_the_adapter_that_tells_classes_apart(pair, tmp_pat
         model = tiny.compose("mlp", folders, mixing="fixed", weights=[0.5, 0.5])
         report = fit_mixing_weights(model, labelled_by_a_neuron(base), method)
         assert report.method == method
-        assert report.weights["1"] > 0.7  # the rest is half of the share of the uniform mix
+        assert report.weights["1"] > 2 * report.weights["0"]  # what the uniform mix won goes to both
         assert report.scores["1"].score > report.scores["0"].score + 0.1
         assert weights_in(model) == pytest.approx(report.weights, abs=1e-6)
+
+
+def test_where_every_adapter_harms_the_base_model_gets_a_share(tmp_path) -> None:
+    """Both adapters drown what tells classes apart in noise: their weights sum to little, in place and when saved."""
+    base = tiny.build("mlp")
+    data = labelled_by_a_neuron(base)
+    with torch.no_grad():
+        base.lin1.weight[:] = 0.0
+        base.lin1.weight[:, 0] = 1.0
+    folders = [
+        str(tiny.save_lora(tmp_path / str(number), base, ["lin1"], seed=number, lora_alpha=400)) for number in (0, 1)
+    ]
+    for mixing in ("fixed", "learned"):
+        weights = [0.5, 0.5] if mixing == "fixed" else None
+        model = tiny.compose("mlp", folders, base=copy.deepcopy(base), mixing=mixing, weights=weights)
+        report = fit_mixing_weights(model, data)
+        assert sum(report.weights.values()) < 0.3
+        assert report.scores["base"].score > report.scores["uniform"].score
+        assert f"(base)  {1 - sum(report.weights.values()):.4f}" in str(report)
+        assert weights_in(model) == pytest.approx(report.weights, abs=1e-6)
+        by_hand = tiny.composed_by_hand(base, folders, list(report.weights.values()))
+        torch.testing.assert_close(tiny.output(model, "mlp"), tiny.output(by_hand, "mlp"), rtol=1e-4, atol=1e-5)
 
 
 def labelled_by_a_neuron(base: nn.Module) -> list[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from fractions import Fraction
 
@@ -114,10 +115,47 @@ def test_equal_candidates_share_votes() -> None:
     assert vote(margins, bayesian_bootstrap(3, 500, seed=1)).tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
+def test_a_cautious_vote_by_a_loop() -> None:
+    """Each candidate less the reference, example by example, less half a standard error of that difference."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(7, 4, dtype=torch.float64, generator=generator)
+    bootstraps = bayesian_bootstrap(7, 200, seed=1)
+    won = [0.0] * 4
+    for draw in bootstraps.tolist():
+        ahead = []
+        for c in range(4):
+            differences = [float(row[c] - row[2]) for row in values]
+            error = statistics.stdev(differences) / math.sqrt(7)
+            ahead.append(sum(a * d for a, d in zip(draw, differences)) - 0.5 * error)
+        assert ahead[2] == 0
+        won[ahead.index(max(ahead))] += 1 / 200
+    assert sum(share > 0 for share in won) == 3
+    assert vote(values, bootstraps, reference=2).tolist() == pytest.approx(won, abs=1e-12)
+    assert vote(values, bootstraps)[2] < won[2] < vote(values, bootstraps, reference=2, caution=2.0)[2]
+
+
+def test_a_candidate_that_is_always_ahead_wins_and_one_that_is_behind_never_does() -> None:
+    values = torch.tensor([[0.0, 1.0, -1.0], [0.1, 1.1, -0.9], [0.3, 1.3, -0.7]])
+    assert vote(values, bayesian_bootstrap(3, 50, seed=0), reference=0).tolist() == [0.0, 1.0, 0.0]
+    equal = values[:, [0, 0, 2]]
+    assert vote(equal, bayesian_bootstrap(3, 50, seed=0), reference=0).tolist() == [0.5, 0.5, 0.0]
+
+
 def test_shares_of_the_uniform_mix_go_to_all_evenly_above_a_floor() -> None:
-    weights = spread_uniform(torch.tensor([0.7, 0.0, 0.0, 0.3]))
+    weights = spread_uniform(torch.tensor([0.7, 0.0, 0.0, 0.3, 0.0]))
     assert weights.tolist() == pytest.approx([0.8, 0.1, 0.1])
-    certain = spread_uniform(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    certain = spread_uniform(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]))
     total = 1 + 2 * FLOOR
     assert certain.tolist() == pytest.approx([1 / total, FLOOR / total, FLOOR / total], rel=1e-12)
     assert float(floored(torch.tensor([1.0, 0.0])).sum()) == pytest.approx(1, abs=1e-15)
+
+
+def test_the_share_of_the_base_is_missing_in_the_sum() -> None:
+    assert spread_uniform(torch.tensor([0.5, 0.0, 0.2, 0.3])).tolist() == pytest.approx([0.6, 0.1])
+    assert spread_uniform(torch.tensor([0.5, 0.4, 0.095, 0.005])).tolist() == pytest.approx(  # too small to keep
+        [0.5475 / 0.995, 0.4475 / 0.995]
+    )
+    assert spread_uniform(torch.tensor([0.0, 0.0, 0.0, 1.0])).tolist() == pytest.approx([FLOOR, FLOOR])
+    half = spread_uniform(torch.tensor([0.5, 0.0, 0.0, 0.5]))
+    assert half.tolist() == pytest.approx([0.5, FLOOR], abs=1e-4)
+    assert float(half.sum()) == pytest.approx(0.5, abs=1e-12)
