@@ -46,21 +46,32 @@ def evidence(
     target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
     shots: Annotated[str, typer.Option(help="Comma-separated.")] = "2,5,20",
     seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
+    seeds_at_20: Annotated[int | None, typer.Option(min=0, help="For K = 20. Default: as for the others.")] = None,
     methods: Annotated[
         str, typer.Option(help="Comma-separated: likelihood-vote, vote, stacking.")
     ] = "likelihood-vote",
+    trained: Annotated[bool, typer.Option("--trained", help="Recipes of training, too, on stand-ins.")] = False,
     output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
 ) -> None:
-    """Mixing weights chosen by evidence against the uniform mix, over many draws with frozen bodies."""
+    """Mixing weights chosen by evidence against the uniform mix, over many draws with frozen bodies.
+
+    What was measured is not measured again: give the same command to go on, or another with more draws.
+    """
     from . import evidence as measuring
     from . import scenario
 
     be_quiet()
     spec = scenario.load(scenario_name)
-    path = output / "evidence" / f"{spec.name}.jsonl"
-    chosen = [int(k) for k in shots.split(",")]
-    measuring.append(measuring.compare(spec, output, target, chosen, seeds, methods.split(",")), path)
-    typer.echo(measuring.gains(measuring.read(path), methods.split(",")))
+    path = (to or output / "evidence") / f"{spec.name}.jsonl"
+    chosen = [name for name in methods.split(",") if name]
+    recipes = list(measuring.TRAINED) if trained else []
+    many = {20: seeds if seeds_at_20 is None else seeds_at_20}
+    draws = [(k, seed) for k in map(int, shots.split(",")) for seed in range(many.get(k, seeds))]
+    for bench in measuring.open_benches(spec, output, target):
+        known = measuring.read(path) if path.is_file() else []
+        measuring.append(measuring.compare(bench, draws, chosen, recipes, known), path)
+    typer.echo(measuring.gains(measuring.read(path), chosen))
 
 
 @app.command()

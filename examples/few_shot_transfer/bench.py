@@ -1,4 +1,4 @@
-"""A downstream task with frozen bodies: features of each candidate mix, computed once for all draws and kept on disk."""
+"""A downstream task with frozen bodies: features of each candidate, computed once for all draws and kept on disk."""
 
 from __future__ import annotations
 

@@ -1,30 +1,24 @@
-"""Weights chosen by evidence, over many draws: what they gain on the uniform mix of the same adapters.
+"""Weights chosen by evidence, and recipes of training from them, over many draws: what they gain on the uniform mix.
 
-Bodies stay frozen. Features of the uniform mix, of each adapter alone and of the bare model are computed once for all
-draws; a mix that evidence chose is run anew, module by module. On all of them the same fresh head is fitted.
+Features of the uniform mix, of each adapter alone and of the bare model are computed once for all draws. A mix that
+evidence chose is run anew, module by module; training runs on stand-ins for features. All get the same fresh head.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from peft import PeftModel, get_peft_model
 from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_composition import CompositionConfig
-from peft_composition.evidence.fit import put_weights
-from peft_composition.evidence.passes import Composition, candidates, composition_in
 from peft_composition.evidence.scores import (
     LeftOut,
     bayesian_bootstrap,
@@ -34,175 +28,178 @@ from peft_composition.evidence.scores import (
 )
 from peft_composition.evidence.weights import spread_uniform, stack, vote
 
-from .data import Tasks, few_shot, labels_of
-from .downstream import judged
+from .bench import BASE, UNIFORM, Bench, Draw
+from .data import Tasks
 from .models import Classifier
 from .records import Record
 from .scenario import Scenario, Setting
-from .training import Body, fit_features
-from .upstream import Adapter, foundation, peft_options, train_adapter
+from .stand_in import Corners, Recipe, train
+from .training import fit_features
+from .upstream import foundation, train_adapter
 
 
-BATCH = 64
 BOOTSTRAPS = 500
 METHODS = ("likelihood-vote", "vote", "stacking")
 NOT_MIXED = "validation pick"
+FIXED = "evidence, stand-in"
+TRAINED = {  # where the weights start, and how head and weights are trained
+    "cold": ("uniform", Recipe()),
+    "evidence-learned": ("evidence", Recipe()),
+    "evidence-learned, gain 4": ("evidence", Recipe(gain=4.0)),
+    "as it was: warm-up, then rate 1e-2": ("uniform", Recipe(steps=150, warmup=50)),
+}
 
 
-@dataclass
-class Bench:
-    """A downstream task with a composition whose weights can be set, and the features of its parts.
-
-    Attributes:
-        composition: fixed, at first uniform.
-        rows: encoded rows by split: "support" (all that any draw needs), "validation" and "test".
-        labels: of the rows.
-        places: of an example of the training pool among the rows of "support".
-        features: by candidate and split.
-    """
-
-    setting: Setting
-    composition: Composition
-    model: Classifier
-    rows: dict[str, Dataset]
-    labels: dict[str, Tensor]
-    places: dict[int, int]
-    features: dict[tuple[str, str], Tensor]
-
-
-def compare(
-    scenario: Scenario,
-    folder: Path,
-    target: str | None,
-    shots: Sequence[int],
-    seeds: int,
-    methods: Sequence[str],
-    progress: bool = True,
-) -> Iterator[Record]:
-    """Measure a scenario's downstream tasks, draw by draw.
+def open_benches(scenario: Scenario, folder: Path, target: str | None, progress: bool = True) -> Iterator[Bench]:
+    """The downstream tasks of a scenario, each with most of its adapters, trained where they are not there yet.
 
     Args:
         scenario: of classification.
-        folder: where adapters are kept.
+        folder: where models, adapters and features are kept.
         target: the downstream task; None: all.
-        shots: K.
-        seeds: draws for each K.
-        methods: of choosing weights, among `METHODS`.
+        progress: whether to show progress bars.
+    """
+    tasks = Tasks(scenario)
+    model = foundation(scenario, folder / "foundation", progress)
+    assert isinstance(model, Classifier)
+    largest: dict[str, Setting] = {}
+    for setting in scenario.settings():
+        if target in (None, setting.target) and len(setting.upstream) > len(
+            largest.get(setting.target, replace(setting, upstream=())).upstream
+        ):
+            largest[setting.target] = setting
+    for setting in largest.values():
+        adapters = [
+            train_adapter(scenario, name, setting.rank, tasks, model, folder / "upstream", progress)
+            for name in setting.upstream
+        ]
+        yield Bench(scenario, setting, tasks[setting.target], adapters, model, folder / "features")
+
+
+def compare(
+    bench: Bench,
+    draws: Sequence[Draw],
+    methods: Sequence[str],
+    trained: Sequence[str] = (),
+    known: Sequence[Record] = (),
+    progress: bool = True,
+) -> Iterator[Record]:
+    """Measure a downstream task, draw by draw.
+
+    Args:
+        bench: the task.
+        draws: K and seeds.
+        methods: of choosing weights, among `METHODS`; each draw's mix is run module by module.
+        trained: recipes on stand-ins, among `TRAINED`; `FIXED` beside them.
+        known: records that there are; what they have is not done again.
         progress: whether to show a progress bar.
 
     Yields:
         A record for each draw and contender: K = 1 has none for the methods, which choose the uniform mix there.
     """
-    tasks = Tasks(scenario)
-    model = foundation(scenario, folder / "foundation", progress)
-    assert isinstance(model, Classifier)
-    for setting in scenario.settings():
-        if target not in (None, setting.target):
-            continue
-        adapters = [
-            train_adapter(scenario, name, setting.rank, tasks, model, folder / "upstream", progress)
-            for name in setting.upstream
-        ]
-        task = tasks[setting.target]
-        pool = labels_of(task.train)
-        draws = {(k, seed): few_shot(pool, k, seed) for k in shots for seed in range(seeds)}
-        chosen = sorted({index for support in draws.values() for index in support})
-        data = {"support": task.train.select(chosen), **judged(scenario, task, model)}
-        bench = Bench(
-            setting,
-            composition_in(_fixed(model.build(len(task.classes), 0), adapters, scenario), None),
-            model,
-            {split: model.encode(rows) for split, rows in data.items()},
-            {split: torch.tensor(labels_of(rows)) for split, rows in data.items()},
-            {index: place for place, index in enumerate(chosen)},
-            {},
-        )
-        _cache_features(bench)
-        description = f"{scenario.name} {setting.target}"
-        with tqdm(total=len(draws), desc=description, unit="draw", disable=not progress) as bar:
-            for (k, seed), support in draws.items():
-                facts = {"scenario": scenario.name, "target": setting.target, "k": k, "seed": seed}
-                for record in _draw(bench, scenario, [bench.places[index] for index in support], k, seed, methods):
-                    yield {**facts, **record}
-                bar.update()
+    facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
+    done = {(r["scenario"], r["target"], r["k"], r["seed"], r["method"]) for r in known}
+    bench.prepare(draws)
+    with tqdm(total=len(draws), desc=" ".join(facts.values()), unit="draw", disable=not progress) as bar:
+        for k, seed in draws:
+            own = {**facts, "k": k, "seed": seed}
+            is_new = {name for name in ("single", *methods, FIXED, *trained) if (*own.values(), name) not in done}
+            if "single" in is_new:
+                yield from ({**own, **record} for record in _parts(bench, (k, seed)))
+            if k > 1:
+                for method in (name for name in methods if name in is_new):
+                    yield {**own, **_mixed(bench, (k, seed), method)}
+            wanted = [name for name in (FIXED, *trained) if name in is_new] if trained else []
+            if wanted:
+                yield from ({**own, **record} for record in _stand_ins(bench, (k, seed), wanted))
+            bar.update()
 
 
-def _fixed(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario) -> PeftModel:
-    """A composition with weights that can be set, at first the same for all."""
-    adapters: list[Any] = [{"path": adapter.folder, "name": adapter.name} for adapter in upstream]
-    even = [1 / len(adapters)] * len(adapters)
-    config = CompositionConfig(adapters=adapters, mixing="fixed", weights=even, **peft_options(scenario))
-    with warnings.catch_warnings():
-        # That the upstream heads are not used is what we want here: the new task gets a head of its own.
-        warnings.filterwarnings("ignore", message="These entries of the upstream adapters")
-        return get_peft_model(base, config)
-
-
-def _draw(
-    bench: Bench, scenario: Scenario, support: list[int], k: int, seed: int, methods: Sequence[str]
-) -> Iterator[Record]:
-    """What every contender makes of one support set."""
-    labels = bench.labels["support"][support]
-    names = bench.composition.config.adapter_names
-
-    def outcome(train: Tensor, features: Mapping[str, Tensor]) -> dict[str, float]:
-        head = fit_features(train, labels, len(bench.labels["test"].unique()), scenario.downstream, seed)
-        return {split: _accuracy(head, own, bench.labels[split]) for split, own in features.items()}
-
-    judged_on = ("validation", "test")
+def _parts(bench: Bench, draw: Draw) -> Iterator[Record]:
+    """Each adapter alone, the uniform mix, the bare model, and the adapter that validation examples pick."""
     found = {}
-    for candidate in (*names, "uniform", "base"):
-        of_splits = {split: bench.features[candidate, split] for split in judged_on}
-        found[candidate] = outcome(bench.features[candidate, "support"][support], of_splits)
-        kind = "single" if candidate in names else candidate
+    for candidate in (*bench.names, UNIFORM, BASE):
+        head = _head(bench, draw, bench.features(candidate, draw))
+        found[candidate] = {
+            split: _accuracy(head(bench.features(candidate, split)), bench.judged_labels[split])
+            for split in ("validation", "test")
+        }
+        kind = "single" if candidate in bench.names else candidate
         yield {"method": kind, "adapter": candidate if kind == "single" else None, **_named(found[candidate])}
-    picked = max(names, key=lambda name: found[name]["validation"])  # the first one, where several are best
+    picked = max(bench.names, key=lambda name: found[name]["validation"])  # the first one, where several are best
     yield {"method": NOT_MIXED, "adapter": picked, **_named(found[picked])}
-    if k == 1:
-        return
-    left = [leave_one_out_distances(bench.features[name, "support"][support], labels) for name in (*names, "uniform")]
-    for method in methods:
-        started = time.perf_counter()
-        weights = weights_by(method, left, seed).tolist()
-        put_weights(bench.composition, weights)
-        train = _features(bench, bench.rows["support"].select(support))
-        accuracy = outcome(train, {"test": _features(bench, bench.rows["test"])})
-        rounded = {name: round(weight, 4) for name, weight in zip(names, weights)}
-        seconds = round(time.perf_counter() - started, 3)
-        yield {"method": method, "adapter": None, **_named(accuracy), "weights": rounded, "seconds": seconds}
+
+
+def _mixed(bench: Bench, draw: Draw, method: str) -> Record:
+    """The mix that a method chooses, run module by module."""
+    started = time.perf_counter()
+    weights = _chosen(bench, draw, method).tolist()
+    head = _head(bench, draw, bench.mixed(weights, draw))
+    accuracy = _accuracy(head(bench.mixed(weights, "test")), bench.judged_labels["test"])
+    seconds = round(time.perf_counter() - started, 3)
+    return {
+        "method": method,
+        "adapter": None,
+        **_named({"test": accuracy}),
+        "weights": _by_name(bench, weights),
+        "seconds": seconds,
+    }
+
+
+def _stand_ins(bench: Bench, draw: Draw, names: Sequence[str]) -> Iterator[Record]:
+    """Head and weights trained on stand-ins for features, from uniform weights or from those by evidence."""
+    candidates = (*bench.names, UNIFORM, BASE)
+    support = Corners.of({name: bench.features(name, draw) for name in candidates}, bench.names)
+    test = Corners.of({name: bench.features(name, "test") for name in candidates}, bench.names)
+    even = torch.full((len(bench.names),), 1 / len(bench.names), dtype=torch.float64)
+    starts = {"uniform": even, "evidence": even if draw[0] == 1 else _chosen(bench, draw, METHODS[0])}
+    how = bench.scenario.downstream
+    for name in names:
+        head: nn.Module
+        if name == FIXED:
+            weights = starts["evidence"].float()
+            head = _head(bench, draw, support.mixed(weights))
+        else:
+            start, recipe = TRAINED[name]
+            labels = bench.labels(draw)
+            head, weights = train(support, labels, starts[start], bench.classes, recipe, how.batch_size, draw[1])
+        with torch.no_grad():
+            accuracy = _accuracy(head(test.mixed(weights)), bench.judged_labels["test"])
+        yield {
+            "method": name,
+            "adapter": None,
+            **_named({"test": accuracy}),
+            "weights": _by_name(bench, weights.tolist()),
+        }
+
+
+def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
+    labels = bench.labels(draw)
+    candidates = (*bench.names, UNIFORM, BASE)
+    left = [leave_one_out_distances(bench.features(name, draw), labels) for name in candidates]
+    return weights_by(method, left, draw[1])
+
+
+def _head(bench: Bench, draw: Draw, features: Tensor) -> nn.Linear:
+    return fit_features(features, bench.labels(draw), bench.classes, bench.scenario.downstream, draw[1])
+
+
+def _by_name(bench: Bench, weights: Sequence[float]) -> dict[str, float]:
+    return {name: round(weight, 4) for name, weight in zip(bench.names, weights)}
 
 
 def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
-    """Mixing weights from distances of each adapter alone and, last, of their uniform mix."""
+    """Mixing weights from distances of each adapter alone, of their uniform mix and, last, of the bare model."""
     if method == "stacking":
         return spread_uniform(stack(torch.stack([log_likelihoods(own) for own in left], dim=1)))
     measure = margins if method == "vote" else log_likelihoods
     values = torch.stack([measure(own) for own in left], dim=1)
-    return spread_uniform(vote(values, bayesian_bootstrap(len(values), BOOTSTRAPS, seed)))
+    bootstraps = bayesian_bootstrap(len(values), BOOTSTRAPS, seed)
+    return spread_uniform(vote(values, bootstraps, reference=len(left) - 2))
 
 
-def _cache_features(bench: Bench) -> None:
-    for candidate in candidates(bench.composition, ("adapter", "uniform", "base")):
-        with candidate.switch():
-            for split, rows in bench.rows.items():
-                bench.features[candidate.name, split] = _features(bench, rows)
-
-
-@torch.no_grad()
-def _features(bench: Bench, rows: Dataset) -> Tensor:
-    """What the head would be given, (n, width), computed with similar lengths side by side."""
-    body = Body(bench.composition.model.eval())
-    order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    found: list[Tensor] = []
-    for start in range(0, len(order), BATCH):
-        batch = bench.model.collate([rows[int(index)] for index in order[start : start + BATCH]])
-        found.append(body(**batch)["logits"])
-    return torch.cat(found)[torch.from_numpy(np.argsort(order, kind="stable"))]
-
-
-def _accuracy(head: nn.Module, features: Tensor, labels: Tensor) -> float:
-    with torch.no_grad():
-        return round(100 * float((head(features).argmax(-1) == labels).double().mean()), 4)
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return round(100 * float((logits.argmax(-1) == labels).double().mean()), 4)
 
 
 def _named(accuracy: Mapping[str, float]) -> dict[str, Any]:
@@ -216,7 +213,7 @@ def gains(records: Sequence[Record], methods: Sequence[str] = METHODS) -> str:
     """Points of accuracy against the uniform mix, paired by draw, with 95% intervals, as Markdown."""
     tasks = dict.fromkeys((record["scenario"], record["target"]) for record in records)
     shots = sorted({record["k"] for record in records})
-    rows = ["best single (by test)", NOT_MIXED, "base", *methods]
+    rows = ["best single (by test)", NOT_MIXED, "base", *methods, FIXED, *TRAINED]
     lines = []
     for task in tasks:
         own = [record for record in records if (record["scenario"], record["target"]) == task]

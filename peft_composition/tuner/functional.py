@@ -49,8 +49,8 @@ def starting_logits(weights: Sequence[float], normalization: str) -> list[float]
 def normalize(logits: Tensor, normalization: str, base: Tensor | None = None) -> Tensor:
     """Mixing weights w from logits v: `softmax(v)`, or `v` itself for `"none"`.
 
-    The base model is an adapter whose update is zero. Where it has a share, its logit is a constant: N logits that move
-    against it reach all shares that there are.
+    The base model is an adapter whose update is zero. Where it has a share, its logit is a constant: N logits that
+    move against it reach all shares that there are.
 
     Args:
         logits: shape (N,).

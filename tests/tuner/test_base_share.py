@@ -1,4 +1,4 @@
-"""Weights under softmax that sum to less than 1: the base model has the rest, as an adapter without an update would."""
+"""Weights under softmax that sum to less than 1: the base model has the rest, like an adapter without an update."""
 
 from __future__ import annotations
 
