@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ModelOutput
 
-from peft_composition import CompositionCardMixin, CompositionConfig
+from peft_composition import CompositionCardMixin, CompositionConfig, fit_mixing_weights
 from peft_composition.analysis.report import weights_table
 from peft_composition.checkpoint.saved import saved_mixing_weights
 from peft_composition.training import HeadWarmupCallback, MixingWeightsCallback, composition_optimizer
@@ -51,6 +51,13 @@ DEFAULTS = {  # of TrainingArguments
     "save_strategy": "no",
     "ddp_find_unused_parameters": False,
 }
+WITH_A_HEAD = {"max_steps": 100, "lr_scheduler_type": "linear"}  # of classifiers, in place of the above
+RATES = {
+    "learned": 1e-2,
+    "uniform": 1e-2,
+    "base": 1e-2,
+    "lora": 1e-3,
+}  # of classifiers: a new head moves by these, too
 METRICS = ("accuracy", "exact_match")
 
 
@@ -105,15 +112,24 @@ class FewShotArguments:
 
 @dataclass
 class HeadArguments:
-    """How the head is trained that a classifier gets for its new classes."""
+    """How a composition with a new head starts, and how that head is trained."""
 
     _argument_group_name = "head"
+
+    start: Literal["evidence", "uniform"] = field(
+        default="evidence",
+        metadata={
+            "help": "Mixing weights at the start of --method learned. evidence: by how well each adapter tells the "
+            "training examples apart, each example left out in turn; uniform: 1/N, as in the paper."
+        },
+    )
 
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the new head. Default: that of the mixing weights."}
     )
     head_warmup_steps: int = field(
-        default=50, metadata={"help": "Steps at the start in which the head trains alone, with uniform weights."}
+        default=0,
+        metadata={"help": "Steps at the start in which the head trains alone, as in the paper. Default: none."},
     )
 
 
@@ -131,6 +147,10 @@ def parse_arguments(kinds: Sequence[type], description: str | None, **defaults: 
     parser = HfArgumentParser(kinds, description=description)  # type: ignore[arg-type]  # wants NewTypes
     if TrainingArguments in kinds:
         parser.set_defaults(**DEFAULTS)
+    if HeadArguments in kinds:
+        method = parser.parse_known_args()[0].method
+        own = WITH_A_HEAD if TrainingArguments in kinds else {}
+        parser.set_defaults(**own, learning_rate=RATES.get(method, RATES["learned"]))
     parser.set_defaults(**defaults)
     try:
         parsed = parser.parse_args_into_dataclasses(look_for_args_file=False)
@@ -364,6 +384,7 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
             kwargs["optimizer_cls_and_kwargs"] = composition_optimizer(args, head_lr=head.head_learning_rate)
         super().__init__(model, args, **kwargs)
         self.few_shot = few_shot
+        self.starts_from_evidence = few_shot.method == "learned" and head is not None and head.start == "evidence"
         if few_shot.method == "learned":
             self.add_callback(MixingWeightsCallback(self))
             if head is not None and head.head_warmup_steps:
@@ -373,6 +394,8 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
         """Trains, tests, saves and reports; pushes with `--push_to_hub`."""
         model = cast(nn.Module, self.model)
         count = trainable(model)
+        if self.starts_from_evidence:
+            start_from_evidence(model, self.train_dataset, self.data_collator, self.is_world_process_zero(), self.args)
         if count:
             self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         metrics = self.evaluate()
@@ -393,6 +416,22 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
             report(record, Path(cast(str, self.args.output_dir)))
         if self.args.push_to_hub:
             self.push_to_hub()
+
+
+def start_from_evidence(
+    model: nn.Module,
+    support: Any,
+    collate: Any,
+    is_main: bool,
+    args: TrainingArguments | None = None,
+) -> None:
+    """Put the mixing weights that the training examples speak for into a composition, and print why."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    if args is not None and (args.bf16 or args.fp16):
+        precision = "bf16" if args.bf16 else "fp16"
+    chosen = fit_mixing_weights(model, support, collate=collate, mixed_precision=precision)
+    if is_main:
+        Console().print(str(chosen), highlight=False, markup=False)
 
 
 def cross_entropy(outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

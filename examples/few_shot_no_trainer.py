@@ -25,12 +25,14 @@ from few_shot import (
     report,
     require_one_group,
     require_short_warmup,
+    start_from_evidence,
     trainable,
 )
 from few_shot_text_classification import TextArguments, load_model, load_tokenizer, tokenize
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -48,8 +50,10 @@ class LoopArguments:
     output_dir: Path = field(
         default=Path("few-shot-no-trainer"), metadata={"help": "Folder for the composition and the results."}
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the mixing weights."})
-    steps: int = field(default=150, metadata={"help": "Steps of the optimizer."})
+    learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the mixing weights; it falls to zero along a line."}
+    )
+    steps: int = field(default=100, metadata={"help": "Steps of the optimizer."})
     batch_size: int = field(default=8, metadata={"help": "Training examples per step and process."})
     eval_batch_size: int = field(default=32, metadata={"help": "Test examples per step and process."})
     seed: int = field(default=42, metadata={"help": "Seed of the draw, the head and the training."})
@@ -79,6 +83,7 @@ def train(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
+    schedule: LRScheduler,
     loader: DataLoader,
     steps: int,
     warmup: int,
@@ -96,6 +101,7 @@ def train(
                     for parameter in mixing:
                         parameter.grad = None  # the optimizer passes over it
                 optimizer.step()
+                schedule.step()
                 optimizer.zero_grad()
                 done += 1
                 bar.update()
@@ -136,6 +142,9 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments)
         features = [tokenize(data, tokenizer, arguments) for data in (support, test)]
         model = load_model(arguments, classes, tokenizer)
+    if arguments.method == "learned" and head.start == "evidence":
+        rows = make_loader(features[0], tokenizer, loop.batch_size)
+        start_from_evidence(model.to(accelerator.device), rows, None, accelerator.is_main_process)
     count = trainable(model)
     groups = parameter_groups(model, head_lr=head.head_learning_rate)
     model, optimizer, support_loader, test_loader = accelerator.prepare(
@@ -144,7 +153,8 @@ def main() -> None:
         make_loader(features[0], tokenizer, loop.batch_size, shuffle_seed=loop.seed),
         make_loader(features[1], tokenizer, loop.eval_batch_size),
     )
-    train(accelerator, model, optimizer, support_loader, loop.steps, head.head_warmup_steps)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / loop.steps)
+    train(accelerator, model, optimizer, schedule, support_loader, loop.steps, head.head_warmup_steps)
     accuracy = measure_accuracy(accelerator, model, test_loader)
 
     accelerator.wait_for_everyone()

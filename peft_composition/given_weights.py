@@ -55,8 +55,8 @@ def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> l
         )
     if total == 0:
         raise ValueError(
-            'all weights are zero; normalization="softmax" mixes nothing then, and nothing could be learned. Leave the '
-            "adapters away, or give one of them a weight"
+            'all weights are zero; normalization="softmax" mixes nothing then, and nothing could be learned. Give one '
+            "of the adapters a weight"
         )
     if total < 1 - SUM_TOLERANCE:
         return found

@@ -60,9 +60,9 @@ def fit_mixing_weights(
       2018).
     - `"posterior"` (causal and encoder-decoder models): the probability of each adapter given the answers.
 
-    In the first three the uniform mix and the base model are candidates, too. All adapters get the share of the uniform
-    mix evenly; that of the base model is missing in the sum of the weights, so that adapters which harm are mixed in
-    less, down to not at all. No weight is below 1e-4.
+    In the first three the uniform mix and the base model are candidates, too. All adapters get the share of the
+    uniform mix evenly; that of the base model is missing in the sum of the weights, so that adapters which harm are
+    mixed in less, down to not at all. No weight is below 1e-4.
 
     Args:
         model: a model with a fixed or learned composition, neither merged nor disabled.

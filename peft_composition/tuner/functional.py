@@ -32,8 +32,8 @@ def starting_logits(weights: Sequence[float], normalization: str) -> list[float]
     """The logits v0 from which training starts, so that `normalize(v0)` gives `weights`.
 
     Args:
-        weights: one starting weight per adapter. For `"softmax"` non-negative with a sum of at most 1; a zero gives the
-            logit -inf, whose gradient is zero: such an adapter is left out and stays out.
+        weights: one starting weight per adapter. For `"softmax"` non-negative with a sum of at most 1; a zero gives
+            the logit -inf, whose gradient is zero: such an adapter is left out and stays out.
         normalization: `"softmax"` or `"none"`.
 
     Returns:

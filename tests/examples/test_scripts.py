@@ -68,7 +68,7 @@ def run(
     results = json.loads((output / "results.json").read_text())
     assert results["processes"] == processes
     assert results["test"] == TEST_EXAMPLES
-    assert printed.count("mixing weights") == bool(results["mixing_weights"])
+    assert printed.count(f"{results['method']} mixing weights") == bool(results["mixing_weights"])
     return results
 
 
@@ -124,6 +124,7 @@ def test_a_warmup_as_long_as_the_training_is_refused_by_its_argument(
     script: str, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--model_name_or_path", "m", "--dataset_name", "d", "--adapters", "a", option, "5"]
+    arguments += ["--head_warmup_steps", "50"]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit, match="--head_warmup_steps 50 takes the whole training of 5 steps"):
         importlib.import_module(script).main()

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 from few_shot_transfer import evidence
+from few_shot_transfer import scenario as scenarios
+from few_shot_transfer.bench import features_of
 from few_shot_transfer.scenario import DownstreamSpec
+from few_shot_transfer.stand_in import Corners, Recipe, train
 from few_shot_transfer.training import fit_features
+from peft import PeftModel
 from scipy import stats
+from torch import Tensor
 
 from peft_composition.evidence.scores import leave_one_out_distances
 
@@ -45,7 +50,7 @@ def test_the_methods_are_those_of_the_library() -> None:
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     noise = torch.randn(6, 4, generator=generator)
     apart = noise + 3 * labels[:, None]
-    left = [leave_one_out_distances(features, labels) for features in (apart, noise, apart / 2 + noise / 2)]
+    left = [leave_one_out_distances(features, labels) for features in (apart, noise, apart / 2 + noise / 2, noise)]
     for method in evidence.METHODS:
         assert float(evidence.weights_by(method, left, seed=0)[0]) > 0.7
 
@@ -58,6 +63,115 @@ def test_a_head_on_features_learns() -> None:
     assert float((head(features).argmax(-1) == labels).double().mean()) > 0.9
     again = fit_features(features, labels, 2, DownstreamSpec(shots=(20,), batch_size=16), seed=0)
     assert torch.equal(head.weight, again.weight)
+
+
+# Stand-ins
+
+
+def corners(count: int, n: int = 6, width: int = 4) -> Corners:
+    generator = torch.Generator().manual_seed(count)
+    parts = torch.randn(count + 2, n, width, dtype=torch.float64, generator=generator)
+    return Corners(parts[:count], parts[count], parts[count + 1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stand_ins_are_right_where_features_were_computed(count: int) -> None:
+    known = corners(count)
+    for number in range(count):
+        alone = torch.eye(count, dtype=torch.float64)[number]
+        torch.testing.assert_close(known.mixed(alone), known.adapters[number])
+    torch.testing.assert_close(known.mixed(torch.zeros(count, dtype=torch.float64)), known.base)
+    if count > 1:
+        even = torch.full((count,), 1 / count, dtype=torch.float64)
+        torch.testing.assert_close(known.mixed(even), known.uniform)
+
+
+def test_stand_ins_between_by_a_loop() -> None:
+    known, weights = corners(3), [0.5, 0.1, 0.2]
+    bend = (0.8**2 - (0.25 + 0.01 + 0.04)) / (1 - 1 / 3)
+    for i in range(6):
+        for d in range(4):
+            alone = [float(known.adapters[n, i, d]) for n in range(3)]
+            value = sum(w * x for w, x in zip(weights, alone)) + 0.2 * float(known.base[i, d])
+            value += bend * (float(known.uniform[i, d]) - sum(alone) / 3)
+            assert float(known.mixed(torch.tensor(weights).double())[i, d]) == pytest.approx(value, rel=1e-6)
+
+
+def separable(labels: Tensor) -> Corners:
+    """Of two adapters the second one tells classes apart."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, len(labels), 8, generator=generator)
+    first, second = noise[0], 0.1 * noise[1] + labels[:, None]
+    return Corners(torch.stack([first, second]), (first + second) / 2, noise[3])
+
+
+def test_training_finds_the_adapter_and_keeps_still_without_a_gain_or_within_the_warm_up() -> None:
+    labels = torch.arange(20) % 2
+    even = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    head, weights = train(separable(labels), labels, even, 2, Recipe(), batch_size=8, seed=0)
+    assert float(weights[1]) > 0.8
+    assert float((head(separable(labels).mixed(weights)).argmax(-1) == labels).double().mean()) > 0.9
+    still = train(separable(labels), labels, even, 2, Recipe(gain=1e-12), batch_size=8, seed=0)[1]
+    warm = train(separable(labels), labels, even, 2, Recipe(steps=30, warmup=30), batch_size=8, seed=0)[1]
+    assert still.tolist() == warm.tolist() == pytest.approx([0.5, 0.5])
+    part = train(separable(labels), labels, even / 2, 2, Recipe(gain=1e-12), batch_size=8, seed=0)[1]
+    assert part.tolist() == pytest.approx([0.25, 0.25])
+
+
+# A real task, small
+
+
+TINY = """
+title: Digits
+scale: offline
+shift: label
+model:
+  kind: image
+  target_modules: [q_proj, v_proj]
+  pretraining:
+    {data: digits, classes: [6-9], hidden_size: 16, layers: 2, heads: 2, patch_size: 7, steps: 4, batch_size: 8}
+data:
+  digits: {source: mnist, variant: digits}
+tasks:
+  low: {data: digits, classes: [0-1]}
+  middle: {data: digits, classes: [2-3]}
+  new: {data: digits, classes: [4-5]}
+rounds:
+  - {target: new, upstream: [low, middle]}
+upstream: {max_steps: 4, batch_size: 8, learning_rate: 0.05}
+downstream: {shots: [3], seeds: 2, warmup_epochs: 2, epochs: 2, batch_size: 4, validation_size: 9, test_size: 21}
+"""
+
+
+def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_path: Path) -> None:
+    (tmp_path / "digits.yaml").write_text(TINY, encoding="utf-8")
+    spec = scenarios.load(str(tmp_path / "digits.yaml"))
+    (bench,) = evidence.open_benches(spec, tmp_path, None, progress=False)
+    draws, path = [(k, seed) for k in (1, 3) for seed in (0, 1)], tmp_path / "records.jsonl"
+    trained = list(evidence.TRAINED)
+    evidence.append(evidence.compare(bench, draws, ["likelihood-vote"], trained, progress=False), path)
+    records = evidence.read(path)
+    assert len(records) == 4 * (2 + 3) + 2 + 4 * (1 + len(trained))
+    assert list(evidence.compare(bench, draws, ["likelihood-vote"], trained, records, progress=False)) == []
+    more = list(evidence.compare(bench, [*draws, (3, 2)], ["vote"], [], records, progress=False))
+    assert {(own["k"], own["seed"], own["method"]) for own in more if own["method"] == "vote"} == {
+        (3, 0, "vote"),
+        (3, 1, "vote"),
+        (3, 2, "vote"),
+    }
+
+    base = bench.model.build(2, seed=0)
+    alone = PeftModel.from_pretrained(base, str(bench.adapters[1].folder), adapter_name="x").eval()
+    with torch.no_grad():
+        expected = features_of(alone, bench.model, bench.judged["test"])
+    torch.testing.assert_close(bench.features("middle", "test"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bench.mixed([0.0, 1.0], "test"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        bench.mixed([0.5, 0.5], (3, 1)), bench.features("uniform", (3, 1)), rtol=1e-4, atol=1e-5
+    )
+    assert not torch.allclose(bench.features("base", "test"), expected, rtol=1e-3)
+    (again,) = evidence.open_benches(spec, tmp_path, "new", progress=False)  # from the disk
+    assert torch.equal(again.features("uniform", (3, 1)), bench.features("uniform", (3, 1)))
 
 
 @pytest.mark.parametrize("path", sorted(DRAWS.glob("*.jsonl")), ids=lambda path: path.stem)
