@@ -60,6 +60,7 @@ def evidence(
     """
     from . import evidence as measuring
     from . import scenario
+    from .gains import gains
 
     be_quiet()
     spec = scenario.load(scenario_name)
@@ -71,7 +72,24 @@ def evidence(
     for bench in measuring.open_benches(spec, output, target):
         known = measuring.read(path) if path.is_file() else []
         measuring.append(measuring.compare(bench, draws, chosen, recipes, known), path)
-    typer.echo(measuring.gains(measuring.read(path), chosen))
+    typer.echo(gains(measuring.read(path), [*chosen, measuring.FIXED, *recipes]))
+
+
+@app.command("gains")
+def tabulate(
+    files: Annotated[list[Path], typer.Argument(help="Records that `evidence` wrote.")],
+    methods: Annotated[str | None, typer.Option(help="Separated by semicolons. Default: all that are there.")] = None,
+    tasks: Annotated[bool, typer.Option(help="Each task, too, not only their means.")] = True,
+) -> None:
+    """What methods gain on the uniform mix, task by task and on average, as Markdown."""
+    from .evidence import read
+    from .gains import CONTROLS, gains, means
+
+    records = [record for path in files for record in read(path)]
+    found = dict.fromkeys(record["method"] for record in records)
+    default = [name for name in found if name not in ("single", "uniform", *CONTROLS)]
+    chosen = default if methods is None else methods.split(";")
+    typer.echo(means(records, chosen) + (f"\n\n{gains(records, chosen)}" if tasks else ""))
 
 
 @app.command()

@@ -13,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,6 +28,7 @@ from peft_composition.evidence.weights import spread_uniform, stack, vote
 
 from .bench import BASE, UNIFORM, Bench, Draw
 from .data import Tasks
+from .gains import NOT_MIXED
 from .models import Classifier
 from .records import Record
 from .scenario import Scenario, Setting
@@ -40,7 +39,6 @@ from .upstream import foundation, train_adapter
 
 BOOTSTRAPS = 500
 METHODS = ("likelihood-vote", "vote", "stacking")
-NOT_MIXED = "validation pick"
 FIXED = "evidence, stand-in"
 TRAINED = {  # where the weights start, and how head and weights are trained
     "cold": ("uniform", Recipe()),
@@ -204,61 +202,6 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def _named(accuracy: Mapping[str, float]) -> dict[str, Any]:
     return {"accuracy": accuracy["test"], "validation": accuracy.get("validation")}
-
-
-# The table
-
-
-def gains(records: Sequence[Record], methods: Sequence[str] = METHODS) -> str:
-    """Points of accuracy against the uniform mix, paired by draw, with 95% intervals, as Markdown."""
-    tasks = dict.fromkeys((record["scenario"], record["target"]) for record in records)
-    shots = sorted({record["k"] for record in records})
-    rows = ["best single (by test)", NOT_MIXED, "base", *methods, FIXED, *TRAINED]
-    lines = []
-    for task in tasks:
-        own = [record for record in records if (record["scenario"], record["target"]) == task]
-        uniform = {(r["k"], r["seed"]): r["accuracy"] for r in own if r["method"] == "uniform"}
-        lines += [
-            "",
-            f"| `{task[0]}`, {task[1]} | " + " | ".join(f"K = {k}" for k in shots) + " |",
-            "| --- |" + " ---: |" * len(shots),
-            "| uniform, % | " + " | ".join(f"{_mean(uniform, k):.1f}" for k in shots) + " |",
-        ]
-        for row in rows:
-            values = _values(own, row)
-            cells = [_difference(values, uniform, k) for k in shots]
-            if any(cell != "-" for cell in cells):
-                lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip()
-
-
-def _values(records: Sequence[Record], row: str) -> dict[tuple[int, int], float]:
-    if row != "best single (by test)":
-        return {(r["k"], r["seed"]): r["accuracy"] for r in records if r["method"] == row}
-    singles = [record for record in records if record["method"] == "single"]
-    best = {}
-    for k in {record["k"] for record in singles}:  # the adapter that is best on average over the draws
-        of_adapter: dict[str, list[float]] = {}
-        for record in singles:
-            if record["k"] == k:
-                of_adapter.setdefault(record["adapter"], []).append(record["accuracy"])
-        best[k] = max(of_adapter, key=lambda name: float(np.mean(of_adapter[name])))
-    return {(r["k"], r["seed"]): r["accuracy"] for r in singles if r["adapter"] == best[r["k"]]}
-
-
-def _mean(values: Mapping[tuple[int, int], float], k: int) -> float:
-    return float(np.mean([value for (own, _), value in values.items() if own == k]))
-
-
-def _difference(values: Mapping[tuple[int, int], float], uniform: Mapping[tuple[int, int], float], k: int) -> str:
-    pairs = [value - uniform[key] for key, value in values.items() if key[0] == k]
-    if len(pairs) < 2:
-        return "-"
-    mean, error = float(np.mean(pairs)), float(stats.sem(pairs))
-    if error == 0:
-        return f"{mean:+.1f}"
-    low, high = stats.t.interval(0.95, len(pairs) - 1, mean, error)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def append(records: Iterator[Record], path: Path) -> None:

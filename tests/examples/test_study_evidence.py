@@ -11,6 +11,7 @@ import torch
 from few_shot_transfer import evidence
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.bench import features_of
+from few_shot_transfer.gains import gains, means
 from few_shot_transfer.scenario import DownstreamSpec
 from few_shot_transfer.stand_in import Corners, Recipe, train
 from few_shot_transfer.training import fit_features
@@ -35,14 +36,27 @@ def test_gains_are_paired_by_draw() -> None:
     records = [record("uniform", seed, value) for seed, value in enumerate(uniform)]
     records += [record("vote", seed, value) for seed, value in enumerate(vote)]
     records += [record("single", seed, v, name) for name, values in singles.items() for seed, v in enumerate(values)]
-    lines = evidence.gains(records, ("vote",)).splitlines()
+    lines = gains(records, ("vote",)).splitlines()
     assert lines[0] == "| `s`, t | K = 2 |"
     assert "| uniform, % | 60.0 |" in lines
-    gains = np.subtract(vote, uniform)
-    low, high = stats.t.interval(0.95, 2, gains.mean(), gains.std(ddof=1) / np.sqrt(3))
+    gained = np.subtract(vote, uniform)
+    low, high = stats.t.interval(0.95, 2, gained.mean(), gained.std(ddof=1) / np.sqrt(3))
     assert f"| vote | +3.0 [{low:+.1f}, {high:+.1f}] |" in lines
     best = np.subtract(singles["a"], uniform)  # its mean is 63.7, that of the other 63.3
     assert any(line.startswith(f"| best single (by test) | {best.mean():+.1f} [") for line in lines)
+
+
+def test_means_over_tasks_and_how_many_are_clear() -> None:
+    gained = {"t": [1.0, 2.0, 3.0], "u": [-1.0, -1.2, -1.1], "v": [-3.0, 1.0, 5.0]}
+    records = []
+    for target, values in gained.items():
+        for seed, value in enumerate(values):
+            records += [
+                {**record("uniform", seed, 50.0), "target": target},
+                {**record("vote", seed, 50 + value), "target": target},
+            ]
+    # t: 2 +- 4.303 / sqrt(3) = 2 +- 2.48; u: -1.1 +- .25, wholly below; v: 1 +- 9.9
+    assert "| vote | +0.6 (1 below, 0 above of 3) |" in means(records, ("vote",))
 
 
 def test_the_methods_are_those_of_the_library() -> None:
