@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
 from peft_composition.evidence.fit import put_weights
-from peft_composition.evidence.passes import candidates, composition_in
+from peft_composition.evidence.passes import ALL_KINDS, candidates, composition_in
 
 from .data import Task, few_shot, labels_of
 from .downstream import judged
@@ -118,7 +118,7 @@ class Bench:
 
     @cached_property
     def _switches(self) -> dict[str, Any]:
-        return {own.name: own.switch for own in candidates(self.composition, ("adapter", UNIFORM, BASE))}
+        return {own.name: own.switch for own in candidates(self.composition, ALL_KINDS)}
 
     @cached_property
     def _memory(self) -> dict[str, dict[int, Tensor]]:
