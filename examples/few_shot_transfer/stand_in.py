@@ -90,9 +90,7 @@ def train(
     nn.init.zeros_(head.bias)
     theta = torch.zeros(len(start), requires_grad=True)
     logits, rest = start.float().log(), (1 - start.sum()).clamp_min(0).float().log()[None]
-    optimizer = torch.optim.AdamW(
-        [{"params": head.parameters()}, {"params": [theta]}], lr=recipe.rate, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW([*head.parameters(), theta], lr=recipe.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.steps)
 
     def weights() -> Tensor:
