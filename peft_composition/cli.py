@@ -48,7 +48,7 @@ def inspect(
     adapters: Sequence[str], base: str | None, task: str | None, as_json: bool, check_base: bool = True
 ) -> bool:
     """Print a row for every adapter; True if all can be composed."""
-    references = _references(adapters)
+    references = _references([*dict.fromkeys(adapters)])  # a row says all, however often an adapter is named
     model = None
     if base is not None:
         config = base_config(base)

@@ -13,8 +13,9 @@ SHORT = 160  # characters of a name
 LONG = 4000  # of a whole message with several names in it
 
 _WHITESPACE = re.compile(r"\s+")
-# What Markdown or HTML could read as markup within a line. An underscore inside a word is none.
-_MARKUP = re.compile(r"[\\`*\[\]<>&|~$#!{}\"']|(?<![^\W_])_|_(?![^\W_])")
+# What Markdown or HTML could read as markup within a line, or make a link of. An underscore inside a
+# word is none.
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$#!{}\"'@]|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE)
 # And what they read as markup at the beginning of one: headings and lists.
 _FIRST = re.compile(r"^[-+=:]|^(\d+)[.)]")
 _HARMLESS_CODE = re.compile(r"[^\\`<>&|$]+")
@@ -66,7 +67,7 @@ def in_markdown(text: object, limit: int = SHORT) -> str:
 
     Returns:
         Markdown. What could be markup stands there as a numeric character reference, which no reader of Markdown takes
-        for structure: no HTML, no link, no heading, no mark of our own, no end of a cell.
+        for structure: no HTML, no link (of a bare address, either), no heading, no mark of our own, no end of a cell.
     """
     line = _MARKUP.sub(lambda match: _reference(match[0]), one_line(text, limit))
     return _FIRST.sub(lambda match: (match[1] or "") + _reference(match[0][-1]), line)

@@ -188,6 +188,11 @@ def test_inspect_of_adapters_that_fit_succeeds(loras: list[Path], base_folder: P
     assert all("classifier" in " ".join(row["notes"]) for row in rows)
 
 
+def test_inspect_says_once_what_is_named_twice(loras: list[Path]) -> None:
+    rows = run_json("inspect", *loras, loras[0])["adapters"]
+    assert [row["name"] for row in rows] == ["a", "b"]
+
+
 def test_inspect_finds_shapes_that_differ(tmp_path: Path, loras: list[Path], base_folder: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24

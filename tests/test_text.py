@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 import unicodedata
 
@@ -103,6 +104,17 @@ def test_a_cell_of_a_table_is_one_cell(text: str) -> None:
 def test_ordinary_names_stay_as_they_are(name: str) -> None:
     assert in_markdown(name) == name
     assert in_code(name) == f"`{name}`"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://evil.example/a_b", "at http://evil.example?x=1&y", "WWW.evil.example", "mail me@evil.example"],
+)
+def test_a_bare_address_is_no_link(address: str) -> None:
+    """GitHub's Markdown makes links of what contains one of these, without any brackets."""
+    markdown = in_markdown(address)
+    assert not re.search(r"://|www\.|@", markdown, re.IGNORECASE)
+    assert html.unescape(markdown) == address
 
 
 def test_a_javascript_link_is_text() -> None:

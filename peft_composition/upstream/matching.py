@@ -164,7 +164,13 @@ def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | Non
 
 
 def warn_about_other_names(adapters: Iterable[UpstreamAdapter], model_name: str | None) -> None:
-    """Say once which adapters were trained on a copy of the model: its name says so, which is no proof."""
+    """Say once which adapters were trained on a copy of the model: its name says so, which is no proof.
+
+    A local folder has no name to compare with; then the adapters' own are compared with each other.
+    """
+    adapters = list(adapters)
+    if not model_name or is_local(model_name) or looks_like_path(model_name):
+        _warn_about_each_other(adapters)
     copies: dict[str, list[str]] = {}
     for adapter, trained_on in _otherwise_named(adapters, model_name):
         copies.setdefault(trained_on, []).append(adapter.name)
@@ -174,6 +180,23 @@ def warn_about_other_names(adapters: Iterable[UpstreamAdapter], model_name: str 
             f"Going by their names, these are copies of the base model {model_name!r} in another format, and the "
             f"adapters trained on them are composed on it as they are: {lists}.",
             stacklevel=2,
+        )
+
+
+def _warn_about_each_other(adapters: Sequence[UpstreamAdapter]) -> None:
+    """Say once that adapters name different base models, only one of which the model can be."""
+    trained_on: dict[str, list[str]] = {}
+    for adapter in adapters:
+        name = adapter.config.get("base_model_name_or_path")
+        if name and not is_local(name) and not looks_like_path(name):
+            trained_on.setdefault(original(name), []).append(adapter.name)
+    if len(trained_on) > 1:
+        lists = "; ".join(f"{quoted(name)} ({', '.join(map(quoted, names))})" for name, names in trained_on.items())
+        warnings.warn(
+            f"The adapters say that they were trained on different base models: {one_line(lists, LONG)}. The model is "
+            "a local folder or has no name, so that nothing shows which of them it is; modules and shapes fit all of "
+            "them. Leave out those of another model, or load the base model by its name on the Hub.",
+            stacklevel=3,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 from peft_composition import CompositionConfig
@@ -173,6 +173,23 @@ def test_a_checkpoint_of_before_has_the_check(trio: list[Path], tmp_path: Path) 
 def test_a_switch_that_is_none(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} must be True or False, got {value!r}"):
         CompositionConfig(adapters=["a"], **{field: value})
+
+
+@pytest.mark.parametrize("name", [None, "./models/mine"], ids=["no name", "a folder"])
+def test_a_base_without_a_name_and_adapters_of_two_models(name: str | None, trio: list[Path], tmp_path: Path) -> None:
+    other = tiny.save_lora(tmp_path / "other", tiny.build("mlp"), ["lin0"])
+    edit_config(other, base_model_name_or_path="someone/my-llama")
+    base = tiny.build("mlp")
+    base.name_or_path = name
+    message = r"different base models: 'llama-3.1-8b' \('0', '1'\); 'my-llama' \('other'\)"
+    with pytest.warns(UserWarning, match=message.replace("llama-3.1-8b", original(LLAMA))):
+        get_peft_model(base, CompositionConfig(adapters=[*trio[:2], other]))
+    for fields in ({"adapters": trio}, {"adapters": [trio[0], other], "check_base_model": False}):
+        base = tiny.build("mlp")
+        base.name_or_path = name
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*different base models")
+            get_peft_model(base, CompositionConfig(**fields))
 
 
 # Inspecting
