@@ -89,43 +89,6 @@ class _Command(TyperCommand):
             raise
 
 
-class _ManyValues(_Command):
-    """A command whose options `--adapters` and `--weights` take all values up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        expanded: list[str] = []
-        option = ""
-        for arg in args:
-            if arg in ("--adapters", "--weights"):
-                option, is_given = arg, False
-            elif option and (not arg.startswith("-") or _is_number(arg)):
-                _require_number(option, arg)
-                expanded.append(f"{option}={arg}")
-                is_given = True
-            else:
-                _require_number(*arg.partition("=")[::2])
-                expanded += [option, arg] if option and not is_given else [arg]
-                option = ""
-        if option and not is_given:
-            expanded.append(option)  # without a value: click says so
-        return super().parse_args(ctx, expanded)
-
-
-def _require_number(option: str, text: str) -> None:
-    if option == "--weights" and not _is_number(text):
-        raise typer.BadParameter(
-            f"{text!r} is not a number; separate numbers with spaces: --weights 0.4 0.6", param_hint="'--weights'"
-        )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -162,6 +125,9 @@ def _set(
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
+]
 Out = Annotated[Path, typer.Option(help="Folder to write to; must be new or empty.", file_okay=False)]
 Saved = Annotated[
     Path, typer.Argument(metavar="DIR", help="A saved composition.", exists=True, file_okay=False, show_default=False)
@@ -187,9 +153,7 @@ CheckBase = Annotated[
 
 @app.command(cls=_Command)
 def inspect(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
-    ],
+    adapters: Adapters,
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -211,17 +175,17 @@ def inspect(
         raise typer.Exit(1)
 
 
-@app.command(cls=_ManyValues)
+@app.command(cls=_Command)
 def compose(
     base: Annotated[str, typer.Option(help="Base model, Hub id or folder.")],
-    adapters: Annotated[
-        list[str], typer.Option(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
-    ],
+    adapters: Adapters,
     out: Out,
     mixing: Annotated[Mixing, typer.Option(help="1/N each, or --weights.")] = Mixing.uniform,
     weights: Annotated[
-        Optional[list[float]],  # noqa: UP045
-        typer.Option(metavar="NUMBER...", help="One per adapter, for --mixing fixed.", show_default=False),
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="NUMBER,...", help="One per adapter, for --mixing fixed: --weights 0.4,0.6", show_default=False
+        ),
     ] = None,
     normalization: Annotated[
         Normalization, typer.Option(help="Weights that are positive with sum 1, or free weights (none).")
@@ -253,14 +217,16 @@ def compose(
     ] = None,
     check_base: CheckBase = True,
     as_json: AsJson = False,
+    _: Annotated[bool, typer.Option("--adapters", help="May stand before the adapters.", hidden=True)] = False,
 ) -> None:
     """Compose adapters, uniformly or with given weights, and save the result."""
-    if mixing is Mixing.fixed and len(weights or ()) != len(adapters):
-        numbers = "1 number" if len(adapters) == 1 else f"{len(adapters)} numbers"
-        raise typer.BadParameter(f"--mixing fixed needs {numbers} in --weights, got {len(weights or ())}.")
-    if mixing is Mixing.uniform and weights:
-        raise typer.BadParameter("--weights mean nothing with --mixing uniform; give --mixing fixed.")
-    _require_good_weights(weights or (), normalization)
+    numbers = _numbers(weights, adapters)
+    if mixing is Mixing.fixed and len(numbers) != len(adapters):
+        needed = "1 number" if len(adapters) == 1 else f"{len(adapters)} numbers"
+        raise typer.BadParameter(f"--mixing fixed needs {needed} in --weights, got {len(numbers)}.")
+    if mixing is Mixing.uniform and numbers:
+        raise typer.BadParameter("--mixing uniform ignores --weights; give --mixing fixed to use them.")
+    _require_good_weights(numbers, normalization)
     _require_empty(out)
     with _reported():
         from peft_composition import cli
@@ -269,7 +235,7 @@ def compose(
             base,
             adapters,
             mixing.value,
-            weights or None,
+            numbers or None,
             normalization.value,
             out,
             task=task and task.value,
@@ -376,6 +342,28 @@ def merge(
         cli.merge(folder, out, base, task and task.value, dtype and dtype.value, as_json)
 
 
+def _numbers(weights: str | None, adapters: Sequence[str]) -> list[float]:
+    """The numbers of `--weights`, which commas separate."""
+    if weights is None:
+        return []
+    strays = [adapter for adapter in adapters if _is_number(adapter) and not Path(adapter).exists()]
+    wrong = [text for text in weights.split(",") if not _is_number(text)]
+    if strays or wrong:
+        problem = f"{wrong[0]!r} is not a number" if wrong else f"{strays[0]!r} is not an adapter"
+        raise typer.BadParameter(
+            f"{problem}; separate numbers with commas and no spaces: --weights 0.4,0.6", param_hint="'--weights'"
+        )
+    return [float(text) for text in weights.split(",")]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _require_good_weights(weights: Sequence[float], normalization: Normalization) -> None:
     """What `CompositionConfig` would say of the weights, before anything slow."""
     problem = None
@@ -391,7 +379,7 @@ def _require_good_weights(weights: Sequence[float], normalization: Normalization
 
 
 def _joined(weights: Sequence[float]) -> str:
-    return " ".join(f"{weight:g}" for weight in weights)
+    return ",".join(f"{weight:g}" for weight in weights)
 
 
 def _require_empty(out: Path) -> None:

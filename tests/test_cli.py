@@ -211,7 +211,7 @@ def test_inspect_finds_shapes_that_differ(tmp_path: Path, loras: list[Path], bas
 
 def test_compose_saves_what_python_composes(tmp_path: Path, loras: list[Path], base_folder: Path) -> None:
     out = tmp_path / "out"
-    weights = ["--mixing", "fixed", "--weights", "0.3", "0.7"]
+    weights = ["--mixing", "fixed", "--weights", "0.3,0.7"]
     result = run("compose", "--base", base_folder, "--adapters", *loras, *weights, "--out", out)
     assert result.exit_code == 0, result.stderr
     assert "a 0.3, b 0.7" in result.stdout
@@ -239,7 +239,7 @@ def test_compose_uniform_and_light(tmp_path: Path, loras: list[Path], base_folde
 def test_compose_with_free_weights(tmp_path: Path, loras: list[Path], base_folder: Path) -> None:
     told = run_json(
         "compose", "--base", base_folder, "--adapters", loras[0], "--adapters", loras[1], "--mixing", "fixed",
-        "--weights", "1.5", "-0.25", "--normalization", "none", "--out", tmp_path / "free",
+        "--weights", "1.5,-0.25", "--normalization", "none", "--out", tmp_path / "free",
     )  # fmt: skip
     assert told["weights"] == {"a": 1.5, "b": -0.25}
 
@@ -388,19 +388,16 @@ def test_merge_of_an_image_model_can_be_used_as_it_is(tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["compose", "--mixing", "fixed", "--weights", "1"], "--mixing fixed needs 2 numbers in --weights, got 1."),
-        (["compose", "--weights", "0.5", "0.5"], "mean nothing with --mixing uniform"),
+        (["compose", "--weights", "0.5,0.5"], "--mixing uniform ignores --weights"),
         (["compose", "--mixing", "learned"], "learned"),
         (["compose", "--weights"], "--weights"),
-        (["compose", "--weights", "0.5", "half"], "Invalid value for '--weights': 'half' is not a number"),
-        (
-            ["compose", "--weights", "0.4,0.6"],
-            "'0.4,0.6' is not a number; separate numbers with spaces: --weights 0.4 0",
-        ),
-        (["compose", "--weights=0.4,0.6"], "'0.4,0.6' is not a number; separate numbers with spaces"),
+        (["compose", "--weights", "0.5,half"], "Invalid value for '--weights': 'half' is not a number"),
+        (["compose", "--weights", "0.4", "0.6"], "'0.6' is not an adapter; separate numbers with commas"),
+        (["compose", "--weights=0.4,"], "'' is not a number; separate numbers with commas and no spaces"),
         (["compose", "--mixing", "none"], "Invalid value for '--mixing': 'none' is not one of"),
-        (["compose", "--mixing", "fixed", "--weights", "0.5", "nan"], "must be finite numbers, got 0.5 nan"),
-        (["compose", "--mixing", "fixed", "--weights", "1.5", "-0.5"], "must not be negative, got 1.5 -0.5"),
-        (["compose", "--mixing", "fixed", "--weights", "0.5", "0.6"], "must sum to 1 or less, got 1.1"),
+        (["compose", "--mixing", "fixed", "--weights", "0.5,nan"], "must be finite numbers, got 0.5,nan"),
+        (["compose", "--mixing", "fixed", "--weights", "1.5,-0.5"], "must not be negative, got 1.5,-0.5"),
+        (["compose", "--mixing", "fixed", "--weights", "0.5,0.6"], "must sum to 1 or less, got 1.1"),
         (["compose", "--task", "SOMETHING"], "SOMETHING"),
         (["compose", "--num-labels", "0"], "--num-labels"),
     ],
@@ -434,7 +431,7 @@ def test_wrong_arguments_of_an_export_are_refused(
 def test_weights_are_refused_and_taken_as_the_config_does() -> None:
     """The command line knows the rule by itself, because the config comes with torch."""
     assert peft_composition_cli.SUM_TOLERANCE == SUM_TOLERANCE
-    weights = ["--mixing", "fixed", "--weights", "0.501", "0.5"]
+    weights = ["--mixing", "fixed", "--weights", "0.501,0.5"]
     result = run("compose", "--base", "b", "--adapters", "x", "y", *weights, "--out", "o", "--json")
     assert result.exit_code == 1
     assert "weights" not in result.stderr
@@ -510,9 +507,9 @@ def test_what_needs_no_torch_loads_none(composed: Path) -> None:
     compose = ["compose", "--base", "b", "--out", "o", "--adapters", "x", "y"]
     for arguments, exit_code, wanted in (
         (["--help"], 0, "inspect"),
-        (["compose", "--help"], 0, "--adapters"),
+        (["compose", "--help"], 0, "ADAPTER..."),
         (["--version"], 0, f"peft-composition {peft_composition.__version__} (peft {peft.__version__}, transformers "),
-        ([*compose, "--mixing", "fixed", "--weights", "1", "2"], 2, "must sum to 1 or less, got 3"),
+        ([*compose, "--mixing", "fixed", "--weights", "1,2"], 2, "must sum to 1 or less, got 3"),
         (["export", str(composed), "--out", "o", "--energy", "2"], 2, "at most 1, got 2"),
     ):
         result = run_process("-c", code, *arguments)
