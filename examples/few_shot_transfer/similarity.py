@@ -25,7 +25,7 @@ def upstream_cka(
     """CKA of the model with one upstream adapter each, and with the new task's own, on the new task's examples.
 
     Args:
-        scenario: says how many examples, and what is compared.
+        scenario: says how many examples.
         setting: the downstream task and the rank.
         task: its data; test examples are compared.
         model: the foundation model.
@@ -43,5 +43,5 @@ def upstream_cka(
     assert isinstance(composition, PeftModel)
     chosen = task.test.select(balanced(labels_of(task.test), how.examples)).shuffle(seed=0)
     batches = DataLoader(model.encode(chosen), batch_size=BATCH, collate_fn=model.collate)
-    found = layerwise_cka(target, single_adapters(composition), batches, part=how.part)
+    found = layerwise_cka(target, single_adapters(composition), batches)
     return {module: {name: round(value, 6) for name, value in row.items()} for module, row in found.items()}

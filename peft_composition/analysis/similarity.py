@@ -8,9 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -19,13 +19,8 @@ from torch import Tensor, nn
 
 from ..tuner.locating import base_of
 from ..tuner.single import evaluating
-from .cka import FEWEST_EXAMPLES, Estimator, Features, MinibatchCKA, alignment, hsic
+from .cka import FEWEST_EXAMPLES, Features, MinibatchCKA
 from .views import View, touched_modules
-
-
-ModelEstimator = Literal["minibatch", "biased", "unbiased"]
-Part = Literal["output", "update"]
-Tokens = Literal["mean", "all"]
 
 
 def layerwise_cka(
@@ -34,69 +29,50 @@ def layerwise_cka(
     batches: Iterable[Mapping[str, Any]],
     *,
     modules: Sequence[str] | None = None,
-    part: Part = "output",
-    tokens: Tokens = "mean",
-    estimator: ModelEstimator = "minibatch",
 ) -> dict[str, dict[str, float]]:
-    """Linear CKA between what modules put out in one model, and in others, for the same inputs.
+    """Linear CKA between the outputs of modules in one model and in other models, for the same inputs.
 
-    In figures 7 and 8 of arXiv 2402.15414 the target is the model with a LoRA trained on the downstream task with all
-    its data, the others are the model with one upstream adapter each, the inputs are the downstream task's, and the
-    modules are the query, key and value projections. The paper states neither the point that is compared nor how
-    tokens are pooled nor the number of examples; the defaults take the output of the adapted projection, base weights
-    included, averaged over the tokens.
+    An example is one row of a batch, represented by the mean of a module's output over its tokens; tokens that the
+    attention mask leaves out are not counted. For convolutions the mean is over positions. The estimator is the
+    unbiased minibatch one (see `MinibatchCKA`).
 
-    All models run in eval mode and without gradients, once each per batch; they are as before afterwards. Memory: the
-    representations of one batch in two models, unless `estimator` asks for more.
+    In figures 7 and 8 of arXiv 2402.15414 the target is the model with a LoRA trained on all data of the downstream
+    task, the others are the model with one upstream adapter each, the inputs come from the downstream task, and the
+    modules are the query, key and value projections. The paper does not state which output is compared, how tokens are
+    pooled, or how many examples are used. Here it is the output of the adapted projection, base weights included.
+
+    All models run in eval mode and without gradients, each once per batch. Afterwards they are as before. Memory: the
+    representations of one batch in two models.
 
     Args:
-        target: a model as it is, or a view of `single_adapters`.
-        others: what it is compared with, by name.
-        batches: gone through once; each holds the arguments of the models, such as a `DataLoader` makes. Labels are
-            not passed on, unless an encoder-decoder needs them for its inputs.
-        modules: names of modules in the base model, adapted or not, all of the same examples; of a tuple put out, the
-            first entry counts. Default: all that an adapter among `others` touches.
-        part: `"output"` (default) of the module; or `"update"`, what adapters add to the output of their base layer,
-            where both touch it. The update is a difference of outputs: use models in float32.
-        tokens: `"mean"` (default), an example is a row of a batch with the mean over its tokens; or `"all"`, every
-            token is an example. Tokens that the attention mask leaves out do not count in either. Of convolutions
-            positions take the place of tokens.
-        estimator: `"minibatch"` (default), see `MinibatchCKA`; a batch with fewer than 4 examples is left out with a
-            warning. Or `"biased"` or `"unbiased"`, see `linear_cka`, over all examples at once: keeps the
-            representations of all batches and models on the CPU.
+        target: a model as it is, or a view from `single_adapters`.
+        others: the models or views to compare it with, by name.
+        batches: the arguments of the models, for example from a `DataLoader`; iterated once. Labels are not passed on,
+            unless an encoder-decoder needs them for its inputs. A batch with fewer than 4 examples is left out with a
+            warning.
+        modules: names of modules in the base model, with or without an adapter. Where a module returns a tuple, its
+            first entry is compared. Default: all modules that an adapter among `others` touches.
 
     Returns:
-        `{module: {name: similarity}}`, in the model's order, as `model.mixing_weights()` has the weights.
+        `{module: {name: similarity}}` in the model's order, the same form as `model.mixing_weights()`.
 
     Raises:
-        ValueError: a module that is missing, did not run or has no variation; adapters that are merged or disabled;
-            values that are not finite; masks that do not fit; too few examples. The message names module and model.
+        ValueError: a module is missing, did not run, or puts out the same features for all examples; adapters are
+            merged or disabled; values are not finite; masks do not fit; there are too few examples. The message names
+            the module and the model.
     """
-    _require_choices(part, tokens, estimator)
     views = {name: _as_view(other) for name, other in others.items()}
     goal = _as_view(target)
-    compared = _compared_modules(goal, views, modules, part)
-    tally: _Batchwise | _AtOnce = _Batchwise() if estimator == "minibatch" else _AtOnce(estimator)
+    compared = _compared_modules(goal, views, modules)
+    tally = _Tally()
     with evaluating([goal.model, *(view.model for view in views.values())]):
         for batch in tqdm(batches, desc="Comparing representations", unit="batch"):
-            if not tally.start(_represent(goal, batch, list(compared), part, tokens, "the target")):
+            if not tally.start(_represent(goal, batch, compared, "the target")):
                 continue
             for name, view in views.items():
-                own = [module for module, names in compared.items() if name in names]
-                tally.add(name, _represent(view, batch, own, part, tokens, repr(name)))
+                tally.add(name, _represent(view, batch, compared, repr(name)))
     found = tally.values()
-    return {module: {name: found[module, name] for name in names} for module, names in compared.items()}
-
-
-def _require_choices(part: str, tokens: str, estimator: str) -> None:
-    choices = {
-        "part": (part, ("output", "update")),
-        "tokens": (tokens, ("mean", "all")),
-        "estimator": (estimator, ("minibatch", "biased", "unbiased")),
-    }
-    for field, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{field} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return {module: {name: found[module, name] for name in views} for module in compared}
 
 
 def _as_view(subject: nn.Module | View) -> View:
@@ -105,10 +81,8 @@ def _as_view(subject: nn.Module | View) -> View:
     return View(subject, nullcontext, touched_modules(base_of(subject), None))
 
 
-def _compared_modules(
-    target: View, others: Mapping[str, View], modules: Sequence[str] | None, part: Part
-) -> dict[str, list[str]]:
-    """The modules, and by name those that are compared there; all that can be wrong with them is found here."""
+def _compared_modules(target: View, others: Mapping[str, View], modules: Sequence[str] | None) -> list[str]:
+    """The names of the modules to compare, checked before anything runs."""
     if not others:
         raise ValueError("there is nothing to compare the target with")
     base = base_of(next(iter(others.values())).model)
@@ -122,20 +96,13 @@ def _compared_modules(
         missing = [module for module in modules if module not in layers]
         if missing:
             raise ValueError(f"{name} ({type(view.model).__name__}) has no module {missing[0]!r}")
-        _require_switchable(name, view, part, layers)
-    if part == "output":
-        return {module: list(others) for module in modules}
-    common = {name: set(modules).intersection(view.modules, target.modules) for name, view in others.items()}
-    for name, own in common.items():
-        if not own:
-            raise ValueError(f"there is no update to compare: no module is touched by the target and {name!r} alike")
-    compared = {module: [name for name in others if module in common[name]] for module in modules}
-    return {module: names for module, names in compared.items() if names}
+        _require_switchable(name, view, layers)
+    return list(modules)
 
 
-def _require_switchable(name: str, view: View, part: Part, layers: Mapping[str, nn.Module]) -> None:
-    """A merged or disabled layer gives the same output whichever adapter is chosen."""
-    if view.switch is nullcontext and part == "output":
+def _require_switchable(name: str, view: View, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse merged and disabled layers: their output is the same whichever adapter is chosen."""
+    if view.switch is nullcontext:
         return
     for module, layer in layers.items():
         if isinstance(layer, BaseTunerLayer) and (layer.merged or layer.disable_adapters):
@@ -143,36 +110,25 @@ def _require_switchable(name: str, view: View, part: Part, layers: Mapping[str, 
             raise ValueError(f"{name} cannot be looked at alone: adapters are {state} module {module!r}")
 
 
-def _represent(
-    view: View, batch: Mapping[str, Any], modules: Sequence[str], part: Part, tokens: Tokens, name: str
-) -> dict[str, _Rows]:
+def _represent(view: View, batch: Mapping[str, Any], modules: Sequence[str], name: str) -> dict[str, _Rows]:
     """What modules put out for a batch, as rows of examples; pooled as soon as it is there."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a mapping of the model's arguments, got {type(batch).__name__}")
     base = base_of(view.model)
     padding = _Padding(batch, _makes_decoder_inputs(view.model))
     rows: dict[str, _Rows] = {}
-    bases: dict[str, Tensor] = {}
 
     def keep(module: str, layer: nn.Module, _: object, output: Any) -> None:
         label = f"module {module!r} of {name}"
         if module in rows:
             raise ValueError(f"{label} ran more than once in a forward pass: its examples cannot be told apart")
         output = _first(output, label)
-        if part == "update":
-            output = output - bases.pop(module)
-        rows[module] = _Rows(padding.rows(_channels_last(layer, output), tokens, label), label)
-
-    def keep_base(module: str, _layer: nn.Module, _: object, output: Any) -> None:
-        bases[module] = _first(output, f"module {module!r} of {name}")
+        rows[module] = _Rows(padding.rows(_channels_last(layer, output), label), label)
 
     with ExitStack() as stack, torch.no_grad():
         for module in modules:
             layer = base.get_submodule(module)
             stack.callback(layer.register_forward_hook(partial(keep, module)).remove)
-            if part == "update":
-                inner = cast(BaseTunerLayer, layer).get_base_layer()
-                stack.callback(inner.register_forward_hook(partial(keep_base, module)).remove)
         stack.enter_context(view.switch())
         view.model(**_inputs(view.model, batch))
     for module in modules:
@@ -234,14 +190,12 @@ class _Padding:
                 self._masks.append(batch["labels"] != -100)
         self._is_padded = not all(bool(mask.all()) for mask in self._masks)
 
-    def rows(self, output: Tensor, tokens: Tokens, label: str) -> Tensor:
+    def rows(self, output: Tensor, label: str) -> Tensor:
         """Rows of examples, shape (n, p), from an output of shape (batch, ..., p)."""
         mask = self._mask_for(output, label)
         if output.dim() == 2:
             return output
         positions = output.flatten(1, -2)  # (batch, tokens, p)
-        if tokens == "all":
-            return positions.flatten(0, 1) if mask is None else positions[mask]
         positions = positions.to(torch.promote_types(output.dtype, torch.float32))
         if mask is None:
             return positions.mean(1)
@@ -261,7 +215,7 @@ class _Padding:
         return fitting[0]
 
 
-class _Batchwise:
+class _Tally:
     """`MinibatchCKA` for every module and model."""
 
     def __init__(self) -> None:
@@ -289,39 +243,3 @@ class _Batchwise:
         if self._left_out:
             warnings.warn(f"Batches left out, because the unbiased estimator needs more: {few}.", stacklevel=3)
         return {pair: cka.value() for pair, cka in self._ckas.items()}
-
-
-class _AtOnce:
-    """`linear_cka` for every module and model, over the examples of all batches."""
-
-    def __init__(self, estimator: Estimator) -> None:
-        self._estimator = estimator
-        self._kept: dict[tuple[str, str | None], list[_Rows]] = {}
-
-    def start(self, goal: dict[str, _Rows]) -> bool:
-        """Take in the target's part of a batch."""
-        self._keep(None, goal)
-        return True
-
-    def add(self, name: str, other: dict[str, _Rows]) -> None:
-        self._keep(name, other)
-
-    def values(self) -> dict[tuple[str, str], float]:
-        if not self._kept:
-            raise ValueError("there was no batch to compare")
-        found = {}
-        for module in [module for module, name in self._kept if name is None]:
-            x = self._features(module, None)
-            for name in [name for own, name in self._kept if own == module and name is not None]:
-                y = self._features(module, name)
-                own_terms = x.own_hsic(self._estimator), y.own_hsic(self._estimator)
-                found[module, name] = alignment(hsic(x, y, self._estimator), *own_terms, (x.name, y.name))
-        return found
-
-    def _keep(self, name: str | None, representations: dict[str, _Rows]) -> None:
-        for module, rows in representations.items():
-            self._kept.setdefault((module, name), []).append(replace(rows, values=rows.values.cpu()))
-
-    def _features(self, module: str, name: str | None) -> Features:
-        batches = self._kept.pop((module, name))
-        return Features(torch.cat([rows.values for rows in batches]), batches[0].label)

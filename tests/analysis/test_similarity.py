@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
@@ -274,8 +274,8 @@ def composed(folders: Mapping[str, str], **fields: Any) -> PeftModel:
 KINDS: dict[str, Callable[[Mapping[str, str]], PeftModel]] = {"lora": lora_model, "composition": composed}
 
 
-def by_hand(folder: str, part: str, tokens: str, *sizes: int) -> dict[str, list[np.ndarray]]:
-    """Per module and batch what a model with the merged adapter puts out, or its update, of tokens that are real."""
+def by_hand(folder: str, *sizes: int) -> dict[str, list[np.ndarray]]:
+    """Per module and batch what a model with the merged adapter puts out, averaged over the tokens that are real."""
     base = tiny.build("bert").double()
     merged = tiny.composed_by_hand(base, [folder], [1.0])
     found: dict[str, list[np.ndarray]] = {}
@@ -283,53 +283,31 @@ def by_hand(folder: str, part: str, tokens: str, *sizes: int) -> dict[str, list[
         if name in found:
             continue
         found[name] = []
-        before, layer = base.get_submodule(name), merged.get_submodule(name)
+        layer = merged.get_submodule(name)
         seen: list[Tensor] = []
         hook = layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         for batch in padded_batches(*sizes):
             with torch.no_grad():
                 merged(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             x = seen.pop()
-            y = x @ (layer.weight - before.weight).T if part == "update" else x @ layer.weight.T + layer.bias
+            y = x @ layer.weight.T + layer.bias
             own = [row[mask.bool()].detach().numpy() for row, mask in zip(y, batch["attention_mask"])]
-            found[name].append(np.stack([row.mean(0) for row in own]) if tokens == "mean" else np.concatenate(own))
+            found[name].append(np.stack([row.mean(0) for row in own]))
         hook.remove()
     return found
 
 
-@pytest.mark.parametrize(
-    ("part", "tokens", "estimator"),
-    [
-        ("output", "mean", "minibatch"),
-        ("output", "all", "minibatch"),
-        ("update", "mean", "minibatch"),
-        ("output", "mean", "biased"),
-        ("update", "all", "unbiased"),
-    ],
-)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_compared_as_models_merged_by_hand(
-    upstream: dict[str, str], kind: str, part: Any, tokens: Any, estimator: Any
-) -> None:
+def test_adapters_are_compared_as_models_merged_by_hand(upstream: dict[str, str], kind: str) -> None:
     sizes = 8, 6
-    found = layerwise_cka(
-        lora_model({"truth": upstream["near"]}),
-        single_adapters(KINDS[kind](upstream)),
-        padded_batches(*sizes),
-        part=part,
-        tokens=tokens,
-        estimator=estimator,
-    )
+    views = single_adapters(KINDS[kind](upstream))
+    found = layerwise_cka(lora_model({"truth": upstream["near"]}), views, padded_batches(*sizes))
     assert list(found) == [f"bert.encoder.layer.{n}.attention.self.{m}" for n in (0, 1) for m in ("query", "value")]
-    hand = {name: by_hand(folder, part, tokens, *sizes) for name, folder in upstream.items()}
+    hand = {name: by_hand(folder, *sizes) for name, folder in upstream.items()}
     for module, row in found.items():
-        is_touched = part == "output" or module.endswith("value")
-        assert list(row) == (["near", "partly", "far"] if is_touched else ["near", "far"])
+        assert list(row) == ["near", "partly", "far"]
         for name, value in row.items():
-            pairs = list(zip(hand["near"][module], hand[name][module]))
-            if estimator != "minibatch":
-                pairs = [(np.concatenate([X for X, _ in pairs]), np.concatenate([Y for _, Y in pairs]))]
-            wanted = reference_cka(pairs, "biased" if estimator == "biased" else "unbiased")
+            wanted = reference_cka(list(zip(hand["near"][module], hand[name][module])), "unbiased")
             assert value == pytest.approx(wanted, abs=2e-5), (module, name)
         assert row["near"] == pytest.approx(1, abs=1e-6)
         assert max(value for name, value in row.items() if name != "near") < 0.99
@@ -403,7 +381,7 @@ def test_another_composition_of_the_same_model_is_the_target(upstream: dict[str,
 def test_plain_models_are_compared_in_modules_that_are_named() -> None:
     models = {str(seed): tiny.build("bert", seed) for seed in (0, 1)}
     modules = ["bert.encoder.layer.1", "bert.pooler"]
-    found = layerwise_cka(models["0"], models, padded_batches(8), modules=modules, estimator="biased")
+    found = layerwise_cka(models["0"], models, padded_batches(8), modules=modules)
     seen: dict[str, list[np.ndarray]] = {}
     (batch,) = padded_batches(8)
     for name, model in models.items():
@@ -412,7 +390,7 @@ def test_plain_models_are_compared_in_modules_that_are_named() -> None:
         rows = [row[mask.bool()].mean(0) for row, mask in zip(hidden.last_hidden_state, batch["attention_mask"])]
         seen[name] = [torch.stack(rows).double().numpy(), hidden.pooler_output.double().numpy()]
     for number, module in enumerate(modules):
-        wanted = reference_cka([(seen["0"][number], seen["1"][number])], "biased")
+        wanted = reference_cka([(seen["0"][number], seen["1"][number])], "unbiased")
         assert found[module] == pytest.approx({"0": 1, "1": wanted}, abs=1e-5)
 
 
@@ -421,10 +399,9 @@ def test_what_stands_in_padded_places_does_not_matter(upstream: dict[str, str]) 
     (batch,) = padded_batches(8)
     other = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 3)}
     assert not torch.equal(other["input_ids"], batch["input_ids"])
-    for tokens in ("mean", "all"):
-        found = [layerwise_cka(views["near"], views, [given], tokens=tokens) for given in (batch, other)]  # type: ignore[arg-type]
-        for module, row in found[0].items():
-            assert row == pytest.approx(found[1][module], abs=1e-5)
+    found = [layerwise_cka(views["near"], views, [given]) for given in (batch, other)]
+    for module, row in found[0].items():
+        assert row == pytest.approx(found[1][module], abs=1e-5)
 
 
 def test_positions_of_convolutions_are_pooled(tmp_path: Path) -> None:
@@ -448,9 +425,8 @@ def test_small_batches_are_left_out_with_a_warning(upstream: dict[str, str]) -> 
     assert found == layerwise_cka(views["near"], views, padded_batches(8))
     with pytest.raises(ValueError, match=r"no batch to compare \(1 with fewer than 4 examples\)"):
         layerwise_cka(views["near"], views, padded_batches(3))
-    for estimator in ("minibatch", "biased"):
-        with pytest.raises(ValueError, match="no batch to compare"):
-            layerwise_cka(views["near"], views, [], estimator=estimator)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no batch to compare"):
+        layerwise_cka(views["near"], views, [])
 
 
 def test_adapters_that_cannot_be_told_apart_are_refused(upstream: dict[str, str]) -> None:
@@ -461,16 +437,6 @@ def test_adapters_that_cannot_be_told_apart_are_refused(upstream: dict[str, str]
     model.merge_adapter(["far"])
     with pytest.raises(ValueError, match="the target cannot be looked at alone: adapters are merged into module"):
         layerwise_cka(views["near"], views, padded_batches(5))
-
-
-def test_an_adapter_that_was_never_trained_has_no_update(upstream: dict[str, str]) -> None:
-    model = lora_model(upstream)
-    model.add_adapter("new", LoraConfig(target_modules=TARGETS))
-    views = single_adapters(model)
-    with pytest.raises(ValueError, match=r"module 'bert\S+query' of 'new' has no variation to compare"):
-        layerwise_cka(views["near"], {"new": views["new"]}, padded_batches(5), part="update")
-    with pytest.raises(ValueError, match="no module is touched by the target and 'near' alike"):
-        layerwise_cka(tiny.build("bert"), views, padded_batches(5), part="update")
 
 
 def test_modules_that_have_no_representation_are_refused(upstream: dict[str, str]) -> None:
@@ -491,7 +457,6 @@ def test_modules_that_have_no_representation_are_refused(upstream: dict[str, str
     refused("nothing to compare", others={})
     refused("a batch must be a mapping.*got list", batches=[[1, 2]])
     refused("module 'bert.embeddings.position_embeddings' of the target: its output of shape", modules=[POSITIONS])
-    refused("part must be one of 'output', 'update', got 'bias'", part="bias")
     shared = lora_model(upstream)
     shared.get_base_model().bert.encoder.layer[1] = shared.get_base_model().bert.encoder.layer[0]
     refused(f"module '{query}' of the target ran more than once", shared, modules=[query])
