@@ -25,7 +25,7 @@ except ImportError as missing:
 
 
 SUM_TOLERANCE = 2e-3  # as in `peft_composition.given_weights`
-HEATMAP_ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of those that matplotlib writes
+HEATMAP_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of those that matplotlib writes
 
 
 class Mixing(StrEnum):
@@ -310,9 +310,9 @@ def weights(
     as_json: AsJson = False,
 ) -> None:
     """Show the mixing weights of a saved composition as tables and, if asked for, as a heatmap."""
-    if png is not None and png.suffix.lower() not in HEATMAP_ENDINGS:
-        endings = ", ".join(HEATMAP_ENDINGS)
-        raise typer.BadParameter(f"{png} must end with one of {endings}.", param_hint="'--png'")
+    if png is not None and png.suffix.lower() not in HEATMAP_SUFFIXES:
+        suffixes = ", ".join(HEATMAP_SUFFIXES)
+        raise typer.BadParameter(f"{png} must end with one of {suffixes}.", param_hint="'--png'")
     with _reported():
         from peft_composition import cli
 

@@ -322,11 +322,11 @@ def _recorded_loader(config: CompositionConfig, task: str | None, base_config: P
 def _without_place(modules: Sequence[str], model: nn.Module) -> list[str]:
     """Those that a model does not have, whatever comes before its names and theirs."""
     names = {name for name, _ in model.named_modules()} - {""}
-    ends = {name[start:] for name in names for start in _starts(name)}
+    suffixes = {name[start:] for name in names for start in _starts(name)}
     return [
         module
         for module in filter(None, modules)
-        if module not in ends and not any(module.endswith(f".{n}") for n in names)
+        if module not in suffixes and not any(module.endswith(f".{n}") for n in names)
     ]
 
 

@@ -72,7 +72,7 @@ class CompositionConfig(PeftConfig):
         biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
         layer_sizes: record: out, in (and kernel) of every composed module in the base model. Not for users.
         lora_layout: record: what an export to a plain LoRA needs to know of the base model. Not for users.
-        provenance: record: name, path, commit, sha256, base and licence of every upstream adapter. Not for users.
+        provenance: record: name, path, commit, sha256, base and license of every upstream adapter. Not for users.
         num_labels: record: number of classes of the base model's head, if it classifies. Not for users.
         untrained_head: record: hash of a head that was written untrained; it differs once that is trained. Not for
             users.

@@ -1,6 +1,6 @@
 """What the commands of `peft-composition` print: lines, tables for people, JSON for machines.
 
-Names, licences and reasons come from others: nothing of theirs is markup or a control sequence.
+Names, licenses and reasons come from others: nothing of theirs is markup or a control sequence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
     """A row for every adapter; below, in the full width, why some cannot be composed and what else there is to say."""
     title = _plain(f"{len(reports)} adapter{'s' * (len(reports) != 1)}" + (f" for {base}" if base else ""))
     table = Table(title=title, show_lines=True, show_edge=False, pad_edge=False)
-    table.add_column("adapter, base, targets, licence", overflow="fold")
+    table.add_column("adapter, base, targets, license", overflow="fold")
     table.add_column("rank", no_wrap=True)
     table.add_column("modules", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
@@ -119,8 +119,8 @@ def _plain(text: str) -> Text:
 
 
 def _described(report: AdapterReport) -> Text:
-    """Name, base model, targets, licence and commit, a line each."""
-    terms = [report.license or "licence not stated", report.commit[:12] if report.commit else ""]
+    """Name, base model, targets, license and commit, a line each."""
+    terms = [report.license or "license not stated", report.commit[:12] if report.commit else ""]
     lines = [report.base or "base not stated", ", ".join(report.targets), ", ".join(filter(None, terms))]
     return Text("\n").join([Text(one_line(report.name), "bold"), *(_plain(line) for line in lines if line)])
 

@@ -1,4 +1,4 @@
-"""Text that others wrote (names, licences, module names, keys) as one short line that cannot act on what shows it.
+"""Text that others wrote (names, licenses, module names, keys) as one short line that cannot act on what shows it.
 
 `one_line` and `quoted` are for terminals, logs and error messages, the others for model cards.
 """

@@ -1,6 +1,6 @@
 """What the Hub refuses in the metadata of a model card, as far as its documentation says so.
 
-From the model card specification and the pages on model cards and licences in the Hub's documentation.
+From the model card specification and the pages on model cards and licenses in the Hub's documentation.
 """
 
 from __future__ import annotations

@@ -486,16 +486,16 @@ def test_a_push_that_fails_says_what_is_there(tmp_path: Path, loras: list[Path],
 
 
 @pytest.mark.parametrize("name", ["w.txt", "w", "png"])
-def test_a_heatmap_with_another_ending_is_refused_at_once(composed: Path, tmp_path: Path, name: str) -> None:
+def test_a_heatmap_with_another_suffix_is_refused_at_once(composed: Path, tmp_path: Path, name: str) -> None:
     result = run("weights", composed, "--png", tmp_path / name)
     assert result.exit_code == 2
     assert f"{name} must end with one of .png, .pdf" in result.stderr
     assert result.stdout == ""
 
 
-def test_every_ending_of_a_heatmap_is_one_of_matplotlib() -> None:
-    endings = {f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()}
-    assert set(peft_composition_cli.HEATMAP_ENDINGS) <= endings
+def test_every_suffix_of_a_heatmap_is_one_of_matplotlib() -> None:
+    suffixes = {f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()}
+    assert set(peft_composition_cli.HEATMAP_SUFFIXES) <= suffixes
 
 
 def test_what_needs_no_torch_loads_none(composed: Path) -> None:

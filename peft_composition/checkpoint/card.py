@@ -56,7 +56,7 @@ def write_model_card(
 
     Only the part between the marks `<!-- peft-composition:begin -->` and `<!-- peft-composition:end -->` is replaced;
     all other text stays. The metadata gets the library, the base model where it is a Hub id, the tag, the upstream
-    adapters and, where all of them state the same one and the card has none yet, the licence.
+    adapters and, where all of them state the same one and the card has none yet, the license.
 
     Args:
         folder: where the card is, and the composition that `save_pretrained` wrote.
@@ -176,7 +176,7 @@ def _hub_ids(names: str | list[str] | None) -> str | list[str] | None:
 
 
 def _shared_license(entries: Iterable[Provenance]) -> str | None:
-    """The licence that all adapters state, as an identifier that the Hub has accepted before."""
+    """The license that all adapters state, as an identifier that the Hub has accepted before."""
     entries = list(entries)
     stated = {entry.get("license") for entry in entries}
     shared = stated.pop() if len(stated) == 1 else None

@@ -54,7 +54,7 @@ def require_one_kind_of_bias(config: CompositionConfig) -> None:
 
 
 def named_tensors(is_embedding: bool, A: Tensor, B: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of one module by the ends of their keys in a PEFT adapter."""
+    """The tensors of one module by the suffixes of their keys in a PEFT adapter."""
     if is_embedding:
         return {"lora_embedding_A": A, "lora_embedding_B": B}
     named = {"lora_A.weight": A, "lora_B.weight": B}
@@ -91,7 +91,7 @@ def lora_config(config: CompositionConfig, ranks: Mapping[str, int], has_head: b
 def _pattern(values: Mapping[str, int], modules: Mapping[str, Any]) -> dict[str, int]:
     """Entries of a `rank_pattern`, which PEFT reads as regexes for the end of a module's name."""
     parts = [name.split(".") for name in modules]
-    ends = {".".join(own[first:]) for own in parts for first in range(1, len(own))}
-    if ends.isdisjoint(values):
+    suffixes = {".".join(own[first:]) for own in parts for first in range(1, len(own))}
+    if suffixes.isdisjoint(values):
         return dict(values)
     return {f"^{re.escape(name)}": value for name, value in values.items()}  # an entry would be taken for others

@@ -170,7 +170,7 @@ def _names_in_order(adapters: list[UpstreamAdapter], base: BaseModel) -> list[st
 
 
 def _lora_layout(composed: Collection[str], base: BaseModel, recorded: LoraLayout | None) -> LoraLayout:
-    """What a plain LoRA on these modules says of the model; a regex where no list of name ends selects just them."""
+    """What a plain LoRA on these modules says of the model; a regex where no list of suffixes selects exactly them."""
     owners, layers = base.parameters(composed), base.layers
     attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]
     parameters = {
@@ -180,9 +180,9 @@ def _lora_layout(composed: Collection[str], base: BaseModel, recorded: LoraLayou
     }
     wrapped = {name for names in owners.values() for name in names}
     modules = [*(name for name in composed if name not in wrapped), *attentions]
-    ends = _name_ends(modules, layers, recorded.get("target_modules") if recorded else None)
+    suffixes = _suffixes(modules, layers, recorded.get("target_modules") if recorded else None)
     layout = LoraLayout(
-        target_modules="|".join(map(re.escape, modules)) if ends is None else ends,
+        target_modules="|".join(map(re.escape, modules)) if suffixes is None else suffixes,
         embeddings=[name for name in modules if isinstance(layers[name], nn.Embedding)],
         fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in modules),
     )
@@ -191,27 +191,27 @@ def _lora_layout(composed: Collection[str], base: BaseModel, recorded: LoraLayou
     if parameters:
         names = [f"{owner}.{key}" for owner, keys in parameters.items() for key in keys]
         everything = [f"{name}.{key}" for name, layer in layers.items() for key in layer._parameters]
-        layout["target_parameters"] = _name_ends(names, everything) or names
+        layout["target_parameters"] = _suffixes(names, everything) or names
         layout["parameters"] = parameters
     return layout
 
 
-def _name_ends(wanted: Collection[str], names: Iterable[str], recorded: object = None) -> list[str] | None:
-    """The fewest name ends that select these names and no others; None where there are none.
+def _suffixes(wanted: Collection[str], names: Iterable[str], recorded: object = None) -> list[str] | None:
+    """The fewest suffixes that select exactly these names; None if that is impossible.
 
-    Those that were recorded are taken where they still do, since finding them takes a while.
+    Recorded suffixes are used if they still select these names, because finding suffixes takes a while.
     """
     if not wanted:
         return []
-    known = recorded if isinstance(recorded, list) and all(isinstance(end, str) for end in recorded) else []
+    known = recorded if isinstance(recorded, list) and all(isinstance(suffix, str) for suffix in recorded) else []
     if known and _selected(known, names) == set(wanted):
         return known
-    ends = sorted(compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted)))
-    return ends if _selected(ends, names) == set(wanted) else None
+    suffixes = sorted(compat.find_minimal_target_modules(set(wanted), set(names) - set(wanted)))
+    return suffixes if _selected(suffixes, names) == set(wanted) else None
 
 
-def _selected(ends: Iterable[str], names: Iterable[str]) -> set[str]:
-    dotted = tuple(f".{end}" for end in ends)
+def _selected(suffixes: Iterable[str], names: Iterable[str]) -> set[str]:
+    dotted = tuple(f".{suffix}" for suffix in suffixes)
     return {name for name in names if f".{name}".endswith(dotted)}
 
 

@@ -20,10 +20,10 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 def stated_license(card: Path | None) -> str | None:
-    """The licence that a card states: its Hub identifier, or `other (name)`.
+    """The license that a card states: its Hub identifier, or `other (name)`.
 
     A card is text that people write, and no adapter is refused for it: where the front matter cannot be read, or the
-    licence is neither a short word nor a list of such, there is none.
+    license is neither a short word nor a list of such, there is none.
     """
     if card is None:
         return None

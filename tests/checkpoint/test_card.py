@@ -178,7 +178,7 @@ def test_every_upstream_adapter_is_named_with_what_is_known_of_it(pair: Any, tmp
 
     card = write_model_card(tmp_path).read_text()
 
-    rows = table(card, "adapter", "source", "ranks", "base model", "licence", "sha256 of its weights")
+    rows = table(card, "adapter", "source", "ranks", "base model", "license", "sha256 of its weights")
     link = f"https://huggingface.co/me/lora-a/tree/{COMMITS[0]}/runs/best%20one"
     sha256 = [entry["sha256"] for entry in json.loads((tmp_path / CONFIG).read_text())["provenance"]]
     assert rows == {
@@ -279,18 +279,18 @@ def test_a_base_model_on_the_hub_is_named(pair: Any, hub_base: nn.Module, tmp_pa
 @pytest.mark.parametrize(
     ("licenses", "commits", "in_metadata", "sentence"),
     [
-        (["mit", "mit"], COMMITS, "mit", "All of them state the licence mit."),
-        (["mit", "mit"], [COMMITS[0], None], "mit", "All of them state the licence mit."),
-        (["MIT License", "MIT License"], COMMITS, None, "All of them state the licence MIT License."),
-        (["mit", "mit"], [None, None], None, "All of them state the licence mit."),
-        (["other (x)", "other (x)"], COMMITS, None, "All of them state the licence other (x)."),
-        (["other", "other"], COMMITS, None, "All of them state the licence other."),
-        (["mit", "gpl-3.0"], COMMITS, None, "**Their licences differ (gpl-3.0, mit)"),
-        (["mit", None], COMMITS, None, "**Their licences differ (mit, not stated)"),
-        ([None, None], COMMITS, None, "**No licence is stated for any of them"),
+        (["mit", "mit"], COMMITS, "mit", "All of them state the license mit."),
+        (["mit", "mit"], [COMMITS[0], None], "mit", "All of them state the license mit."),
+        (["MIT License", "MIT License"], COMMITS, None, "All of them state the license MIT License."),
+        (["mit", "mit"], [None, None], None, "All of them state the license mit."),
+        (["other (x)", "other (x)"], COMMITS, None, "All of them state the license other (x)."),
+        (["other", "other"], COMMITS, None, "All of them state the license other."),
+        (["mit", "gpl-3.0"], COMMITS, None, "**Their licenses differ (gpl-3.0, mit)"),
+        (["mit", None], COMMITS, None, "**Their licenses differ (mit, not stated)"),
+        ([None, None], COMMITS, None, "**No license is stated for any of them"),
     ],
 )
-def test_licences(
+def test_licenses(
     pair: Any,
     tmp_path: Path,
     licenses: list[str | None],
@@ -307,8 +307,8 @@ def test_licences(
     assert sentence in card
 
 
-def test_a_record_without_licences_is_read(pair: Any, tmp_path: Path) -> None:
-    """As checkpoints had it before licences were read."""
+def test_a_record_without_licenses_is_read(pair: Any, tmp_path: Path) -> None:
+    """As checkpoints had it before licenses were read."""
     model = trained(pair("bert"))
     saved(model, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -317,7 +317,7 @@ def test_a_record_without_licences_is_read(pair: Any, tmp_path: Path) -> None:
     del config["num_labels"], config["peft_composition_version"]
     (tmp_path / CONFIG).write_text(json.dumps(config))
 
-    assert "No licence is stated" in write_model_card(tmp_path).read_text()
+    assert "No license is stated" in write_model_card(tmp_path).read_text()
     reloaded = PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path))
     assert torch.equal(tiny.output(reloaded.eval(), "bert"), tiny.output(model, "bert"))
 

@@ -1,4 +1,4 @@
-"""Model cards whose adapters, licences and base models have hostile names, as a reader of Markdown sees them."""
+"""Model cards whose adapters, licenses and base models have hostile names, as a reader of Markdown sees them."""
 
 from __future__ import annotations
 

@@ -377,10 +377,10 @@ def test_a_composition_names_its_export(hub: HubServer, online: Client, adapters
     assert "it is itself a composition. Export it as a plain LoRA, which can be composed: load it" in error
 
 
-# Licences
+# Licenses
 
 
-def test_licences_come_from_the_cards(hub: HubServer, online: Client, offline: Client, adapters: Adapters) -> None:
+def test_licenses_come_from_the_cards(hub: HubServer, online: Client, offline: Client, adapters: Adapters) -> None:
     cards = {
         "me/licensed": b"---\nlicense: mit\n---\n# Mine\n",
         "me/with-a-name": b"---\nlicense: other\nlicense_name: llama3.1\n---\n",
@@ -414,7 +414,7 @@ def test_licences_come_from_the_cards(hub: HubServer, online: Client, offline: C
     assert hub.requests == []  # that a repository has no card is remembered, too
 
 
-def test_the_licence_of_a_folder_is_in_its_card(online: Client, adapters: Adapters, tmp_path: Path) -> None:
+def test_the_license_of_a_folder_is_in_its_card(online: Client, adapters: Adapters, tmp_path: Path) -> None:
     lora = adapters.make()
     (lora / CARD).write_text("---\nlicense: apache-2.0\n---\n")
     outcome = online(compose, [str(lora)])
@@ -619,7 +619,7 @@ def test_a_light_composition_reloads_the_recorded_commits(
     assert {(request.repo, request.revision) for request in hub.requests} == {
         (f"me/light-{number}", commit) for number, commit in enumerate(commits)
     }
-    # The licences are in the record.
+    # The licenses are in the record.
     assert [entry["license"] for entry in outcome.provenance] == ["mit", "mit"]
     assert CARD not in hub.asked("me/light-0")
 

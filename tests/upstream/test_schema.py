@@ -158,7 +158,7 @@ def test_what_is_no_file(kind: str, file: str, good: Path, bad: Path) -> None:
     refuse(good, bad, message)
 
 
-# The licence in the card
+# The license in the card
 
 
 def write_card(folder: Path, front_matter: str | bytes, text: str = "# Title\n") -> Path:
@@ -193,7 +193,7 @@ def write_card(folder: Path, front_matter: str | bytes, text: str = "# Title\n")
     ],
     ids=repr,
 )
-def test_licences(front_matter: str, expected: str | None, tmp_path: Path) -> None:
+def test_licenses(front_matter: str, expected: str | None, tmp_path: Path) -> None:
     assert stated_license(write_card(tmp_path, front_matter)) == expected
 
 
@@ -236,7 +236,7 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_a_hostile_card_states_no_licence_and_takes_no_time(front_matter: str | bytes, good: Path, bad: Path) -> None:
+def test_a_hostile_card_states_no_license_and_takes_no_time(front_matter: str | bytes, good: Path, bad: Path) -> None:
     write_card(bad, front_matter)
     start = time.process_time()
     first, second = inspect_adapters(CompositionConfig(adapters=[bad, good]).references)

@@ -37,7 +37,7 @@ LEXICOGRAPHER_FILES = {
     "verb.motion": 38,
     "verb.social": 41,
 }
-LICENCE_LINE = "  "  # begins the lines of the licence
+LICENSE_LINE = "  "  # begins the lines of the license
 
 
 def load(files: Sequence[str], limit: int = 2000, folder: str = FOLDER) -> Splits:
@@ -90,7 +90,7 @@ def _entries(path: Path, file: int) -> list[tuple[str, str]]:
     """The first word and the gloss, without its examples, of every synset of a lexicographer file."""
     entries = []
     for line in path.read_text(encoding="latin-1").splitlines():
-        if line.startswith(LICENCE_LINE):
+        if line.startswith(LICENSE_LINE):
             continue
         fields, gloss = line.split("|", 1)
         _, number, _, _, word, *_ = fields.split(" ")
