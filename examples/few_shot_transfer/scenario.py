@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 
 FOLDER = Path(__file__).parent / "scenarios"
@@ -48,8 +50,21 @@ GRID_OF = {
 }
 
 
+Entry = TypeVar("Entry")
+# In YAML a list, or one value alone.
+Several = Annotated[
+    tuple[Entry, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
+]
+
+
+class Settings:
+    """Base of what is read from YAML: pydantic takes no unknown fields and no other types than those of the fields."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+
 @dataclass(frozen=True)
-class Pretraining:
+class Pretraining(Settings):
     """Phase 1 where no foundation model is given: a small ViT trained on some classes of a data set.
 
     Args:
@@ -60,7 +75,7 @@ class Pretraining:
     """
 
     data: str
-    classes: tuple[int | str, ...] | None = None
+    classes: Several[int | str] | None = None
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
@@ -71,7 +86,7 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Settings):
     """The foundation model.
 
     Args:
@@ -85,7 +100,7 @@ class ModelSpec:
     """
 
     kind: Literal["sentence", "image", "text-to-text", "causal"]
-    target_modules: tuple[str, ...]
+    target_modules: Several[str]
     path: str | None = None
     pretraining: Pretraining | None = None
     max_length: int = 128
@@ -97,15 +112,23 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataSpec(Settings):
     """A data set: the module of `sources/` that reads it, and the options of its `load`."""
 
     source: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _with_options(value: Any) -> Any:
+    """In YAML the options of a data set stand beside its source."""
+    if not isinstance(value, dict) or "source" not in value:
+        return value
+    options = {name: option for name, option in value.items() if name != "source"}
+    return {"source": value["source"], "options": options}
 
 
 @dataclass(frozen=True)
-class TaskSpec:
+class TaskSpec(Settings):
     """A classification problem on some classes of a data set, or a question answering set.
 
     Args:
@@ -115,12 +138,12 @@ class TaskSpec:
     """
 
     data: str
-    classes: tuple[int | str, ...] | None = None
+    classes: Several[int | str] | None = None
     parts: int | None = None
 
 
 @dataclass(frozen=True)
-class RoundSpec:
+class RoundSpec(Settings):
     """Downstream tasks, each met in turn with the adapters of the upstream tasks.
 
     Args:
@@ -130,17 +153,17 @@ class RoundSpec:
         label: what distinguishes this round in tables, where the number of adapters does not.
     """
 
-    target: tuple[str, ...]
-    upstream: tuple[str, ...] = (OTHERS,)
+    target: Several[str]
+    upstream: Several[str] = (OTHERS,)
     subsets: bool = False
     label: str | None = None
 
 
 @dataclass(frozen=True)
-class UpstreamSpec:
+class UpstreamSpec(Settings):
     """Phase 2: how the LoRAs are trained. `epochs` counts if `max_steps` is -1, as for the Trainer."""
 
-    ranks: tuple[int, ...] = (16,)
+    ranks: Several[int] = (16,)
     alpha_per_rank: float = 2.0
     epochs: float = 3.0
     max_steps: int = -1
@@ -151,15 +174,15 @@ class UpstreamSpec:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Settings):
     """The runs on which the grid search judges, by validation accuracy: these K and this many seeds."""
 
-    shots: tuple[int | str, ...]
+    shots: Several[int | str]
     seeds: int = 1
 
 
 @dataclass(frozen=True)
-class DownstreamSpec:
+class DownstreamSpec(Settings):
     """Phase 3: the budget that all methods share, and the grid that is searched for each.
 
     Args:
@@ -174,7 +197,7 @@ class DownstreamSpec:
         lorahub_budget: combinations that LoraHub tries (its own default).
     """
 
-    shots: tuple[int | str, ...]
+    shots: Several[int | str]
     seeds: int = 3
     warmup_epochs: int = 50
     warmup_learning_rate: float = 1e-2
@@ -182,7 +205,7 @@ class DownstreamSpec:
     max_steps: int = -1
     batch_size: int = 64
     head_learning_rate: float = 1e-3
-    grid: Mapping[str, tuple[float, ...]] = field(
+    grid: Mapping[str, Several[float]] = field(
         default_factory=lambda: {"head": (1e-2,), "lora": (1e-3,), "full": (5e-5,), "mixing": (1e-3,)}
     )
     selection: Selection | None = None
@@ -203,20 +226,18 @@ class DownstreamSpec:
 
 
 @dataclass(frozen=True)
-class SimilaritySpec:
+class SimilaritySpec(Settings):
     """Figures 7 and 8: CKA of every upstream adapter with a LoRA trained on all of the new task's data.
 
     Args:
         examples: of the new task's test split, equally many of each class.
-        part: what is compared, as in `peft_composition.analysis.layerwise_cka`.
     """
 
     examples: int = 256
-    part: Literal["output", "update"] = "output"
 
 
 @dataclass(frozen=True)
-class SplitSpec:
+class SplitSpec(Settings):
     """What is kept apart of a data set that comes without a test or a validation split, as shares of its rest."""
 
     test: float = 0.2
@@ -224,7 +245,7 @@ class SplitSpec:
 
 
 @dataclass(frozen=True)
-class Scenario:
+class Scenario(Settings):
     """One experiment.
 
     Args:
@@ -243,13 +264,13 @@ class Scenario:
     scale: Literal["offline", "hub"]
     shift: Literal["label", "covariate", "task"]
     model: ModelSpec
-    data: Mapping[str, DataSpec]
+    data: Mapping[str, Annotated[DataSpec, BeforeValidator(_with_options)]]
     rounds: tuple[RoundSpec, ...]
     downstream: DownstreamSpec
     upstream: UpstreamSpec = UpstreamSpec()
     splits: SplitSpec = SplitSpec()
     tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
-    methods: tuple[str, ...] = ()
+    methods: Several[str] = ()
     paper: str | None = None
     plot: Literal["shots", "adapters", "none"] = "shots"
     similarity: SimilaritySpec | None = None
@@ -363,9 +384,10 @@ def load(name: str) -> Scenario:
         raise ValueError(f"{path}: not a mapping")
     content.pop("anchors", None)  # a place for YAML anchors
     try:
-        return _build(Scenario, {"name": path.stem, **content}, "")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        # As JSON, in which pydantic's strict mode takes lists for tuples and mappings for dataclasses.
+        return TypeAdapter(Scenario).validate_json(json.dumps({"name": path.stem, **content}, default=str))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explained(error)}") from error
 
 
 def smoke(scenario: Scenario) -> Scenario:
@@ -454,51 +476,16 @@ def _listed(name: str, task: TaskSpec) -> list[int | str]:
     return listed
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of YAML as the type that a field has; what does not fit is an error that names the field."""
-    if get_origin(kind) in (Union, UnionType):
-        if value is None and type(None) in get_args(kind):
-            return None
-        kinds = [option for option in get_args(kind) if option is not type(None)]
-        if len(kinds) > 1:
-            if type(value) not in kinds:
-                raise ValueError(f"{where} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
-            return value
-        (kind,) = kinds
-    if kind is DataSpec:
-        if not isinstance(value, dict) or "source" not in value:
-            raise ValueError(f"{where} needs a source, got {value!r}")
-        return DataSpec(value["source"], {name: option for name, option in value.items() if name != "source"})
-    if is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    origin = get_origin(kind)
-    if origin is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
-        return value
-    if origin is tuple:
-        entries = value if isinstance(value, list) else [value]
-        return tuple(_build(get_args(kind)[0], entry, f"{where}[{i}]") for i, entry in enumerate(entries))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}")
-        return {str(name): _build(get_args(kind)[1], entry, f"{where}.{name}") for name, entry in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is not Any and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-        raise ValueError(f"{where} must be a {kind.__name__}, got {value!r}")
-    return value
+def _explained(error: ValidationError) -> str:
+    """Each thing that is wrong in a scenario, with the field where it is wrong."""
+    return "; ".join(
+        f"{'.'.join(map(str, entry['loc'])) or 'scenario'}: {_problem(entry)}" for entry in error.errors()
+    )
 
 
-def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a mapping, got {value!r}")
-    hints = get_type_hints(kind)
-    unknown = set(value) - {entry.name for entry in fields(kind)}
-    if unknown:
-        raise ValueError(f"{where or 'the scenario'} has unknown fields {sorted(map(str, unknown))}")
-    built = {name: _build(hints[name], entry, f"{where}.{name}".lstrip(".")) for name, entry in value.items()}
-    try:
-        return kind(**built)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+def _problem(entry: ErrorDetails) -> str:
+    if entry["type"] == "unexpected_keyword_argument":
+        return "there is no such field"
+    if entry["type"] in ("missing", "value_error"):  # of the whole object, which is too long to show
+        return entry["msg"].removeprefix("Value error, ")
+    return f"{entry['msg']}, got {entry['input']!r}"

@@ -120,7 +120,7 @@ class Study:
         own = {name: self._adapters[name, setting.rank][0] for name in self.scenario.trained_for(setting)}
         folders = {name: adapter.folder.name for name, adapter in own.items()}
         settings = {"phase": "similarity", **asdict(setting), "upstream": list(setting.upstream)}
-        settings.update(asdict(self.scenario.similarity))
+        settings |= {**asdict(self.scenario.similarity), "part": "output"}
         name = identity({"format": FORMAT, **settings, "adapters": folders})
         if name in self.results:
             return

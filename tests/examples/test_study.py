@@ -110,17 +110,23 @@ def _content() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(shots=[1]), "unknown fields ['shots']"),
-        (lambda c: c["downstream"].update(epoch=1), "downstream has unknown fields ['epoch']"),
+        (lambda c: c.update(shots=[1]), "shots: there is no such field"),
+        (lambda c: c["downstream"].update(epoch=1), "downstream.epoch: there is no such field"),
         (lambda c: c["downstream"].update(shots=[0]), "shots are positive numbers"),
-        (lambda c: c["downstream"].update(batch_size="big"), "downstream.batch_size must be a int, got 'big'"),
+        (
+            lambda c: c["downstream"].update(batch_size="big"),
+            "downstream.batch_size: Input should be a valid integer, got 'big'",
+        ),
+        (lambda c: c["downstream"].update(batch_size="64"), "downstream.batch_size: Input should be a valid integer"),
+        (lambda c: c["downstream"].update(seeds=True), "downstream.seeds: Input should be a valid integer, got True"),
+        (lambda c: c["data"].update(more={"variant": "digits"}), "data.more.source: Field required"),
         (lambda c: c["downstream"].pop("selection"), "needs selection"),
         (lambda c: c.update(methods=["magic"]), "unknown method 'magic'"),
         (lambda c: c.update(rounds=[{"target": "books"}]), "unknown task 'books'"),
         (lambda c: c["model"].pop("path"), "either a path or pretraining"),
-        (lambda c: c.update(scale="huge"), "scale must be one of 'offline', 'hub', got 'huge'"),
+        (lambda c: c.update(scale="huge"), "scale: Input should be 'offline' or 'hub', got 'huge'"),
     ],
-    ids=["field", "nested", "shots", "type", "grid", "method", "task", "model", "choice"],
+    ids=["field", "nested", "shots", "type", "string", "bool", "source", "grid", "method", "task", "model", "choice"],
 )
 def test_what_a_scenario_file_may_not_say(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
