@@ -58,7 +58,7 @@ def _mean(values: Mapping[tuple[int, int], float], k: int) -> str:
 
 
 def _difference(values: Mapping[tuple[int, int], float], uniform: Mapping[tuple[int, int], float], k: int) -> str:
-    pairs = [value - uniform[key] for key, value in values.items() if key[0] == k]
+    pairs = [value - uniform[key] for key, value in values.items() if key[0] == k and key in uniform]
     if len(pairs) < 2:
         return "-"
     mean, error = float(np.mean(pairs)), float(stats.sem(pairs))

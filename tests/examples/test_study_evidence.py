@@ -197,3 +197,11 @@ def test_the_committed_draws_are_whole(path: Path) -> None:
                 own["seed"] for own in records if (own["target"], own["k"], own["method"]) == (target, k, "uniform")
             )
             assert seeds == list(range(20))
+
+
+@pytest.mark.parametrize("path", sorted((DRAWS.parent / "recipes").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_committed_recipe_has_its_uniform_mix_once(path: Path) -> None:
+    records = evidence.read(path)
+    draws = [(own["target"], own["k"], own["seed"]) for own in records if own["method"] == "uniform"]
+    assert len(set(draws)) == len(draws) >= 10
+    assert {(own["target"], own["k"], own["seed"]) for own in records} == set(draws)
