@@ -36,11 +36,11 @@ class UpstreamAdapter:
     Attributes:
         name: name in the composition.
         config: its `adapter_config.json`.
-        weights: its tensors, read when asked for.
+        weights: its tensors, read on demand.
         modules: factors by module name, as spelled in the checkpoint.
         extras: entries that are not LoRA factors (heads, embeddings); they are not mixed.
         files: where it was found.
-        sha256: the hash of its weights, perhaps not computed yet.
+        sha256: the hash of its weights, which may still be being computed.
     """
 
     name: str
@@ -53,7 +53,7 @@ class UpstreamAdapter:
 
     @property
     def provenance(self) -> Provenance:
-        """What is recorded of it; waits for the hash."""
+        """What a composition records about it; waits for the hash."""
         return Provenance(
             name=self.name,
             path=self.files.reference["path"],
@@ -70,19 +70,20 @@ def read_adapters(
 ) -> list[UpstreamAdapter]:
     """Read the configs and the tensor indices of adapters and check that they are plain LoRAs.
 
-    Their weights are hashed in threads beside this and what comes after it, until the provenance is asked for.
+    Their weights are hashed in background threads; `UpstreamAdapter.provenance` waits for the result.
 
     Args:
-        files: where they are.
-        expected_sha256: for each the hash that its weights must have, where one is recorded. That is found out before
-            they are opened.
-        hashed: whether the provenance will be asked for.
+        files: the files of the adapters.
+        expected_sha256: for each adapter the recorded hash of its weights, or None. It is checked before the weights
+            are opened.
+        hashed: whether `provenance` will be used.
 
     Returns:
         The adapters, in the order of `files`; the values of their tensors are read later, in `stack`.
 
     Raises:
-        AdapterError: one is no LoRA, a variant that is not a plain product, lacks a factor, or has another hash.
+        AdapterError: an adapter is not a LoRA, is a variant that is not a plain product, lacks a factor, or has
+            another hash.
     """
     pool, refused = ThreadPoolExecutor(PARALLEL_HASHES), Event()
     hashes = [
@@ -100,7 +101,7 @@ def read_adapters(
 
 
 def _never() -> Future[str]:
-    """The hash that nobody wants."""
+    """In place of a hash that is not needed."""
     future: Future[str] = Future()
     future.cancel()
     return future
@@ -123,7 +124,7 @@ def _read_adapter(files: AdapterFiles, sha256: Future[str], expected_sha256: str
 
 
 def _of_composition(files: AdapterFiles) -> str:
-    """How to compose a composition: as the plain LoRA that it was exported to."""
+    """Why a composition cannot be composed itself, and how to compose the LoRA that it exports to."""
     path, subfolder = files.reference["path"], files.reference.get("subfolder")
     exported = f"{subfolder}/{LORA_SUBFOLDER}" if subfolder else LORA_SUBFOLDER
     if is_local(path):
@@ -148,7 +149,7 @@ def read_config(files: AdapterFiles) -> dict[str, Any]:
     """The `adapter_config.json` of an adapter of any kind.
 
     Raises:
-        AdapterError: it is damaged, describes no PEFT adapter, or has a field with a value that it cannot have.
+        AdapterError: it is damaged, does not describe a PEFT adapter, or has a field with an invalid value.
     """
     try:
         return read_adapter_config(files.config)

@@ -1,4 +1,4 @@
-"""Whether two names of base models stand for the same weights, as far as names tell."""
+"""Decides whether two names of base models stand for the same weights, as far as names can tell."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _COPY = re.compile(
     )$""",
     re.VERBOSE,
 )
-# Of names that the Hub knows; longer ones are compared as they are.
+# The longest name on the Hub; longer ones are compared unchanged.
 _LONGEST = 96
 
 
 def without_owner(name: str) -> str:
-    """The last part of a Hub id in small letters: organisations rename, and the Hub does not look at the case."""
+    """The last part of a Hub id in lower case: organisations are renamed, and the Hub ignores case."""
     return name.rpartition("/")[2].lower()
 
 
 def original(name: str) -> str:
-    """The name of the model that a model is a copy of, such as a 4-bit one, in small letters and without owner.
+    """The name of the original of a copy, such as a 4-bit one, in lower case and without the owner.
 
     Example:
         >>> original("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit")

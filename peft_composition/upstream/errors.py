@@ -1,4 +1,4 @@
-"""The errors of reading upstream adapters."""
+"""Errors from reading upstream adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class AdapterError(ValueError):
 
     Attributes:
         adapter_name: name of the adapter in the composition.
-        reason: the message without it, one line.
+        reason: the message without that name, in one line.
     """
 
     def __init__(self, name: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Finds the files of adapters: in a folder, in the cache, on the Hub. What they hold is read elsewhere."""
+"""Finds the files of adapters in a folder, in the cache or on the Hub. Their contents are read elsewhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILES_LOOKED_AT = 10_000
 
 
 class _NoBar(tqdm):
-    """In place of one bar per file: several at once garble a terminal, and there is one for all."""
+    """Hides the bars of single files: several at once garble a terminal, and one bar covers all adapters."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
@@ -60,20 +60,20 @@ class AdapterFiles:
 def locate(
     references: Sequence[AdapterReference], with_cards: bool = True, progress: bool = True
 ) -> list[AdapterFiles]:
-    """Find the files of adapters, downloading those that are on the Hub, several at once.
+    """Find the files of adapters; those on the Hub are downloaded, several at a time.
 
     Args:
         references: where the adapters are; a `path` that is a folder here is local, any other is a Hub id. The Hub
             token comes from the usual places (`HF_TOKEN`, `hf auth login`); `HF_HUB_OFFLINE=1` or
             `local_files_only` use the cache alone.
-        with_cards: whether the cards are wanted, too. One that cannot be had is left out.
-        progress: whether to show a progress bar, if anything is on the Hub.
+        with_cards: whether to find the cards, too. A card that cannot be downloaded is left out.
+        progress: whether to show a progress bar; there is none if all adapters are local.
 
     Returns:
         The files, in the order of `references`.
 
     Raises:
-        AdapterError: an adapter is not there, not reachable, or is no adapter.
+        AdapterError: an adapter does not exist, cannot be downloaded, or is not an adapter.
     """
     remote = [reference for reference in references if not is_local(reference["path"])]
     if not remote:
@@ -85,17 +85,17 @@ def locate(
 
 
 def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFiles:
-    """As `locate`, one adapter and without a progress bar."""
+    """Like `locate`, for one adapter and without a progress bar."""
     if is_local(reference["path"]):
         return _locate_in_folder(reference)
     if looks_like_path(reference["path"]):
-        is_file = ": it is a file; give the folder that it is in" if os.path.isfile(reference["path"]) else ""
+        is_file = ": it is a file; give the folder that holds it" if os.path.isfile(reference["path"]) else ""
         raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}")
     path, at, revision = reference["path"].rpartition("@")
     if at and is_hub_id(path):
         wanted = f'{{"path": {in_python(path)}, "revision": {in_python(revision)}}}'
         raise AdapterError(
-            reference["name"], f"it is no folder here, and a Hub id has no @; for a revision of it write {wanted}"
+            reference["name"], f"it is not a local folder, and a Hub id has no @; to give a revision, write {wanted}"
         )
     files = _locate_on_hub(reference)
     return replace(files, card=_download_card(reference, files.commit)) if with_card else files
@@ -114,7 +114,7 @@ def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
 
 
 def _no_config(where: str, names: Collection[str], folder: Path | None = None) -> str:
-    """Why a folder or repository that has these files is no adapter; `folder` if they can be looked into."""
+    """Why a folder or repository with these files is not an adapter; `folder` if the files can be opened."""
     found = formats.of_files(names)
     if folder is not None:
         files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
@@ -129,7 +129,7 @@ def _no_weights(where: str, names: Collection[str]) -> str:
 
 
 def _files_in(folder: Path) -> list[str]:
-    """The names of the files in a folder, and the configs of adapters in its folders; empty if it cannot be read."""
+    """The names of the files in a folder, and of adapter configs in its subfolders; empty if it cannot be read."""
     try:
         entries = [*islice(folder.iterdir(), FILES_LOOKED_AT)]
     except (OSError, ValueError):
@@ -139,12 +139,12 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _files_on_hub(reference: AdapterReference, commit: str | None) -> list[str]:
-    """As `_files_in`, of a repository; empty where the Hub cannot be asked."""
+    """Like `_files_in`, for a repository; empty if the Hub cannot be reached."""
     if reference.get("local_files_only"):
         return []
     try:
         names = list_repo_files(reference["path"], revision=commit or reference.get("revision"))
-    except Exception:  # it is only asked to explain an error, and its client has errors of its own
+    except Exception:  # the list only explains another error, and the HTTP client has errors of its own
         return []
     inner = f"{reference['subfolder']}/" if reference.get("subfolder") else ""
     return [name.removeprefix(inner) for name in names if name.startswith(inner)]
@@ -161,7 +161,7 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
             continue
         try:
             weights = download_files(reference, filename, commit)
-        except NotCachedError as error:  # without the Hub, the other file may still be in the cache
+        except NotCachedError as error:  # even offline, the other file may be in the cache
             not_cached = not_cached or error
             continue
         if weights is not None:
@@ -172,7 +172,7 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
 
 
 def _download_card(reference: AdapterReference, commit: str | None) -> Path | None:
-    """The repository's card at the same commit; None where it has none or, unlike the weights, it cannot be had."""
+    """The repository's card at the same commit; None if it has none or the download fails."""
     whole = AdapterReference(**{**reference, "subfolder": None})
     if _is_known_to_be_missing(whole, constants.REPOCARD_NAME, commit):
         return None
@@ -207,25 +207,25 @@ def download_files(reference: AdapterReference, filename: str, revision: str | N
     except LocalEntryNotFoundError as error:
         raise NotCachedError(
             name,
-            f"{path}{at} is neither a folder here nor in the Hub cache, and the Hub could not be asked for {filename} "
+            f"{path}{at} is neither a local folder nor in the Hub cache, and {filename} could not be downloaded "
             "(offline, or local_files_only)",
         ) from error
     except GatedRepoError as error:
-        raise AdapterError(name, f"{path} is gated: accept its terms on the Hub and log in") from error
+        raise AdapterError(name, f"{path} is gated: accept its terms on the Hub and log in (hf auth login)") from error
     except RepositoryNotFoundError as error:
         raise AdapterError(
             name,
-            f"{path} is neither a folder here nor a repository on the Hub that you can read; a private one needs a "
-            "token (hf auth login, or HF_TOKEN)",
+            f"{path} is neither a local folder nor a Hub repository that you can read; for a private one, log in "
+            "(hf auth login) or set HF_TOKEN",
         ) from error
     except RevisionNotFoundError as error:
         raise AdapterError(name, f"{path} has no revision {revision!r}") from error
     except EntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise AdapterError(name, f"{path!r} is neither a folder here nor a Hub id: {error}") from error
+        raise AdapterError(name, f"{path!r} is neither a local folder nor a Hub id: {error}") from error
     except Exception as error:  # the HTTP client has errors of its own, in a package that changes with the version
-        raise AdapterError(name, f"{path}{at} could not be fetched: {error}") from error
+        raise AdapterError(name, f"{path}{at} could not be downloaded: {error}") from error
 
 
 def _commit_of(cached: Path) -> str | None:

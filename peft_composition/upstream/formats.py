@@ -1,6 +1,6 @@
-"""Recognises LoRAs that other programs saved, and files that are none, and says how to make a PEFT adapter of them.
+"""Recognises LoRAs of other programs, and files that are not LoRAs, and says how to turn them into PEFT adapters.
 
-By the names of files, by a config, or by the keys of the weights; nothing is converted here.
+It goes by file names, by a config, or by the keys of the weights; nothing is converted here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 
 MLX = (
-    "it is an adapter of MLX. To convert it, save the transposes of lora_a and lora_b as "
+    "it is an MLX adapter. To convert it, save the transposes of lora_a and lora_b as "
     "base_model.model.<module>.lora_A.weight and .lora_B.weight, beside a LoraConfig with r = rank and "
     "lora_alpha = scale * rank"
 )
@@ -22,23 +22,23 @@ ADAPTER_HUB = (
     "base_model.model.<module>.lora_A.weight, lora_B likewise, beside a LoraConfig with its r and lora_alpha = alpha"
 )
 _THROUGH_DIFFUSERS = (
-    "To convert it, load it in diffusers, pipe.load_lora_weights(..., adapter_name='a'), and for each model of the "
-    "pipeline save get_peft_model_state_dict(pipe.unet, adapter_name='a') beside pipe.unet.peft_config['a']"
+    "To convert it, load it in diffusers with pipe.load_lora_weights(..., adapter_name='a'), and for each model of "
+    "the pipeline save get_peft_model_state_dict(pipe.unet, adapter_name='a') beside pipe.unet.peft_config['a']"
 )
 KOHYA = f"it is in the format of kohya's scripts, for image models. {_THROUGH_DIFFUSERS}"
 DIFFUSERS = f"it is in the format of diffusers. {_THROUGH_DIFFUSERS}"
 SHARDED = (
-    "its weights are sharded over several files, which PEFT does not read either. Put them together: "
-    f"save_file(the tensors of all of them, '{SAFETENSORS_WEIGHTS_NAME}')"
+    "its weights are sharded over several files, which PEFT cannot read either. Merge them into one file: load the "
+    f"tensors of all shards and call safetensors.torch.save_file(tensors, '{SAFETENSORS_WEIGHTS_NAME}')"
 )
-GGUF = "it is an adapter of llama.cpp (GGUF). Give the PEFT adapter that it was converted from"
+GGUF = "it is a llama.cpp adapter (GGUF). Give the PEFT adapter that it was converted from"
 WHOLE_MODEL = (
-    "it is a whole model, not an adapter. The difference from its base model can be made a LoRA, for example with "
+    "it is a whole model, not an adapter. To turn its difference from the base model into a LoRA, use for example "
     "mergekit-extract-lora"
 )
 WEIGHTS_ALONE = (
-    "the weights of a LoRA alone do not tell its scale. If they are in PEFT's format (keys end with lora_A.weight), "
-    "write the config that it was trained with beside them, LoraConfig(r=..., lora_alpha=..., target_modules=[...])"
+    "the weights of a LoRA do not contain its scale. If they are in PEFT's format (keys end with lora_A.weight), save "
+    "the config of its training beside them, LoraConfig(r=..., lora_alpha=..., target_modules=[...])"
     f".save_pretrained(folder), and name the file {SAFETENSORS_WEIGHTS_NAME}"
 )
 LFS_POINTER = (
@@ -46,8 +46,8 @@ LFS_POINTER = (
     "`git lfs pull` in it, or download it with `hf download`"
 )
 WEB_PAGE = (
-    "is a web page, not the file itself. Download the file, with `hf download` or from its address with /resolve/ in "
-    "place of /blob/"
+    "is a web page, not the file itself. Download the file with `hf download`, or from its address with /resolve/ "
+    "instead of /blob/"
 )
 _SHARD = re.compile(r"^adapter_model(-\d+-of-\d+\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)$")
 _MODEL = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
@@ -61,18 +61,18 @@ ENOUGH_BYTES = 256
 
 
 def of_files(names: Collection[str]) -> str | None:
-    """What a folder without PEFT's two files holds.
+    """Recognise a folder without PEFT's two files.
 
     Args:
-        names: the paths of its files, relative to it; those in its folders may be left out.
+        names: the relative paths of its files; those in subfolders may be missing.
 
     Returns:
-        What it is and what to do; None where that cannot be told.
+        What it is and what to do; None if it is unknown.
     """
     adapters = sorted(name.removesuffix(f"/{CONFIG_NAME}") for name in names if name.endswith(f"/{CONFIG_NAME}"))
     if adapters and CONFIG_NAME not in names:
         return (
-            f"there are adapters in its folders ({_some(adapters)}). Say which: "
+            f"there are adapters in its subfolders ({_some(adapters)}). Choose one: "
             f'{{"path": ..., "subfolder": "{adapters[0]}"}}'
         )
     files = {name for name in names if "/" not in name}
@@ -93,7 +93,7 @@ def of_files(names: Collection[str]) -> str | None:
 
 
 def of_config(config: Mapping[str, Any]) -> str | None:
-    """What an `adapter_config.json` without a `peft_type` describes; None where that cannot be told."""
+    """What an `adapter_config.json` without a `peft_type` describes; None if it is unknown."""
     if config.keys() & {"fine_tune_type", "lora_parameters", "lora_layers"}:
         return MLX
     inner = config.get("config")
@@ -103,7 +103,7 @@ def of_config(config: Mapping[str, Any]) -> str | None:
 
 
 def of_keys(keys: Iterable[str]) -> str | None:
-    """Whose format the keys of some weights are in; None where that cannot be told."""
+    """The format that the keys of some weights are in; None if it is unknown."""
     for key in keys:
         if _KOHYA_KEY.search(key):
             return KOHYA
@@ -117,27 +117,27 @@ def of_keys(keys: Iterable[str]) -> str | None:
 
 
 def without_factors(keys: Collection[str]) -> str:
-    """Why weights with these keys are no LoRA."""
+    """Why weights with these keys are not a LoRA."""
     if not keys:
         return (
-            "its weights hold no tensors at all. Old training scripts replaced model.state_dict, and then "
-            "save_pretrained wrote nothing: save it again from a checkpoint of the training"
+            "its weights file holds no tensors. Some old training scripts replaced model.state_dict, after which "
+            "save_pretrained wrote nothing: save it again from a training checkpoint"
         )
     shown = f"they are {_some(sorted(keys))}"
-    return f"its weights hold no LoRA factors: {of_keys(keys) or f'of their {len(keys)} keys none is one, {shown}'}"
+    return f"its weights hold no LoRA factors: {of_keys(keys) or f'none of their {len(keys)} keys is one, {shown}'}"
 
 
 def placeholder(start: bytes) -> str | None:
-    """What lies in a file's place, if that is not its content; continues a sentence that begins with its name.
+    """What was stored instead of a file's content, if so; continues a sentence that begins with the file's name.
 
     Args:
-        start: the first `ENOUGH_BYTES` of the file, or more.
+        start: at least the first `ENOUGH_BYTES` of the file.
     """
     if start.startswith(b"version https://git-lfs"):
         return LFS_POINTER
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return WEB_PAGE
-    return None if start else "is empty: a download or a save was cut short"
+    return None if start else "is empty: a download or a save was interrupted"
 
 
 def _some(names: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the YAML at the beginning of an adapter's card says; of a card of any size and content, in bounded time."""
+"""Reads the YAML at the beginning of an adapter's card, in bounded time for cards of any size and content."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 def stated_license(card: Path | None) -> str | None:
     """The license that a card states: its Hub identifier, or `other (name)`.
 
-    A card is text that people write, and no adapter is refused for it: where the front matter cannot be read, or the
-    license is neither a short word nor a list of such, there is none.
+    People write cards by hand, and no adapter is refused for its card: if the front matter cannot be read, or the
+    license is neither a short word nor a list of short words, the result is None.
     """
     if card is None:
         return None
     try:
         block = _front_matter(read_bytes(card, MAX_BYTES))
-        if b"license" not in block:  # most cards say nothing, and YAML takes longer than the weights
+        if b"license" not in block:  # most cards state none, and parsing YAML takes longer than reading the weights
             return None
         fields = dict(_top_level(block.decode("utf-8")))
     except (OSError, ValueError, OverflowError, yaml.YAMLError):
@@ -46,7 +46,7 @@ def _is_short(text: str) -> bool:
 
 
 def _front_matter(content: bytes) -> bytes:
-    """What stands between two lines of three dashes at the beginning; empty where there is nothing of the kind."""
+    """The text between two lines of three dashes at the beginning; empty if there is none."""
     lines = content.removeprefix(b"\xef\xbb\xbf").lstrip().splitlines()
     if not lines or lines[0].rstrip() != _FENCE:
         return b""
@@ -57,13 +57,13 @@ def _front_matter(content: bytes) -> bytes:
 
 
 def _top_level(text: str) -> Iterator[tuple[str, list[str]]]:
-    """The keys of a YAML mapping whose values are scalars or flat lists of these.
+    """The entries of a YAML mapping whose values are scalars or flat lists of scalars.
 
-    Goes by the parser's events: nothing is built, so that neither references nor large numbers cost anything.
+    Only the parser's events are used: nothing is built, so references and large numbers cost nothing.
 
     Raises:
-        ValueError: it is nested or long beyond measure.
-        yaml.YAMLError: it is no YAML.
+        ValueError: the mapping is too long or nested too deeply.
+        yaml.YAMLError: it is not YAML.
     """
     key: str | None = None
     is_key, depth, scalars, is_flat = True, 0, list[str](), True
@@ -74,7 +74,7 @@ def _top_level(text: str) -> Iterator[tuple[str, list[str]]]:
         depth -= is_end
         if depth == 0:
             if is_start and not isinstance(event, yaml.MappingStartEvent):
-                raise ValueError("it is no mapping")
+                raise ValueError("it is not a mapping")
             depth += is_start
             continue
         if isinstance(event, yaml.ScalarEvent) and event.tag is None:

@@ -1,4 +1,4 @@
-"""Which keys of an adapter's weights are LoRA factors, and the rank and scale its config gives them."""
+"""Finds the LoRA factors among the keys of an adapter's weights, and their rank and scale in its config."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .schema import UNPRINTABLE
 from .weights import MAX_KEY, WeightsFile
 
 
-# How PEFT names its copy of the base weight, beside the factors of an embedding or of the output layer.
+# PEFT's names for its copy of the base weight, saved with the factors of an embedding or of the output layer.
 BASE_COPY = ".base_layer.weight"
-# The modules that PEFT trains in full for a task type, and that are not composed therefore.
+# The modules that PEFT trains in full for a task type; they are therefore not composed.
 HEADS = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
@@ -44,12 +44,12 @@ _FACTOR_KEY = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
     r"(?:\.(?P<label>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?$"
 )
-# What torch.compile, FSDP and activation checkpointing put into the names of what they wrap.
+# What torch.compile, FSDP and activation checkpointing insert into the names of wrapped modules.
 _WRAPPED = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
 class _Key(NamedTuple):
-    """A key of an adapter's weights, taken apart; `part` is None where it is no LoRA factor."""
+    """A key of an adapter's weights, taken apart; `part` is None if it is not a LoRA factor."""
 
     plain: str
     module: str = ""
@@ -77,12 +77,12 @@ def index_factors(
     for key in weights:
         if len(key) > MAX_KEY or UNPRINTABLE.search(key):
             raise AdapterError(
-                name, f"the name of a tensor has {len(key)} characters, or some that do not print: {quoted(key)}"
+                name, f"the name of a tensor has {len(key)} characters or unprintable ones: {quoted(key)}"
             )
         plain, module, part, is_embedding = _parse_key(key)
         if part is None:
             if "lora_magnitude_vector" in plain:
-                raise AdapterError(name, f"it is a DoRA adapter ({key}); convert it first, with peft.convert_to_lora")
+                raise AdapterError(name, f"it is a DoRA adapter ({key}); convert it first with peft.convert_to_lora")
             if ".lora_" in plain:
                 raise AdapterError(
                     name, formats.of_keys(weights) or f"tensor {key!r} is not part of a plain product B A"
@@ -110,10 +110,10 @@ _CUT_EMBEDDING_KEY = re.compile(r"^(?P<module>.+)_embedding_(?P<factor>[AB])$")
 
 
 def _cut_keys(weights: WeightsFile) -> tuple[dict[str, dict[str, str]], set[str], list[str]]:
-    """As in `_index`, of an adapter that old versions of PEFT saved under the name "lora".
+    """Like `index_factors`, for an adapter that an old version of PEFT saved under the name "lora".
 
-    They removed the name of an adapter from its keys wherever it stood, and so made `q_proj_A.weight` of
-    `q_proj.lora_A.lora.weight`. Factors are taken only in pairs whose ranks agree.
+    It removed the adapter's name from the keys wherever it occurred, which turned `q_proj.lora_A.lora.weight` into
+    `q_proj_A.weight`. Factors are accepted only in pairs whose ranks agree.
     """
     found: dict[str, dict[str, str]] = {}
     embeddings: set[str] = set()
@@ -154,7 +154,7 @@ def _factors(
             raise AdapterError(
                 name,
                 f"module {module!r}: tensor {key!r} has dtype {weights.dtype(key)}; LoRA factors are real floating-"
-                "point numbers. Save them as float32, bfloat16 or float16 (quantized codes must be dequantized first)",
+                "point numbers. Save them as float32, bfloat16 or float16 (dequantize quantized values first)",
             )
     for factor in ("A", "B"):
         shape = weights.shape(parts[factor])
@@ -164,7 +164,8 @@ def _factors(
     rows = weights.shape(parts["A"])[0]
     factors = FactorKeys(rows, math.nan, parts["A"], parts["B"], parts.get("B.bias"), is_embedding)
     if config.get("target_parameters") or ".base_layer" in module:
-        # Whose factors these are, and so of what rank and alpha, depends on the model: see `wrapping.unwrap`.
+        # Which module these factors belong to, and so their rank and alpha, depends on the model: see
+        # `wrapping.unwrap`.
         return replace(factors, scale=_scale(name, config, module, config.get("r") or rows))
     return ranked(name, config, weights, factors, module)
 
@@ -172,14 +173,14 @@ def _factors(
 def ranked(
     name: str, config: Mapping[str, Any], weights: WeightsFile, factors: FactorKeys, module: str, experts: int = 1
 ) -> FactorKeys:
-    """Factors with the rank and the scale that an adapter's config gives them.
+    """Add the rank and the scale from an adapter's config to the factors of a module.
 
     Args:
-        name: of the adapter.
+        name: the adapter's name.
         config: its config.
         weights: its tensors.
-        factors: of a module, their rank and scale yet unknown.
-        module: its name, or that of a parameter, as the patterns of the config know it.
+        factors: the factors of a module, their rank and scale still unknown.
+        module: the name of the module or parameter, as the patterns of the config spell it.
         experts: how many matrices share the rows of A.
 
     Raises:
@@ -192,8 +193,8 @@ def ranked(
         of_experts = f" for {experts} experts" if experts > 1 else ""
         raise AdapterError(
             name,
-            f"module {module!r}: its config says rank {expected}{of_experts} but lora_A has {rows} rows; the scale "
-            "is unknown",
+            f"module {module!r}: its config says rank {expected}{of_experts}, but lora_A has {rows} rows, so that the "
+            "scale is unknown",
         )
     return replace(factors, rank=rank, scale=_scale(name, config, module, rank))
 
@@ -202,7 +203,7 @@ def _scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> floa
     alpha = float(_by_pattern(name, config, "alpha_pattern", module, config.get("lora_alpha", 8)))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
     if abs(scale) > LARGEST_FLOAT32:
-        raise AdapterError(name, f"module {quoted(module)}: lora_alpha is {alpha:g}, more than float32 holds")
+        raise AdapterError(name, f"module {quoted(module)}: lora_alpha is {alpha:g}, which float32 cannot hold")
     return scale
 
 

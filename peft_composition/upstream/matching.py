@@ -25,7 +25,7 @@ class CompositionPlan:
     Attributes:
         adapters: the adapters, in the order of the mixing weights.
         shapes: the composed modules, in the model's order.
-        factors: for each composed module the factors of every adapter; None where it does not touch the module.
+        factors: for each composed module the factors of every adapter, or None if the adapter does not touch it.
     """
 
     adapters: list[UpstreamAdapter]
@@ -33,11 +33,11 @@ class CompositionPlan:
     factors: dict[str, list[FactorKeys | None]] = field(default_factory=dict)
 
     def ranks(self, module: str) -> list[int]:
-        """The rank of every adapter in a module, 0 where it does not touch it."""
+        """The rank of every adapter in a module; 0 if the adapter does not touch it."""
         return [entry.rank if entry is not None else 0 for entry in self.factors[module]]
 
     def is_biased(self, module: str) -> bool:
-        """Whether an adapter brings a LoRA bias there."""
+        """Whether an adapter has a LoRA bias for a module."""
         return any(entry is not None and entry.bias is not None for entry in self.factors[module])
 
 
@@ -48,14 +48,14 @@ def match(
     current_name: Callable[[str], str],
     is_wanted: Callable[[str], bool],
 ) -> CompositionPlan:
-    """Find the module of the model for all factors and check that they fit.
+    """Find the model's module for all factors and check that the factors fit.
 
     Args:
-        adapters: what `read_adapter` returned.
-        shape_of: module name -> what its factors must look like; None where the model has no such module.
+        adapters: the result of `read_adapters`.
+        shape_of: from a module's name to the shape of its factors; None if the model has no such module.
         module_names: all modules of the model, in its order.
-        current_name: module name as an adapter spells it -> the model's (or the name itself).
-        is_wanted: whether the config lets a module be composed (`target_modules` and the like).
+        current_name: from a module's name in an adapter to its name in the model (or the name itself).
+        is_wanted: whether the config allows a module to be composed (`target_modules` and the like).
 
     Returns:
         The plan.
@@ -85,14 +85,14 @@ def match(
             row = by_module.setdefault(module, [None] * len(adapters))
             if row[number] is not None:
                 raise AdapterError(
-                    adapter.name, f"two of its modules are {module!r} in this model, one is {spelled!r}"
+                    adapter.name, f"two of its modules are {module!r} in this model; one of them is {spelled!r}"
                 )
             row[number] = factors
             shapes[module] = shape
             touched += 1
         if not touched:
             warnings.warn(
-                f"adapter {adapter.name!r} touches none of the composed modules; its weight goes to nothing",
+                f"adapter {adapter.name!r} touches none of the composed modules, so its mixing weight has no effect",
                 stacklevel=2,
             )
     if not by_module:
@@ -142,9 +142,9 @@ def _require_fit(adapter: UpstreamAdapter, module: str, factors: FactorKeys, sha
 
 
 def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | None) -> None:
-    """Refuse adapters that say they were trained on another model of the Hub.
+    """Refuse adapters whose config names another base model on the Hub.
 
-    Only Hub ids are compared: folders move. Copies, such as `org/model-bnb-4bit`, count as the model itself.
+    Only Hub ids are compared, because folders move. Copies such as `org/model-bnb-4bit` count as the model itself.
 
     Args:
         adapters: the adapters.
@@ -158,8 +158,8 @@ def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | Non
             raise AdapterError(
                 adapter.name,
                 f"it was trained on {trained_on!r}, but the model is {model_name!r}. If these are the same weights "
-                "under another name, leave names aside: CompositionConfig(check_base_model=False), or --no-check-base "
-                "on the command line. Modules and shapes are compared in any case",
+                "under another name, pass CompositionConfig(check_base_model=False), or --no-check-base on the "
+                "command line. Modules and shapes are always compared",
             )
 
 
@@ -177,8 +177,8 @@ def warn_about_other_names(adapters: Iterable[UpstreamAdapter], model_name: str 
     if copies:
         lists = "; ".join(f"{trained_on!r} ({', '.join(map(repr, names))})" for trained_on, names in copies.items())
         warnings.warn(
-            f"Going by their names, these are copies of the base model {model_name!r} in another format, and the "
-            f"adapters trained on them are composed on it as they are: {lists}.",
+            f"Going by their names, these models are copies of the base model {model_name!r} in another format. The "
+            f"adapters trained on them are composed without a change: {lists}.",
             stacklevel=2,
         )
 
@@ -203,7 +203,7 @@ def _warn_about_each_other(adapters: Sequence[UpstreamAdapter]) -> None:
 def _otherwise_named(
     adapters: Iterable[UpstreamAdapter], model_name: str | None
 ) -> Iterator[tuple[UpstreamAdapter, str]]:
-    """The adapters that were trained on a model of the Hub with another name, and that name."""
+    """The adapters whose config names another model on the Hub, each with that name."""
     if not model_name or is_local(model_name) or looks_like_path(model_name):
         return
     for adapter in adapters:
@@ -215,15 +215,15 @@ def _otherwise_named(
 
 
 def warn_about_extras(adapters: Iterable[UpstreamAdapter], is_trained_anew: Callable[[str], bool]) -> None:
-    """Say once what is in the adapters and not mixed.
+    """Warn about tensors of the adapters that are not mixed.
 
-    Heads of other tasks are only logged: every classifier brings one, that it is left out is the method, and nobody
-    could do anything about it. Retrained embeddings and the like are a warning, since such an adapter without them is
-    not what its author trained: one may prefer another.
+    Heads of other tasks are only logged: every classifier has one, and leaving it out is the method. Retrained
+    embeddings and the like are a warning, because without them an adapter is not what its author trained, and users
+    may prefer another one.
 
     Args:
         adapters: the adapters.
-        is_trained_anew: whether the composition trains the module of this name in full itself.
+        is_trained_anew: whether the composition itself trains the module of this name in full.
     """
     heads: list[tuple[str, str]] = []
     others: list[tuple[str, str]] = []
@@ -237,8 +237,8 @@ def warn_about_extras(adapters: Iterable[UpstreamAdapter], is_trained_anew: Call
         logger.info("The heads of the upstream adapters are not mixed: %s.", _listed_by_name(heads))
     if others:
         warnings.warn(
-            "These entries of the upstream adapters are not LoRA factors and are not mixed: "
-            f"{_listed_by_name(others)}. Without them such an adapter is not quite what was trained.",
+            "These tensors of the upstream adapters are not LoRA factors and are not mixed: "
+            f"{_listed_by_name(others)}. Without them, these adapters are not exactly what was trained.",
             stacklevel=2,
         )
 

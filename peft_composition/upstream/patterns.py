@@ -1,7 +1,7 @@
-"""Looks up modules in an adapter's `rank_pattern` and `alpha_pattern`: what PEFT finds there, in bounded time.
+"""Looks up modules in an adapter's `rank_pattern` and `alpha_pattern` as PEFT does, but in bounded time.
 
-PEFT takes the keys as regular expressions and matches by backtracking, which some expressions never end. Here a set of
-positions goes through the expression once, whatever it is; `re` itself decides on single characters only.
+PEFT matches the keys as regular expressions by backtracking, which takes forever for some expressions. Here a set of
+positions passes through the expression once; `re` itself only decides about single characters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_KEYS = 100_000
 MAX_EXPRESSIONS = 1000
 MAX_KEY_LENGTH = 1000
 MAX_NESTING = 50
-# In operations on sets of positions, each of which takes about a microsecond: for one key and module, and for all.
+# The most operations on sets of positions, for one key and module and for all; each takes about a microsecond.
 MAX_STEPS_PER_MATCH = 200_000
 MAX_STEPS = 10_000_000
 CACHED_MODULES = 1 << 16
@@ -33,17 +33,17 @@ _ANCHORS = ("^", "$", r"\A", r"\Z", r"\b", r"\B")
 
 
 class PatternError(ValueError):
-    """A key is not a regular expression, or none that can be matched in bounded time; the message names it."""
+    """A key is not a regular expression, or cannot be matched in bounded time; the message names it."""
 
 
 def value_for(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value that a `rank_pattern` or `alpha_pattern` has for a module.
 
     Args:
-        pattern: values by key; the first key that matches the end of the name counts, as in PEFT's `get_pattern_key`,
-            or else one that is the name to the letter.
+        pattern: values by key. As in PEFT's `get_pattern_key`, the first key counts that matches a suffix of the name;
+            if there is none, a key that equals the name.
         module: name of the module.
-        default: the value where no key matches.
+        default: the value if no key matches.
 
     Raises:
         PatternError: a key cannot be matched.
@@ -55,7 +55,7 @@ def value_for(pattern: Mapping[str, Any] | None, module: str, default: Any) -> A
 
 
 def require_patterns(pattern: Mapping[str, Any]) -> None:
-    """Raise PatternError where a key cannot be matched."""
+    """Raise PatternError if a key cannot be matched."""
     _table(tuple(pattern))
 
 
@@ -65,15 +65,15 @@ def _table(keys: tuple[str, ...]) -> _Table:
 
 
 class _Table:
-    """The keys of one pattern: those of fixed length in an index, the other expressions in a list."""
+    """The keys of one pattern: expressions of fixed length in an index, all others in a list."""
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         if len(keys) > MAX_KEYS:
-            raise PatternError(f"it has {len(keys)} keys; at most {MAX_KEYS} are read")
+            raise PatternError(f"it has {len(keys)} keys; at most {MAX_KEYS} are supported")
         self._keys = keys
         self._steps = 0
         self._found: dict[str, str | None] = {}
-        # By length, then by the places where any character will do: the number of the first key with this text.
+        # By length, then by the places where any character matches: the number of the first key with this text.
         self._fixed: _Index = {}
         self._whole: _Index = {}
         self._expressions: list[tuple[int, _Node]] = []
@@ -99,7 +99,7 @@ class _Table:
         index.setdefault(len(text), {}).setdefault(places, {}).setdefault(plain, number)
 
     def find(self, module: str) -> str | None:
-        """The first key that matches the end of a name, from a dot or the beginning on."""
+        """The first key that matches a suffix of a name, which starts at the beginning or after a dot."""
         if module not in self._found:
             if len(self._found) >= CACHED_MODULES:
                 self._found.clear()
@@ -108,7 +108,7 @@ class _Table:
         return self._found[module]
 
     def _numbers(self, module: str) -> list[int]:
-        if "\n" in module:  # the dot and the dollar sign of regular expressions treat it apart
+        if "\n" in module:  # the dot and the dollar sign of regular expressions treat it specially
             raise PatternError(f"the name of module {quoted(module)} has a line break")
         ends = [module, *(module[place + 1 :] for place, char in enumerate(module) if char == ".")]
         numbers = [*self._indexed(self._whole, ends[:1], module), *self._indexed(self._fixed, ends, module)]
@@ -143,7 +143,7 @@ class _Table:
         if self._steps > MAX_STEPS:
             raise PatternError(
                 f"its key {quoted(self._keys[number])} takes too long to match with module {quoted(module)}; write "
-                "the names of modules instead"
+                "module names instead"
             )
 
 
@@ -278,7 +278,7 @@ def _parsed(key: str) -> _Node:
 
 
 class _Parser:
-    """Takes a regular expression apart; what `re` knows and sets of positions cannot do is refused."""
+    """Takes a regular expression apart; syntax of `re` that sets of positions cannot express is refused."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -353,13 +353,13 @@ class _Parser:
     def refusal(self) -> PatternError:
         return PatternError(
             f"its key {quoted(self.key)} is a regular expression that is not supported from character "
-            f"{self.place + 1} on: write the names of modules, or an expression without what begins with '(?', "
+            f"{self.place + 1} on: write module names, or an expression without groups that begin with '(?', "
             "references to groups and possessive quantifiers"
         )
 
 
 def _require_valid(key: str) -> None:
-    """Refuse what PEFT itself cannot use."""
+    """Refuse keys that PEFT itself cannot use."""
     try:
         re.compile(key)
         re.compile(rf"(.*\.)?({key})$")
@@ -368,7 +368,7 @@ def _require_valid(key: str) -> None:
 
 
 def _fixed_text(node: _Node) -> tuple[bool, list[str | None]] | None:
-    """Whether an expression is of one length: whether it begins at `^`, and its characters, None for any."""
+    """For an expression of fixed length: whether it begins at `^`, and its characters (None for any); else None."""
     items = list(node.items) if isinstance(node, _Sequence) else [node]
     is_whole = bool(items) and items[0] == _Anchor("^")
     if items and items[-1] == _Anchor("$"):  # every expression ends where the name ends

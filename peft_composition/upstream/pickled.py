@@ -1,6 +1,6 @@
-"""Reads state dicts that were saved with `torch.save`, without running what is in them and within bounds.
+"""Reads state dicts saved with `torch.save`, without running code from them and with bounded memory.
 
-What adapters and modules are is not known here: errors say what is wrong with the file.
+It knows nothing of adapters and modules: errors say what is wrong with the file.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import torch
 from torch import Tensor, nn
 
 
-# How much larger than the file its content may be, compressed, or shared by several keys. PyTorch does not compress,
-# and what is shared are tied weights.
+# How many times larger than the file its content may be, because of compression or of storages that several keys
+# share. PyTorch does not compress, and shared storages are tied weights.
 EXPANSION = 8
 SLACK = 1 << 20
-# What the pickle itself may take: one of a hundred thousand tensors takes about this much.
+# The largest pickle without its tensors: one with a hundred thousand tensors has about this size.
 LARGEST_PICKLE = 16 << 20
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class UnreadablePickleError(ValueError):
-    """A pickle holds no readable state dict; the message continues a sentence that begins with the file's name."""
+    """A pickle is not a readable state dict; the message continues a sentence that begins with the file's name."""
 
 
 def index(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes by key; the values of a zip file, which is what PyTorch writes since 1.6, are not read.
+    """Shapes and dtypes by key; the values are not read if the file is a zip archive, as PyTorch writes since 1.6.
 
     Raises:
-        UnreadablePickleError: the file is damaged, or holds something else than plain tensors.
+        UnreadablePickleError: the file is damaged, or holds anything but plain tensors.
     """
     records = _records(path)
     try:
         state = _torch_load(path, "meta", records) if records is not None else None
     except UnreadablePickleError:
-        state = None  # of some kinds of tensors there are none without values; what is wrong is said below
+        state = None  # some kinds of tensors cannot exist without values; the error is raised below
     tensors = _plain_tensors(state if state is not None else _torch_load(path, "cpu", records))
     _require_bounded(tensors, path, records)
     return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
@@ -49,10 +49,11 @@ def index(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 def load(path: Path) -> dict[str, Tensor]:
     """The tensors by key, on the CPU and without gradients.
 
-    Never mapped into memory: PyTorch takes the bytes of a mapped file as they come, compressed or cut short.
+    The file is never mapped into memory: PyTorch reads the bytes of a mapped file even if they are compressed or cut
+    off.
 
     Raises:
-        UnreadablePickleError: the file is damaged, or holds something else than plain tensors.
+        UnreadablePickleError: the file is damaged, or holds anything but plain tensors.
     """
     records = _records(path)
     if records is not None:
@@ -68,15 +69,15 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def content_nbytes(path: Path) -> int:
-    """About how much memory the tensors take, in bytes."""
+    """The approximate size of the tensors in bytes."""
     records = _records(path)
     return path.stat().st_size if records is None else sum(records.values())
 
 
 def _records(path: Path) -> dict[str, int] | None:
-    """The sizes of what a zip file holds; None of the kind before PyTorch 1.6, which is none."""
+    """The sizes of the records of a zip archive; None for the format before PyTorch 1.6, which is not an archive."""
     with path.open("rb") as file:
-        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:  # as PyTorch tells them apart
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:  # the same check as PyTorch's
             return None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -88,7 +89,7 @@ def _records(path: Path) -> dict[str, int] | None:
         raise UnreadablePickleError(f"is not loaded: its {size} bytes unpack to {content}")
     for name, nbytes in records.items():
         if name.endswith(".pkl") and nbytes > LARGEST_PICKLE:
-            raise UnreadablePickleError(f"is not loaded: its {name} takes {nbytes} bytes, which no tensors need")
+            raise UnreadablePickleError(f"is not loaded: its {name} has {nbytes} bytes, more than tensors need")
     return records
 
 
@@ -101,7 +102,7 @@ def _require_checksums(path: Path) -> None:
     if broken is not None:
         raise UnreadablePickleError(
             f"is damaged: the checksum of its record {broken!r} is wrong. Download or copy it again. (If it was saved "
-            "with torch.serialization.set_crc32_options(False), save it as safetensors from a machine that trusts it)"
+            "with torch.serialization.set_crc32_options(False), save it as safetensors on a machine that trusts it)"
         )
 
 
@@ -114,7 +115,7 @@ def _torch_load(path: Path, device: str, records: Mapping[str, int] | None) -> A
 
 
 def _require_no_allocations(path: Path, records: Mapping[str, int] | None) -> None:
-    """PyTorch's restricted unpickler allows bytearray(N), which takes any memory that a few bytes ask for."""
+    """Refuse bytearray(N), which PyTorch's restricted unpickler allows: a few bytes could allocate any memory."""
     if records is None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             allocates = content.find(b"bytearray") >= 0
@@ -127,35 +128,33 @@ def _require_no_allocations(path: Path, records: Mapping[str, int] | None) -> No
             raise _damaged(error) from error
     if allocates:
         raise UnreadablePickleError(
-            "is a pickle that makes a bytearray, which no state dict needs, and is not loaded. Save the adapter again "
-            "as safetensors from a machine that trusts it"
+            "is a pickle that creates a bytearray, which no state dict needs, and is not loaded. Save the adapter as "
+            "safetensors on a machine that trusts it"
         )
 
 
 def _damaged(error: Exception) -> UnreadablePickleError:
-    # PyTorch's message advises to load it unsafely; the cause comes behind a mark.
+    # PyTorch's message advises unsafe loading; the cause follows a fixed phrase.
     cause = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
     return UnreadablePickleError(
-        f"is a pickle that holds more than tensors, or is damaged, and is not loaded: {cause.rstrip('. ')}. Save the "
-        "adapter again as safetensors from a machine that trusts it"
+        f"is a pickle that holds more than tensors or is damaged, and is not loaded: {cause.rstrip('. ')}. Save the "
+        "adapter as safetensors on a machine that trusts it"
     )
 
 
 def _plain_tensors(state: object) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
-        raise UnreadablePickleError(f"does not hold a state dict of tensors, but a {type(state).__name__}")
+        raise UnreadablePickleError(f"is not a state dict of tensors, but a {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(key, str):
-            raise UnreadablePickleError(f"does not hold a state dict of tensors: {key!r} among its keys is no name")
+            raise UnreadablePickleError(f"is not a state dict of tensors: its key {key!r} is not a string")
         if isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values()):
             raise UnreadablePickleError(
-                f"does not hold a state dict of tensors: they lie one level below, under {key!r}, as in the "
-                f"checkpoint of a training script. Save torch.load(...)[{key!r}] alone, best as safetensors"
+                f"is not a state dict of tensors: they are one level below, under {key!r}, as in the checkpoint of a "
+                f"training script. Save torch.load(...)[{key!r}] alone, best as safetensors"
             )
         if not isinstance(value, Tensor):
-            raise UnreadablePickleError(
-                f"does not hold a state dict of tensors: {key!r} is of type {type(value).__name__}"
-            )
+            raise UnreadablePickleError(f"is not a state dict of tensors: {key!r} is of type {type(value).__name__}")
         kind = _unusual_kind(value)
         if kind is not None:
             raise UnreadablePickleError(f"holds {kind} under {key!r}, and only plain tensors can be composed")
@@ -173,7 +172,7 @@ def _unusual_kind(tensor: Tensor) -> str | None:
 
 
 def _require_bounded(tensors: Mapping[str, Tensor], path: Path, records: Mapping[str, int] | None) -> None:
-    """Refuse views that are larger than what is behind them: few bytes of a file can claim any amount of memory."""
+    """Refuse views that are larger than their storage: a few bytes of a file can claim any amount of memory."""
     whole = path.stat().st_size
     largest = whole if records is None else max(records.values(), default=0)
     for key, tensor in tensors.items():
@@ -185,11 +184,11 @@ def _require_bounded(tensors: Mapping[str, Tensor], path: Path, records: Mapping
             )
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > EXPANSION * (whole if records is None else sum(records.values())) + SLACK:
-        raise UnreadablePickleError(f"is not loaded: its {whole} bytes are shared by tensors of {total} bytes in all")
+        raise UnreadablePickleError(f"is not loaded: tensors of {total} bytes in all share its {whole} bytes")
 
 
 def _require_whole_storages(tensors: Mapping[str, Tensor], records: Mapping[str, int]) -> None:
-    """Make sure that behind every tensor is a record of its size: not every version of PyTorch does."""
+    """Check that every tensor has a record of its size; not every version of PyTorch does that."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     storages.pop(0, None)  # the empty ones
     missing = Counter(storages.values()) - Counter(records.values())

@@ -1,7 +1,7 @@
-"""Several processes of one training that build the same composition: rank 0 asks the Hub, the others wait for it.
+"""Lets several processes of one training build the same composition: rank 0 asks the Hub, the others wait for it.
 
-They talk through the store of the process group and not through collectives: rank 0 never waits, and a process that
-builds a composition for itself blocks nobody.
+They communicate through the store of the process group, not through collectives: rank 0 never waits, and a process
+that builds a composition alone does not block the others.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from .files import AdapterFiles
 from .files import locate as locate_here
 
 
-# How often each list of adapters was looked for; the processes do so in the same order.
+# How often each list of adapters was looked up; all processes do that in the same order.
 _calls: Counter[str] = Counter()
 
 
 def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> list[AdapterFiles]:
-    """As `files.locate`; where a process group is initialised, only one process per node downloads.
+    """Like `files.locate`, but with a process group only one process per node downloads.
 
-    Rank 0 asks the Hub what the revisions are and downloads. The others then take the same commits: from the cache
-    that they share with it, without a request; on another node the process with `LOCAL_RANK` 0 downloads, and its
-    neighbours wait for it. Without a process group nobody waits, and the client's file locks see to it that
-    no file is downloaded twice at the same time.
+    Rank 0 asks the Hub for the revisions and downloads. The other processes then use the same commits: on the same
+    node from the cache, without a request; on another node the process with `LOCAL_RANK` 0 downloads, and its
+    neighbours wait for it. Without a process group no process waits, and the file locks of huggingface_hub prevent
+    double downloads.
 
     Args:
         references: where the adapters are, the same in all processes.
-        with_cards: whether the cards are wanted, too.
+        with_cards: whether to find the cards, too.
 
     Returns:
         The files, in the order of `references`.
 
     Raises:
-        AdapterError: an adapter cannot be had. What rank 0 finds wrong is raised in every process.
-        RuntimeError: rank 0 failed otherwise, or did not look for these adapters within the timeout of the group.
+        AdapterError: an adapter was not found or could not be downloaded. An error of rank 0 is raised in all
+            processes.
+        RuntimeError: rank 0 failed for another reason, or did not find these adapters within the timeout of the group.
     """
     store = _store()
     if store is None:
@@ -73,14 +74,14 @@ def locate(references: Sequence[AdapterReference], with_cards: bool = True) -> l
 
 
 def _store() -> dist.Store | None:
-    """What the processes of the default group share; None for a process alone, and for groups that have no store."""
+    """The store of the default process group; None without a group, and for groups that have no store."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return compat.default_store()
 
 
 def _announced(store: dist.Store, keys: list[str], find: Callable[[], list[AdapterFiles]]) -> list[AdapterFiles]:
-    """What `find` returns, once those who wait know the commits; or that it failed, and why."""
+    """Call `find`, and tell the waiting processes the commits, or why it failed."""
     message: dict[str, Any] = {}
     try:
         files = find()
@@ -98,13 +99,13 @@ def _announced(store: dist.Store, keys: list[str], find: Callable[[], list[Adapt
 
 
 def _awaited(store: dist.Store, key: str, who: str) -> list[str | None]:
-    """The commits that another process found; waits as long as the process group lets anything wait."""
+    """The commits that another process found; waits up to the timeout of the process group."""
     try:
         message = json.loads(store.get(key))
     except dist.DistError as error:
         raise RuntimeError(
-            f"{who} has not found the upstream adapters in time: {error}. Every process must build the composition; "
-            "for downloads that take long, raise the timeout of the process group (ddp_timeout of the Trainer)."
+            f"{who} did not find the upstream adapters in time: {error}. Build the composition in every process; if "
+            "downloads take long, use a longer timeout of the process group (ddp_timeout of the Trainer)."
         ) from error
     if "commits" in message:
         return cast("list[str | None]", message["commits"])

@@ -1,6 +1,6 @@
-"""What may stand in an upstream adapter's `adapter_config.json`: all fields that are read are checked in one place.
+"""Reads an upstream adapter's `adapter_config.json` and checks all fields that are used.
 
-Files come from strangers: they are read up to a size, and only where they are regular files.
+Files come from strangers: only regular files are read, and only up to a limit.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """The `adapter_config.json` of an adapter of any kind; what is read of a LoRA's has been checked.
+    """The `adapter_config.json` of an adapter of any kind; for a LoRA, all fields that are used have been checked.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: it is not readable, describes no PEFT adapter, or a field has a value that it cannot have; the
-            message names the field and the value, but not the adapter.
+        ValueError: the file is not readable, does not describe a PEFT adapter, or has a field with an invalid value;
+            the message names the field and the value, but not the adapter.
     """
     try:
         content = read_bytes(path, MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{one_line(path)} cannot be read: {error.strerror or error}") from error
     if len(content) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{one_line(path)} is larger than {MAX_CONFIG_BYTES} bytes, too large for a config")
+        raise ValueError(f"{one_line(path)} has more than {MAX_CONFIG_BYTES} bytes, too many for a config")
     placeholder = formats.placeholder(content)
     if placeholder is not None:
         raise ValueError(f"{one_line(path)} {placeholder}")
@@ -64,14 +64,14 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The first bytes of a regular file; opening anything else, a pipe for one, could wait forever.
+    """The first bytes of a regular file; anything else, such as a pipe, could block forever.
 
     Args:
         path: the file.
         limit: how many bytes to read at most.
 
     Raises:
-        OSError: there is no such file, it cannot be read, or it is no regular file.
+        OSError: the file does not exist, cannot be read, or is not a regular file.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -90,7 +90,7 @@ def _require(config: Mapping[str, Any], fields: Mapping[str, tuple[str, Callable
 
 
 def _culprit(value: Any, is_valid: Callable[[Any], bool]) -> str:
-    """The value for a message; of a large dict the first entry that makes it wrong."""
+    """The value to show in a message; for a large dict only the first invalid entry."""
     if isinstance(value, dict) and len(value) > 4:
         wrong = next((key for key, entry in value.items() if not is_valid({key: entry})), None)
         if wrong is not None:

@@ -17,7 +17,7 @@ from .keys import FactorKeys
 from .matching import CompositionPlan
 
 
-# How much of the adapters is mapped at once while they are stacked, in bytes and in files.
+# The most bytes and files of adapters that are mapped at the same time while they are stacked.
 MAPPED_BYTES = 32 << 20
 MAPPED_FILES = 64
 CHECKED_AT_ONCE = 1 << 22  # values
@@ -25,7 +25,7 @@ CHECKED_AT_ONCE = 1 << 22  # values
 
 @dataclass
 class StackedFactors:
-    """The factors of all adapters for one module, stacked: A (R, in), B (out, R) with scales, bias (N, out)."""
+    """The stacked factors of all adapters for one module: A (R, in), scaled B (out, R), bias (N, out)."""
 
     ranks: list[int]
     A: Tensor
@@ -37,11 +37,11 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
     """Read the factors of all modules and stack them, with the scales folded into B.
 
     Args:
-        plan: what `match` returned.
-        dtypes: dtype of the result by module; scales are multiplied in float32 or wider before rounding.
+        plan: the result of `match`.
+        dtypes: dtype of the result by module. Scales are multiplied in float32 or wider, before rounding.
 
     Returns:
-        The stacked factors by module, on the CPU. Beside them only a few adapters are in memory at a time.
+        The stacked factors by module, on the CPU. Apart from them, only a few adapters are in memory at a time.
 
     Raises:
         AdapterError: a factor holds NaN or infinity, in the file or after rounding to its dtype, or the update of two
@@ -63,9 +63,9 @@ def stack(plan: CompositionPlan, dtypes: Mapping[str, torch.dtype]) -> dict[str,
 
 
 def require_finite(adapter: UpstreamAdapter, dtype: torch.dtype) -> None:
-    """Raise AdapterError where a factor holds NaN or infinity, in the file or after rounding to `dtype`, or overflows.
+    """Raise AdapterError if a factor holds NaN or infinity, in the file or after rounding to `dtype`, or overflows.
 
-    Unlike in `stack`, only a part of one factor is in memory at a time.
+    Unlike `stack`, this keeps only a part of one factor in memory at a time.
     """
     for module, factors in adapter.modules.items():
         _require_finite(adapter, module, factors, dtype)
@@ -81,7 +81,7 @@ def _allocate(plan: CompositionPlan, module: str, dtype: torch.dtype) -> Stacked
 
 
 def _batches(adapters: Sequence[UpstreamAdapter]) -> Iterator[range]:
-    """The numbers of the adapters in turn, as many at once as may be mapped, at least one."""
+    """The numbers of the adapters in batches: as many as may be mapped at the same time, at least one."""
     first, nbytes = 0, 0
     for number, adapter in enumerate(adapters):
         nbytes += adapter.weights.nbytes
@@ -92,7 +92,7 @@ def _batches(adapters: Sequence[UpstreamAdapter]) -> Iterator[range]:
 
 
 def _stack_batch(plan: CompositionPlan, module: str, batch: range, target: StackedFactors, start: int) -> int:
-    """Write the factors that some adapters have for a module, from row `start` on; returns the number of rows."""
+    """Write the factors of some adapters for a module, starting at row `start`; returns the number of rows."""
     numbers = [number for number in batch if plan.factors[module][number] is not None]
     entries = [(plan.adapters[number], cast(FactorKeys, plan.factors[module][number])) for number in numbers]
     if not entries:
@@ -111,7 +111,7 @@ def _stack_batch(plan: CompositionPlan, module: str, batch: range, target: Stack
 
 
 def _join(tensors: list[Tensor], dim: int, out: Tensor, scales: Tensor | None = None) -> None:
-    """Concatenate into `out`, scaled in float32 or wider and rounded once."""
+    """Concatenate into `out`, scaled in float32 or wider, and rounded once."""
     if any(tensor.dtype != out.dtype for tensor in tensors):
         wide = torch.promote_types(out.dtype, torch.float32)
         tensors = [tensor.to(wide) for tensor in tensors]
@@ -126,7 +126,7 @@ def _join(tensors: list[Tensor], dim: int, out: Tensor, scales: Tensor | None = 
 def _scales(
     entries: Sequence[tuple[UpstreamAdapter, FactorKeys]], dtype: torch.dtype, dims_behind: int
 ) -> Tensor | None:
-    """The scale of every column of B, in a shape to multiply it with; None where all are 1."""
+    """The scale of every column of B, in a shape that broadcasts; None if all are 1."""
     scales = [factors.scale for _, factors in entries for _ in range(factors.rank)]
     if all(scale == 1 for scale in scales):
         return None
@@ -139,9 +139,9 @@ def _scaled(tensor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _is_surely_finite(stacked: StackedFactors) -> bool:
-    """Whether all values are finite, and their products, too: no entry of B A exceeds the product of the norms.
+    """Whether all values and their products are finite: no entry of B A exceeds the product of the norms.
 
-    False where a norm overflows, which proves nothing yet.
+    False if a norm overflows, which does not prove that a value does.
     """
     norms = [torch.linalg.vector_norm(t).item() for t in (stacked.A, stacked.B, stacked.bias) if t is not None]
     return all(map(math.isfinite, norms)) and norms[0] * norms[1] < torch.finfo(torch.float32).max
@@ -173,5 +173,5 @@ def _require_finite(adapter: UpstreamAdapter, module: str, factors: FactorKeys, 
         raise AdapterError(
             adapter.name,
             f"module {quoted(module)}: values up to {A:.2g} in lora_A and {B:.2g} in lora_B (scaled) can overflow in "
-            f"their product of rank {factors.rank}: no training gives such factors",
+            f"their product of rank {factors.rank}: no training produces such factors",
         )

@@ -85,7 +85,7 @@ class WeightsFile:
         return self._entries[key].dtype
 
     def is_floating_point(self, key: str) -> bool:
-        """Whether the values are real numbers, each with an element of its own."""
+        """Whether each element is one real floating-point number."""
         return self._entries[key].is_floating_point
 
     def read(self, key: str) -> Tensor:
@@ -96,13 +96,13 @@ class WeightsFile:
             if self._opened is None:
                 self._opened = safe_open(self._path, framework="pt", device="cpu")
                 if _version(self._path.stat()) != self._version:
-                    raise OSError("another process has replaced it meanwhile; try again")
+                    raise OSError("another process replaced it meanwhile; try again")
             return self._opened.get_tensor(key)
         except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
             raise AdapterError(self._name, f"{self._path} cannot be read at {key!r}: {error}") from error
 
     def unmap(self) -> None:
-        """Let go of the mapped file; the memory is free once the tensors that were read are gone, too."""
+        """Release the mapped file; its memory is freed once the tensors that were read are gone, too."""
         self._opened = None
         self._pickled = None
 
@@ -116,7 +116,7 @@ class WeightsFile:
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
-    """What is another once a file was replaced."""
+    """Changes whenever the file is replaced."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -132,7 +132,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
 
 
 def keys_of(path: Path) -> list[str]:
-    """The keys of a safetensors file; none if it cannot be read."""
+    """The keys of a safetensors file; empty if it cannot be read."""
     try:
         with safe_open(path, framework="numpy") as file:
             return [*file.keys()]

@@ -560,9 +560,9 @@ def test_heads_are_logged_and_retrained_embeddings_listed_in_one_warning(
 
     texts = [str(warning.message) for warning in caught if "not mixed" in str(warning.message)]
     assert texts == [
-        "These entries of the upstream adapters are not LoRA factors and are not mixed: "
+        "These tensors of the upstream adapters are not LoRA factors and are not mixed: "
         "'embedding': bert.embeddings.word_embeddings.weight. "
-        "Without them such an adapter is not quite what was trained."
+        "Without them, these adapters are not exactly what was trained."
     ]
     assert caplog.messages == [
         "The heads of the upstream adapters are not mixed: 'head': classifier.bias, classifier.weight."
@@ -627,7 +627,7 @@ def refuse(
 
 
 def test_a_revision_within_a_hub_id_is_told_how_to_be_written() -> None:
-    message = 'and a Hub id has no @; for a revision of it write {"path": "you/lora-b", "revision": "v2"}'
+    message = 'and a Hub id has no @; to give a revision, write {"path": "you/lora-b", "revision": "v2"}'
     refuse(tiny.build("mlp"), "you/lora-b@v2", message=message)
 
 
@@ -642,7 +642,7 @@ def test_a_subfolder_that_does_not_exist(good: Path) -> None:
 
 def test_a_file_in_place_of_a_folder(good: Path, bad: Path) -> None:
     file = bad / "adapter_model.safetensors"
-    message = f"there is no folder {file}: it is a file; give the folder that it is in"
+    message = f"there is no folder {file}: it is a file; give the folder that holds it"
     refuse(tiny.build("mlp"), good, file, message=message)
 
 
@@ -656,7 +656,7 @@ def test_a_folder_without_weights(good: Path, bad: Path) -> None:
     ("content", "message"),
     [
         (None, "is not an adapter: it has no adapter_config.json"),
-        (b"", "adapter_config.json is empty: a download or a save was cut short"),
+        (b"", "adapter_config.json is empty: a download or a save was interrupted"),
         (b"\n", "adapter_config.json is not valid JSON: Expecting value"),
         (b"{'peft_type': 'LORA'}", "adapter_config.json is not valid JSON: Expecting property name"),
         (b"\xff\xfe\x00", "adapter_config.json is not valid JSON: 'utf-8' codec can't decode"),
@@ -722,9 +722,9 @@ def test_dora(config_tells: bool, good: Path, tmp_path: Path) -> None:
     folder = tiny.save_lora(tmp_path / "bad", base, ["lin0"], use_dora=True)
     edit_config(folder, use_dora=config_tells)
     message = "it is a DoRA adapter" + (
-        ", whose update is not the product B A; convert it first, with peft.convert_to_lora"
+        ", whose update is not the product B A; convert it first with peft.convert_to_lora"
         if config_tells
-        else " (base_model.model.lin0.lora_magnitude_vector); convert it first, with peft.convert_to_lora"
+        else " (base_model.model.lin0.lora_magnitude_vector); convert it first with peft.convert_to_lora"
     )
     refuse(base, good, folder, message=message)
 
@@ -755,7 +755,7 @@ def test_variants_that_are_not_a_plain_product(setting: str, value: Any, good: P
 )
 def test_what_may_be_a_variant_of_a_newer_peft(setting: str, value: Any, good: Path, bad: Path) -> None:
     edit_config(bad, **{setting: value})
-    message = "does not know what that is, and it may be a variant that is not a plain product B A; upgrade PEFT"
+    message = "does not know this setting, and it may be a variant that is not a plain product B A; upgrade PEFT"
     refuse(tiny.build("mlp"), good, bad, message=message)
 
 
@@ -889,17 +889,21 @@ def test_another_hidden_size(tmp_path: Path) -> None:
         (
             "lin0.lora_A.weight",
             (3, 10),
-            "module 'lin0': its config says rank 4 but lora_A has 3 rows; the scale is unknown",
+            "module 'lin0': its config says rank 4, but lora_A has 3 rows, so that the scale is unknown",
         ),
         # As DeepSpeed ZeRO-3 and FSDP leave them where nobody gathered the values before saving.
         (
             "lin0.lora_A.weight",
             (0,),
-            "module 'lin0': lora_A is empty (shape (0,)), as 1 of the 4 tensors are. So adapters are saved under",
+            "module 'lin0': lora_A is empty (shape (0,)), like 1 of the 4 tensors. This happens when an adapter",
         ),
-        ("lin0.lora_A.weight", (0, 10), "module 'lin0': lora_A is empty (shape (0, 10)), as 1 of the 4 tensors are."),
-        ("lin0.lora_B.weight", (40,), "module 'lin0': lora_B is no matrix (shape (40,)). So adapters are saved under"),
-        ("lin0.lora_A.weight", (), "module 'lin0': lora_A is no matrix (shape ())."),
+        ("lin0.lora_A.weight", (0, 10), "module 'lin0': lora_A is empty (shape (0, 10)), like 1 of the 4 tensors."),
+        (
+            "lin0.lora_B.weight",
+            (40,),
+            "module 'lin0': lora_B is not a matrix (shape (40,)). This happens when an adapter",
+        ),
+        ("lin0.lora_A.weight", (), "module 'lin0': lora_A is not a matrix (shape ())."),
     ],
 )
 def test_factors_that_do_not_fit(key: str, shape: tuple[int, ...], message: str, good: Path, bad: Path) -> None:
@@ -910,9 +914,9 @@ def test_factors_that_do_not_fit(key: str, shape: tuple[int, ...], message: str,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 8}, "module 'lin0': its config says rank 8 but lora_A has 4 rows"),
-        ({"rank_pattern": {"lin1": 2}}, "module 'lin1': its config says rank 2 but lora_A has 4 rows"),
-        ({"lora_alpha": 1e300}, "module 'lin0': lora_alpha is 1e+300, more than float32 holds"),
+        ({"r": 8}, "module 'lin0': its config says rank 8, but lora_A has 4 rows"),
+        ({"rank_pattern": {"lin1": 2}}, "module 'lin1': its config says rank 2, but lora_A has 4 rows"),
+        ({"lora_alpha": 1e300}, "module 'lin0': lora_alpha is 1e+300, which float32 cannot hold"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
@@ -1016,7 +1020,7 @@ def test_a_missing_factor(removed: str, message: str, good: Path, bad: Path) -> 
 def test_no_factors_at_all(good: Path, bad: Path) -> None:
     rename_keys(bad, lambda key: key.replace("lora_", ""))
     message = (
-        "its weights hold no LoRA factors: of their 4 keys none is one, they are 'base_model.model.lin0.A.weight', '"
+        "its weights hold no LoRA factors: none of their 4 keys is one, they are 'base_model.model.lin0.A.weight', '"
     )
     refuse(tiny.build("mlp"), good, bad, message=message)
 
@@ -1025,7 +1029,9 @@ def test_no_factors_at_all(good: Path, bad: Path) -> None:
 def test_no_tensors_at_all(save: Callable[[Path], Path], good: Path, bad: Path) -> None:
     edit_tensors(bad, lambda tensors: tensors.clear())
     save(bad)
-    refuse(tiny.build("mlp"), good, bad, message="its weights hold no tensors at all. Old training scripts replaced")
+    refuse(
+        tiny.build("mlp"), good, bad, message="its weights file holds no tensors. Some old training scripts replaced"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1131,14 +1137,14 @@ def test_a_damaged_file(file: str, break_it: Callable[[bytes], bytes], good: Pat
         as_pickle(bad)
     (bad / file).write_bytes(break_it((bad / file).read_bytes()))
     message = {
-        b"": "is empty: a download or a save was cut short",
+        b"": "is empty: a download or a save was interrupted",
         b"version": "is a Git LFS pointer, not the file itself: the repository was cloned without git-lfs. Run `git",
         b"<!DOCTY": "is a web page, not the file itself.",
     }.get(
         (bad / file).read_bytes()[:7],
         {
             "adapter_model.safetensors": "is not a readable safetensors file",
-            "adapter_model.bin": "is a pickle that holds more than tensors, or is damaged, and is not loaded",
+            "adapter_model.bin": "is a pickle that holds more than tensors or is damaged, and is not loaded",
         }[file],
     )
     refuse(tiny.build("mlp"), good, bad, message=f"{bad / file} {message}")
@@ -1160,7 +1166,7 @@ def test_a_hostile_pickle_is_not_executed(zipped: bool, good: Path, bad: Path, t
     state = torch.load(bad / "adapter_model.bin")
     trap = {**state, "base_model.model.extra": _MakesAFolder(tmp_path / "owned")}
     torch.save(trap, bad / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
-    message = "adapter_model.bin is a pickle that holds more than tensors, or is damaged, and is not loaded"
+    message = "adapter_model.bin is a pickle that holds more than tensors or is damaged, and is not loaded"
     refuse(tiny.build("mlp"), good, bad, message=message)
     assert not (tmp_path / "owned").exists()
     torch.load(bad / "adapter_model.bin", weights_only=False)  # the trap does work
@@ -1170,7 +1176,7 @@ def test_a_hostile_pickle_is_not_executed(zipped: bool, good: Path, bad: Path, t
 def test_a_pickle_of_something_else(good: Path, bad: Path) -> None:
     as_pickle(bad)
     torch.save({"model": {"weight": torch.ones(2)}}, bad / "adapter_model.bin")
-    refuse(tiny.build("mlp"), good, bad, message="does not hold a state dict of tensors")
+    refuse(tiny.build("mlp"), good, bad, message="is not a state dict of tensors")
 
 
 def test_safetensors_are_preferred_to_a_pickle_beside_them(bad: Path) -> None:

@@ -114,7 +114,7 @@ def test_copies_compose_with_one_warning_that_names_both(used_on: str, trio: lis
         warnings.simplefilter("always")
         model = compose(base, *trio)
     [text] = [str(warning.message) for warning in caught if "copies" in str(warning.message)]
-    assert f"these are copies of the base model {used_on!r}" in text
+    assert f"these models are copies of the base model {used_on!r}" in text
     assert "'unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit' ('1')" in text
     assert "'mlx-community/Meta-Llama-3.1-8B-Instruct-4bit' ('2')" in text
     assert (f"{LLAMA!r} ('0')" in text) == (used_on != LLAMA)
@@ -133,7 +133,7 @@ def test_what_the_error_advises_lets_another_name_in(trio: list[Path], tmp_path:
     edit_config(trio[1], base_model_name_or_path="someone/my-llama")
     base = tiny.build("mlp").double()
     base.name_or_path = LLAMA
-    advice = "leave names aside: CompositionConfig(check_base_model=False), or --no-check-base on the command line"
+    advice = "pass CompositionConfig(check_base_model=False), or --no-check-base on the command line"
     refuse(base, *trio[:2], message=f"it was trained on 'someone/my-llama', but the model is {LLAMA!r}.")
     refuse(base, *trio[:2], message=advice)
 
@@ -203,7 +203,7 @@ def test_inspection_notes_copies_and_refuses_others(trio: list[Path], tmp_path: 
     reports = inspect_adapters(references)
     assert [report.is_composable for report in reports] == [True, True, True, False]
     assert [len(report.notes) for report in reports] == [0, 1, 1, 0]
-    assert "these are copies of the base model" in reports[1].notes[0]
+    assert "these models are copies of the base model" in reports[1].notes[0]
     assert "--no-check-base" in str(reports[3].reason)
     assert all(report.is_composable for report in inspect_adapters(references, check_base_model=False))
 

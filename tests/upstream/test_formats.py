@@ -50,15 +50,15 @@ KOHYA_KEYS = [
     "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",
 ]
 OF_FORMAT = {
-    "MLX": "it is an adapter of MLX. To convert it, save the transposes of lora_a and lora_b",
+    "MLX": "it is an MLX adapter. To convert it, save the transposes of lora_a and lora_b",
     "AdapterHub": "it is an adapter of AdapterHub's library. To convert it",
     "kohya": "it is in the format of kohya's scripts, for image models. To convert it, load it in diffusers",
     "diffusers": "it is in the format of diffusers. To convert it",
     "sharded": "its weights are sharded over several files",
-    "GGUF": "it is an adapter of llama.cpp (GGUF)",
+    "GGUF": "it is a llama.cpp adapter (GGUF)",
     "model": "it is a whole model, not an adapter",
-    "alone": "the weights of a LoRA alone do not tell its scale",
-    "subfolder": "there are adapters in its folders ('checkpoint-10', 'checkpoint-20'). Say which: ",
+    "alone": "the weights of a LoRA do not contain its scale",
+    "subfolder": "there are adapters in its subfolders ('checkpoint-10', 'checkpoint-20'). Choose one: ",
 }
 
 
@@ -204,7 +204,7 @@ def test_the_advised_subfolder_composes(tmp_path: Path) -> None:
     inner = tiny.save_lora(tmp_path / "bad" / "sst", base, ["lin0"])
     reference = Reference(base, [inner])
     advice = '{"path": ..., "subfolder": "sst"}'
-    refuse(base, tmp_path / "bad", message=f"there are adapters in its folders ('sst'). Say which: {advice}")
+    refuse(base, tmp_path / "bad", message=f"there are adapters in its subfolders ('sst'). Choose one: {advice}")
     assert_products(compose(base, {"path": tmp_path / "bad", "subfolder": "sst"}), reference)
 
 
@@ -243,7 +243,9 @@ class Causal(nn.Module):
 def test_a_vocabulary_that_was_enlarged(module: str, trained: int, used: int, when: str, tmp_path: Path) -> None:
     folder = tiny.save_lora(tmp_path / "bad", Causal(trained), [module, "lin"])
     base = Causal(used).double()
-    message = f"Its vocabulary has {trained} entries, not {used}: that of the model was enlarged {when} the adapter"
+    message = (
+        f"Its vocabulary has {trained} entries, not {used}: the model's vocabulary was enlarged {when} the adapter"
+    )
     refuse(base, folder, message=message)
 
     # Both ways out that it names.

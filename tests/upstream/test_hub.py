@@ -313,28 +313,28 @@ def test_a_token_from_hf_auth_login(hub: HubServer, online: Client, adapters: Ad
         (
             "",
             "me/secret",
-            "me/secret is neither a folder here nor a repository on the Hub that you can read; a private",
+            "me/secret is neither a local folder nor a Hub repository that you can read; for a private",
         ),
         (
             HubServer.token_of_another,
             "me/secret",
-            "me/secret is neither a folder here nor a repository on the Hub that you can read",
+            "me/secret is neither a local folder nor a Hub repository that you can read",
         ),
         ("", "me/fenced", "me/fenced is gated: accept its terms on the Hub and log in"),
         (HubServer.token_of_another, "me/fenced", "me/fenced is gated: accept its terms on the Hub and log in"),
-        ("hf_expired", "me/public", "me/public could not be fetched: "),
-        ("", "me/nowhere", "me/nowhere is neither a folder here nor a repository on the Hub that you can read"),
+        ("hf_expired", "me/public", "me/public could not be downloaded: "),
+        ("", "me/nowhere", "me/nowhere is neither a local folder nor a Hub repository that you can read"),
         ("", {"path": "me/open", "revision": "v9"}, "me/open has no revision 'v9'"),
         ("", {"path": "me/open", "subfolder": "no"}, "me/open is not an adapter: it has no adapter_config.json"),
         ("", "me/model", "me/model is not an adapter: it has no adapter_config.json; it is a whole model"),
         (
             "",
             {"path": "me/runs", "subfolder": "sst"},
-            "me/runs is not an adapter: it has no adapter_config.json; there are adapters in its folders ('last').",
+            "me/runs is not an adapter: it has no adapter_config.json; there are adapters in its subfolders ('last').",
         ),
-        ("", "me/mlx", "me/mlx has neither adapter_model.safetensors nor adapter_model.bin; it is an adapter of MLX"),
+        ("", "me/mlx", "me/mlx has neither adapter_model.safetensors nor adapter_model.bin; it is an MLX adapter"),
         ("", "me/no-weights", "me/no-weights has neither adapter_model.safetensors nor adapter_model.bin"),
-        ("", "not a Hub id!", "'not a Hub id!' is neither a folder here nor a Hub id"),
+        ("", "not a Hub id!", "'not a Hub id!' is neither a local folder nor a Hub id"),
     ],
     ids=lambda value: str(value) if len(str(value)) < 40 else "",
 )
@@ -506,7 +506,7 @@ def test_a_connection_that_breaks_before_an_answer_names_the_adapter(
     error = online(compose, [{"path": repo, "name": "mine"}]).error
 
     assert error.startswith(f"AdapterError: adapter 'mine': {repo}")
-    assert "could not be fetched" in error
+    assert "could not be downloaded" in error
     hub.cut(repo, file, method=method)
     adapters.check(online(compose, [repo]), lora)
 
@@ -580,7 +580,7 @@ def test_what_is_not_in_the_cache(
         error = offline(compose, [reference]).error
     else:
         error = online(compose, [{**reference, "local_files_only": True}]).error
-    assert error.startswith("AdapterError: adapter 'mine': me/uncached is neither a folder here nor in the Hub cache")
+    assert error.startswith("AdapterError: adapter 'mine': me/uncached is neither a local folder nor in the Hub cache")
     assert hub.requests == []
 
 

@@ -116,7 +116,7 @@ def test_what_says_nothing_of_the_product_does_not_matter(changes: dict[str, Any
     [
         (b'{"peft_type": "LORA", "r": ' + b"[" * 100_000, "is not valid JSON: maximum recursion depth exceeded"),
         (b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
-        (b'{"peft_type": "LORA", "r": 4}' + b" " * MAX_CONFIG_BYTES, "too large for a config"),
+        (b'{"peft_type": "LORA", "r": 4}' + b" " * MAX_CONFIG_BYTES, "too many for a config"),
         (b'{"peft_type": "LORA", "r": \xff}', "is not valid JSON: 'utf-8' codec can't decode"),
         (b"null", "does not describe a PEFT adapter"),
         (b"\0" * 10, "is not valid JSON"),
@@ -139,7 +139,7 @@ def test_a_config_with_a_byte_order_mark(bad: Path) -> None:
 def test_a_sparse_config_of_gigabytes(good: Path, bad: Path) -> None:
     os.truncate(bad / "adapter_config.json", 10 << 30)
     start = time.process_time()
-    refuse(good, bad, "too large for a config")
+    refuse(good, bad, "too many for a config")
     assert time.process_time() - start < 5
 
 
