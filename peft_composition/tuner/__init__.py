@@ -1,1 +1,1 @@
-"""Mixes: the PEFT tuner. The formulas are in `functional`, the modules in `layer`, the whole in `model`."""
+"""The PEFT tuner that mixes adapters: formulas in `functional`, layers in `layer`, the tuner in `model`."""

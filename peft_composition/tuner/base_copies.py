@@ -1,4 +1,4 @@
-"""The copies of base weights that PEFT saves beside a LoRA on embeddings: the same as the model's own, or not?"""
+"""Compares the copies of base weights that PEFT saves with a LoRA on embeddings with the model's own weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from .base_model import BaseModel
 
 
 def warn_about_other_bases(adapters: Iterable[UpstreamAdapter], base: BaseModel) -> None:
-    """Say once which adapters were trained on other embeddings than those that the model has.
+    """Warn about adapters that were trained on embeddings other than the model's.
 
-    A copy that is the model's own weight says nothing; one that is not means that the adapter's update belongs to
-    other values.
+    A copy that differs from the model's weight means that the adapter's update belongs to other values.
 
     Args:
         adapters: the adapters.
@@ -31,8 +30,8 @@ def warn_about_other_bases(adapters: Iterable[UpstreamAdapter], base: BaseModel)
     if different:
         warnings.warn(
             f"These adapters were trained on other base weights than this model has: {'; '.join(different)}. Their "
-            "factors are mixed into the weights of this model. If they came with embeddings of their own (new tokens, "
-            "retrained ones), load these into the base model first.",
+            "factors are mixed into the weights of this model. If they have their own embeddings (new or retrained "
+            "tokens), load these into the base model first.",
             stacklevel=2,
         )
 
@@ -52,7 +51,7 @@ def _different_copies(adapter: UpstreamAdapter, base: BaseModel) -> Iterator[tup
 
 
 def _is_same(own: Tensor, copy: Tensor) -> bool:
-    """Whether two tensors have the same values, as far as the coarser of their dtypes tells."""
+    """Whether two tensors have the same values in the coarser of their dtypes."""
     if own.dtype == copy.dtype:
         return torch.equal(own, copy)
     wide = torch.promote_types(torch.promote_types(own.dtype, copy.dtype), torch.float32)

@@ -1,4 +1,4 @@
-"""What a base layer is: its shape, device, dtype, quantization and hooks."""
+"""Properties of a base layer: its shape, device, dtype, quantization and hooks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _is_tuner_layer(kind: type) -> bool:
 
 
 def real_device(device: torch.device | None) -> torch.device:
-    """Where constants are made for parameters on `device`: also for those that are on the meta device for a while."""
+    """The device for constants that belong to parameters on `device`, which may temporarily be the meta device."""
     return torch.device("cpu") if device is None or device.type == "meta" else device
 
 
@@ -46,18 +46,18 @@ def is_on_meta(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> Sequence[Any]:
-    """The hooks that accelerate has put on a module."""
+    """The hooks that accelerate has added to a module."""
     hook = module.__dict__.get("_hf_hook")
     return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate brings the parameters of a module in for every call, and takes them away after."""
+    """Whether a hook of accelerate loads the parameters of a module for every call and unloads them afterwards."""
     return "_hf_hook" in module.__dict__ and any(getattr(hook, "offload", False) for hook in hooks_of(module))
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether something waits for calls of this very module: hooks of any kind, or a forward of its own."""
+    """Whether a call of this module has side effects: hooks of any kind, or a replaced forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -69,27 +69,29 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def layer_shape(base_layer: nn.Module, **quantization_kwargs: Any) -> LayerShape:
-    """What factors a layer needs, never read from a weight that may be quantized.
+    """The shape of the factors that a layer needs; never read from a weight, which may be quantized.
 
     Args:
         base_layer: a layer of the base model.
-        **quantization_kwargs: what PEFT's `resolve_quantization_backend` needs for some backends.
+        **quantization_kwargs: arguments that PEFT's `resolve_quantization_backend` needs for some backends.
 
     Returns:
-        The shape, with a `refusal` for layers that have one but cannot hold a composition.
+        The shape, with a `refusal` for layers that cannot be composed.
     """
     kind = type(base_layer).__name__
     if isinstance(base_layer, nn.Embedding):
         refusal = None
         if base_layer.max_norm is not None:
-            refusal = f"it has max_norm={base_layer.max_norm}, which rescales its rows and is no sum of weights"
+            refusal = (
+                f"it has max_norm={base_layer.max_norm}, which rescales its rows, so that an update cannot be added"
+            )
         return LayerShape(
             kind, (base_layer.num_embeddings,), base_layer.embedding_dim, is_embedding=True, refusal=refusal
         )
     if isinstance(base_layer, CONVOLUTIONS):
         refusal = None
         if base_layer.groups != 1:
-            refusal = f"it has groups={base_layer.groups}, and the product B A is no weight of a grouped convolution"
+            refusal = f"it has groups={base_layer.groups}, and B A is not the weight of a grouped convolution"
         return LayerShape(
             kind, (base_layer.in_channels, *base_layer.kernel_size), base_layer.out_channels, refusal=refusal
         )
@@ -111,30 +113,30 @@ def _linear_features(base_layer: nn.Module, **quantization_kwargs: Any) -> tuple
 
 
 def quantization_backend_of(base_layer: nn.Module, **quantization_kwargs: Any) -> QuantizationBackend | None:
-    """PEFT's backend for a quantized base layer; None for one with plain weights, and for other kinds of layers.
+    """PEFT's backend for a quantized base layer; None for plain weights and for other kinds of layers.
 
-    What PEFT takes for a plain layer although its weights are codes (optimum-quanto's, or those of transformers' own
-    quantized linear layers) gets a backend that cannot merge: adding an update to codes gives garbage, without an
-    error. So do torchao weights that nothing tells how to quantize again.
+    PEFT treats some layers as plain although their weights are codes (optimum-quanto's, or those of transformers' own
+    quantized linear layers). They get a backend that cannot merge, because adding an update to codes gives garbage
+    without an error. So do torchao weights if it is unknown how to quantize them again.
     """
     try:
         backend = resolve_quantization_backend(base_layer, **quantization_kwargs)
     except ValueError:  # torchao weights in a model that transformers did not quantize
         return ForwardOnlyQuantizationBackend("torchao, outside of transformers")
     if isinstance(base_layer, (nn.Embedding, *CONVOLUTIONS)) and backend is not None:
-        return ForwardOnlyQuantizationBackend(backend.backend_name)  # it would put back plain weights
+        return ForwardOnlyQuantizationBackend(backend.backend_name)  # it would leave plain weights
     if backend is None and isinstance(base_layer, PLAIN_LAYERS) and not _has_plain_weight(base_layer):
         return ForwardOnlyQuantizationBackend("unknown to PEFT")
     return backend
 
 
 def type_name(base_layer: nn.Module) -> str:
-    """The class of a layer with its module."""
+    """The class of a layer, with the module that defines it."""
     return f"{type(base_layer).__module__}.{type(base_layer).__qualname__}"
 
 
 def _has_plain_weight(base_layer: nn.Module) -> bool:
-    """Whether the weight is the numbers that the layer computes with, and not codes of them."""
+    """Whether the weight holds the numbers that the layer computes with, not codes."""
     weight = getattr(base_layer, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return False
@@ -144,9 +146,9 @@ def _has_plain_weight(base_layer: nn.Module) -> bool:
 
 
 def device_of(base_layer: nn.Module) -> torch.device:
-    """The device a base layer computes on: where its weight is, or where accelerate brings it when it is offloaded.
+    """The device that a base layer computes on: that of its weight, or where accelerate loads an offloaded weight.
 
-    Quantized layers name their weight in several ways.
+    Quantized layers have several names for their weight.
     """
     if is_offloaded(base_layer):
         for hook in hooks_of(base_layer):
@@ -160,16 +162,16 @@ def device_of(base_layer: nn.Module) -> torch.device:
 
 
 def compute_dtype(base_layer: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype a base layer computes in.
+    """The dtype that a base layer computes in.
 
     Args:
         base_layer: the layer, quantized or not.
-        default: the model's dtype, for layers that do not tell (8-bit codes, float8 weights).
+        default: the model's dtype, for layers that do not show theirs (8-bit codes, float8 weights).
 
     Returns:
         A dtype of at least 16 bits.
     """
-    weight = getattr(base_layer, "weight", None)  # GPTQ's is no tensor, HQQ and AQLM have none
+    weight = getattr(base_layer, "weight", None)  # GPTQ's is not a tensor; HQQ and AQLM have none
     of_weight = weight.dtype if isinstance(weight, Tensor) else None
     for candidate in (getattr(base_layer, "compute_dtype", None), of_weight):
         if isinstance(candidate, torch.dtype) and candidate.is_floating_point and candidate.itemsize >= 2:

@@ -1,4 +1,4 @@
-"""`BaseModel`: what a composition has to know of the model that it is put into, read once and handed around whole."""
+"""`BaseModel`: the properties of a model that a composition needs, read once and passed as one object."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .parameters import ParameterWrapper
 
 
 class BaseModel:
-    """The layers of a base model by name, with or without compositions beside them; nothing of it is changed.
+    """The layers of a base model by name, with or without compositions; the model is not changed.
 
     Args:
         model: the model; may be on the meta device.
 
     Attributes:
         model: the model.
-        layers: its base layers by name; of a layer that a composition wraps the wrapped one.
-        quantization_kwargs: what PEFT needs besides for some kinds of quantization.
+        layers: its base layers by name; for a composed layer, the layer inside the wrapper.
+        quantization_kwargs: arguments that PEFT needs for some kinds of quantization.
 
     Raises:
-        ValueError: a layer carries an adapter of another method.
+        ValueError: a layer has an adapter of another method.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,22 +46,22 @@ class BaseModel:
 
     @property
     def name(self) -> str | None:
-        """The Hub id or folder that it was loaded from."""
+        """The Hub id or folder that the model was loaded from."""
         return getattr(self.model, "name_or_path", None)
 
     @property
     def num_labels(self) -> int | None:
-        """How many classes a classifier of transformers has; who loads the composition must build the same head."""
+        """The number of classes of a transformers classifier; loading the composition needs the same number."""
         if not isinstance(self.model, PreTrainedModel) or "Classification" not in type(self.model).__name__:
             return None
         return self.model.config.num_labels
 
     def parameter(self, name: str) -> TargetParameter | None:
-        """The parameter that a composed name stands for; None where it is the name of a layer, or of nothing."""
+        """The parameter with a composed name; None if the name is that of a layer, or unknown."""
         return find_parameter(self.layers, name)
 
     def parameters(self, composed: Iterable[str]) -> dict[str, dict[str, TargetParameter]]:
-        """The parameters among composed names, by the module they belong to."""
+        """The parameters among composed names, by their module."""
         found: dict[str, dict[str, TargetParameter]] = {}
         for name in composed:
             parameter = self.parameter(name)
@@ -70,14 +70,14 @@ class BaseModel:
         return found
 
     def _shape_of(self, name: str) -> LayerShape | None:
-        """What factors must look like, by the name of a module or parameter; None where the model has no such."""
+        """The shape of the factors of a module or parameter, by name; None if the model does not have it."""
         parameter = self.parameter(name)
         if parameter is not None:
             return parameter_shape(self.layers, parameter)
         return layer_shape(self.layers[name], **self.quantization_kwargs) if name in self.layers else None
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype of the factors of a module or parameter: that in which it computes."""
+        """The dtype of the factors of a module or parameter: the dtype that it computes in."""
         parameter = self.parameter(name)
         if parameter is None:
             return compute_dtype(self.layers[name], self._dtype)
@@ -89,7 +89,7 @@ class BaseModel:
         return compat.key_renamer(self.model, dict.fromkeys((f"{name}.weight" for name in self.layers), True))
 
     def _current_name(self, module: str) -> str:
-        """Today's name for one of older transformers, or of the model with or without its head."""
+        """The current name of a module that older transformers, or the model without its head, name differently."""
         if not isinstance(self.model, PreTrainedModel):
             return module
         if module in self.layers or self.parameter(module) is not None:
@@ -99,11 +99,11 @@ class BaseModel:
 
 
 def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Base layers by name; inside a layer that a composition already wraps only the wrapped one counts.
+    """Base layers by name; for a composed layer, only the layer inside the wrapper.
 
-    Wrappers around parameters are looked through.
+    Wrappers around parameters are ignored.
 
-    A composition beside layers of another PEFT method would save and train them with its own: it is refused.
+    Layers of another PEFT method are refused, because the composition would save and train them as its own.
     """
     targets: dict[str, nn.Module] = {}
     wrappers: list[str] = []
@@ -111,9 +111,9 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if is_tuner_layer(module) and not isinstance(module, CompositionLayer):
             raise ValueError(
-                f"Module {name!r} already carries an adapter of another kind ({type(module).__module__}). Compose, or "
-                "load the composition, first, and put the other adapter on afterwards; or merge that one "
-                "(merge_and_unload) or take it off (unload) before."
+                f"Module {name!r} already has an adapter of another kind ({type(module).__module__}). Compose or load "
+                "the composition first and add the other adapter afterwards; or merge that adapter first "
+                "(merge_and_unload) or remove it (unload)."
             )
         if wrapped is not None and name.startswith(wrapped):  # what is inside comes right after it
             continue

@@ -1,4 +1,4 @@
-"""Parameters of the base model that are composed by themselves: finding them, and their shapes."""
+"""Finds parameters of the base model that are composed directly, and the shapes of their factors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"
 
 @dataclass(frozen=True)
 class TargetParameter:
-    """A parameter that is composed as it stands, because its module uses it without calling a layer for it.
+    """A parameter that is composed directly, because its module uses it without calling a layer.
 
     Attributes:
-        owner: name of the module that is wrapped.
-        module: that module.
+        owner: name of the wrapped module.
+        module: the module.
         key: name of the parameter for the composition: `gate_up_proj`; `in_proj_weight` or `out_proj` of an attention.
         path: from the module to the parameter: `gate_up_proj`, `out_proj.weight`.
     """
@@ -31,13 +31,13 @@ class TargetParameter:
 
     @property
     def parameter(self) -> Tensor | None:
-        """The parameter itself; None where it is no parameter of its own any more."""
+        """The parameter itself; None if it no longer exists."""
         module, _, name = self.path.rpartition(".")
         return self.module.get_submodule(module)._parameters.get(name)
 
 
 def find_parameter(layers: Mapping[str, nn.Module], name: str) -> TargetParameter | None:
-    """The parameter that a composed name stands for; None where it is the name of a layer, or of nothing.
+    """The parameter with a composed name; None if the name is that of a layer, or unknown.
 
     Args:
         layers: the modules of the base model by name.
@@ -55,15 +55,15 @@ def find_parameter(layers: Mapping[str, nn.Module], name: str) -> TargetParamete
 
 
 def parameter_shape(layers: Mapping[str, nn.Module], target: TargetParameter) -> LayerShape:
-    """What the factors of a parameter must look like, as PEFT's `ParamWrapper` and `MultiheadAttention` make them."""
+    """The shape of the factors of a parameter, as in PEFT's `ParamWrapper` and `MultiheadAttention`."""
     kind, parameter = f"{type(target.module).__name__}.{target.path}", target.parameter
     if parameter is None:
-        return LayerShape(kind, (), 0, refusal="its queries, keys and values have weights of their own")
+        return LayerShape(kind, (), 0, refusal="its queries, keys and values have separate weights")
     refusal = _refusal(layers, target, parameter)
     if parameter.dim() == 2:
         return LayerShape(kind, (parameter.shape[1],), parameter.shape[0], refusal=refusal)
     if parameter.dim() != 3:
-        return LayerShape(kind, (), 0, refusal=f"LoRA knows parameters of 2 and 3 dimensions, not {parameter.dim()}")
+        return LayerShape(kind, (), 0, refusal=f"LoRA needs a parameter of 2 or 3 dimensions, not {parameter.dim()}")
     experts, first, last = parameter.shape
     is_transposed = bool(getattr(target.module, "is_transposed", False))
     if experts == 1 and is_transposed:
@@ -78,8 +78,8 @@ def _refusal(layers: Mapping[str, nn.Module], target: TargetParameter, parameter
     parent, _, name = target.owner.rpartition(".")
     if name == OUT_PROJ and isinstance(layers.get(parent), nn.MultiheadAttention):
         return (
-            f"nn.MultiheadAttention never calls its {OUT_PROJ}, so that a LoRA on it alone has no effect. Name it in "
-            f"exclude_modules, or train one on {parent!r}"
+            f"nn.MultiheadAttention never calls its {OUT_PROJ}, so that a LoRA on it alone has no effect. Add it to "
+            f"exclude_modules, or train a LoRA on {parent!r}"
         )
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return f"its values are quantized ({parameter.dtype}), and an update cannot be added to them"

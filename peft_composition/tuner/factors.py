@@ -17,7 +17,7 @@ from .merged import dense_is_smaller
 
 
 def _mark_unwritten(parameter: nn.Parameter) -> None:
-    """Make the first value NaN, which no factor is."""
+    """Set the first value to NaN, which no factor contains."""
     if not parameter.is_meta and parameter.numel():
         _first(parameter).fill_(math.nan)
 
@@ -31,14 +31,14 @@ def _first(parameter: nn.Parameter) -> Tensor:
 
 
 class Factors(nn.Module):
-    """The frozen factors of all upstream adapters for one module, stacked; never trainable.
+    """The stacked, frozen factors of all upstream adapters for one module.
 
     Args:
-        ranks: rank of every adapter, 0 where it does not touch the module.
-        shape: of the module.
-        has_bias: whether an adapter brings a LoRA bias.
+        ranks: rank of every adapter; 0 if it does not touch the module.
+        shape: shape of the module's factors.
+        has_bias: whether an adapter has a LoRA bias.
         dtype: compute dtype of the base layer.
-        device: of the base layer.
+        device: device of the base layer.
     """
 
     A: nn.Parameter
@@ -62,7 +62,7 @@ class Factors(nn.Module):
         self.dense_is_smaller = not shape.is_embedding and dense_is_smaller(total, *sizes)
         # In float16, folding changes A as well.
         self.copying_A_is_dear = shape.is_embedding and dtype == torch.float16
-        # A merged weight saves the base layer's own product as well, so that it may take twice the memory.
+        # A merged weight also replaces the base layer's own product, so it may take twice the memory.
         self.merged_is_kept = not shape.is_embedding and dense_is_smaller(2 * total, *sizes)
         bias_shape = (len(ranks), shape.out_features) if has_bias else None
         for name, size in (("A", shape.shape_of_A(total)), ("B", shape.shape_of_B(total)), ("bias", bias_shape)):
@@ -70,7 +70,7 @@ class Factors(nn.Module):
             if size is not None:
                 parameter = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
             self.register_parameter(name, parameter)
-        # Parameters whose values have not come yet. A plain dict, so that it registers nothing a second time.
+        # Parameters without values yet. A plain dict, which does not register them a second time.
         self._placeholders = {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
         for parameter in self._placeholders.values():
             _mark_unwritten(parameter)
@@ -80,10 +80,9 @@ class Factors(nn.Module):
 
     @property
     def is_pending(self) -> bool:
-        """Whether the factors were built from a saved configuration and their values never came.
+        """Whether the factors were built from a saved config and never loaded.
 
-        They come with other parameters, from a state dict, or are written into these, as TRL does that copies a
-        composition to have a reference.
+        Loading replaces the parameters, or writes into them, as TRL does when it copies a composition as a reference.
         """
         if not self._placeholders:
             return False
@@ -95,15 +94,16 @@ class Factors(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Factors:
         replica = cast(Factors, super()._replicate_for_data_parallel())
-        if not self.is_pending:  # a replica has no parameters that could be told from placeholders
+        if not self.is_pending:  # in a replica, parameters cannot be distinguished from placeholders
             replica._placeholders = {}
         return replica
 
     def fill(self, stacked: StackedFactors, device: torch.device) -> None:
-        """Take the values, also where the parameters were created on the meta device.
+        """Set the values, even if the parameters were created on the meta device.
 
-        The entries are set in the table of parameters itself: inside accelerate's `init_empty_weights` a registration
-        would throw the values away.
+        The entries are set directly in the table of parameters: inside accelerate's `init_empty_weights`, registering
+            them
+        would discard the values.
         """
         for name in ("A", "B", "bias"):
             tensor = getattr(stacked, name)
@@ -120,7 +120,9 @@ class Factors(nn.Module):
         if self._places is None:
             return None
         if self._places_here is None or self._places_here.device != device:
-            with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
+            with torch.inference_mode(
+                False
+            ):  # training will use it, which is impossible with tensors of inference mode
                 self._places_here = torch.tensor(self._places, dtype=torch.int64, device=device)
         return self._places_here
 
@@ -130,15 +132,15 @@ class Factors(nn.Module):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Factors:
-        """Nothing: upstream factors stay as they were trained."""
-        return self  # upstream factors stay as they were trained
+        """Does nothing: upstream factors are never trained."""
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         found = [name for name in self._placeholders if prefix + name in state_dict]
         if self.is_pending and found:
-            # The first values are taken over and not copied: N adapters shall not be in memory twice.
+            # The first values are used without a copy, so that N adapters are not in memory twice.
             taken = {prefix + name: self._as_placeholder(name, state_dict[prefix + name]) for name in found}
             state_dict = {**state_dict, **taken}
             local_metadata = {**local_metadata, "assign_to_params_buffers": True}
@@ -147,7 +149,7 @@ class Factors(nn.Module):
             del self._placeholders[name]
 
     def _as_placeholder(self, name: str, tensor: Tensor) -> Tensor:
-        """A loaded tensor in the dtype and on the device of the parameter that waits for it."""
+        """A loaded tensor in the dtype and on the device of the parameter that it replaces."""
         waiting = self._placeholders[name]
         return tensor.detach().to(tensor.device if waiting.is_meta else waiting.device, waiting.dtype)
 

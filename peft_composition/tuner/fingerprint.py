@@ -1,7 +1,8 @@
-"""The fingerprint of a composition: what its config says of its weights, kept as a tensor beside the weights.
+"""The fingerprint of a composition: the part of its config that describes the weights, saved as a tensor beside them.
 
-Config and weights are two files, and a save that is cut short can leave one of each. The fingerprint shows it on every
-way in. It is no parameter of the model: it is added when a state dict is made and taken out when one is loaded.
+Config and weights are two files, and an interrupted save can leave files that do not belong together. Every way of
+loading compares the fingerprint with the config. It is not a parameter of the model: it is added when a state dict is
+created and removed when one is loaded.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from ..upstream.errors import AdapterError
 from ..upstream.weights import WeightsFile
 
 
-# In a checkpoint, behind the path of the module that carries it. transformers hands a key with this end to
-# `set_extra_state`, as PyTorch does.
+# In a checkpoint, it follows the path of the module that carries it. transformers, like PyTorch, passes a key with
+# this suffix to `set_extra_state`.
 FINGERPRINT = "composition_fingerprint._extra_state"
 _ATTRIBUTE = "composition_fingerprint"
 _PREFIX, _INFIX = "base_model.model.", ".composition_"
@@ -38,52 +39,52 @@ _FILE = "adapter_config.json"
 
 
 def carrier(config: CompositionConfig) -> str:
-    """The composed module whose keys the fingerprint is saved with, the same whatever order a file has."""
+    """The composed module with whose keys the fingerprint is saved, independent of the order in a file."""
     assert config.composed_modules
     return min(config.composed_modules)
 
 
 def encode(config: CompositionConfig) -> Tensor:
-    """The fingerprint, uint8."""
+    """The fingerprint as a uint8 tensor."""
     text = json.dumps(summary(config), sort_keys=True, separators=(",", ":"))
     return torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
 
 
 def decode(fingerprint: Tensor) -> dict[str, Any]:
-    """What a fingerprint says.
+    """The content of a fingerprint.
 
     Raises:
-        ValueError: it is none, or damaged.
+        ValueError: the tensor is not a fingerprint, or is damaged.
     """
     try:
         unpacking = zlib.decompressobj()
         values = fingerprint.detach().cpu()
-        if values.is_floating_point():  # a mean of checkpoints, as in federated averaging, is off by a rounding
+        if values.is_floating_point():  # a mean of checkpoints, as in federated averaging, has rounding errors
             values = values.round()
         text = unpacking.decompress(values.to(torch.uint8).numpy().tobytes(), _LARGEST)
         said = json.loads(text) if unpacking.eof else None
     except (zlib.error, ValueError):
         said = None
     if not isinstance(said, dict):
-        raise ValueError("The fingerprint beside the weights of the saved composition is damaged.")
+        raise ValueError("The fingerprint in the weights file of the saved composition is damaged. Save it again.")
     return said
 
 
 def is_fingerprint(key: str) -> bool:
-    """Whether a key of a checkpoint is that of a fingerprint."""
+    """Whether a key of a checkpoint belongs to a fingerprint."""
     return key.endswith(f".{FINGERPRINT}")
 
 
 def add_fingerprint(
     config: CompositionConfig, adapter_name: str, found: Mapping[str, Tensor], selected: dict[str, Tensor]
 ) -> None:
-    """Put the fingerprint into what is saved of a composition, in place of any that came with it.
+    """Add the fingerprint to the tensors that are saved for a composition, replacing an earlier one.
 
     Args:
-        config: of the composition.
+        config: the composition's config.
         adapter_name: its name.
-        found: the state dict of the model, or what there is of it in this process.
-        selected: what is saved of it, by the same keys.
+        found: the state dict of the model, or this process's part of it.
+        selected: the tensors that are saved, by the same keys.
     """
     for key in [key for key in selected if f".{_ATTRIBUTE}." in key]:
         del selected[key]
@@ -94,7 +95,7 @@ def add_fingerprint(
     paths = {key.partition(infix)[0]: None for key in found for infix in infixes if infix in key}
     for path in paths:
         inner = path
-        while inner.startswith(_PREFIX):  # once more for every PeftModel around the composition's
+        while inner.startswith(_PREFIX):  # again for every PeftModel around the composition's
             inner = inner.removeprefix(_PREFIX)
         if name_in_checkpoint(inner, config.composed_modules) == carrier(config):
             selected[f"{path}.{_ATTRIBUTE}.{adapter_name}._extra_state"] = encode(config)
@@ -105,22 +106,22 @@ def require_same(config: CompositionConfig, fingerprint: Tensor) -> None:
     """Refuse weights that were saved with another config.
 
     Raises:
-        ValueError: they were; the message names the first difference.
+        ValueError: the configs differ; the message names the first difference.
     """
     said = decode(fingerprint)
     here = summary(config)
-    # As it was read: names of modules that an older transformers gave are brought up to date later.
+    # As it was read: module names from older transformers are updated later.
     if said in (here, config.summary_as_read) or said == json.loads(json.dumps(here)):  # where tuples are lists
         return
     raise ValueError(
         f"The weights of the saved composition and its {_FILE} do not belong together: {_difference(here, said)}. "
-        "Probably a save was cut short, or two saved into the same folder at once. Save the composition again, or "
-        "take both files from the same save."
+        "Probably a save was interrupted, or two processes saved into the same folder. Save the composition again, or "
+        "use two files from the same save."
     )
 
 
 def _difference(config: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
-    """The first thing that config and weights say differently, with both values."""
+    """The first difference between config and weights, with both values."""
     if config["adapters"] != weights.get("adapters"):
         return _both("the adapters are", config["adapters"], weights.get("adapters"))
     for name, one, other in zip(config["adapters"], config["sha256"], weights.get("sha256") or ()):
@@ -136,7 +137,7 @@ def _difference(config: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
     for field in sorted({*config, *weights}):
         if config.get(field) != weights.get(field):
             return _both(f"{quoted(field)} is", config.get(field), weights.get(field))
-    return "they differ in a way that this version does not know"
+    return "they differ in a field that this version does not know"
 
 
 def _both(what: str, config: object, weights: object) -> str:
@@ -148,13 +149,13 @@ def _shown(value: object) -> str:
 
 
 class AwaitedFingerprint(nn.Module):
-    """Waits in a model that is built from a saved config for the fingerprint that comes with the weights.
+    """Waits in a model that is built from a saved config for the fingerprint in the weights.
 
-    For transformers' own `load_adapter`, which fills in parameters one by one and asks nobody.
+    For transformers' own `load_adapter`, which sets parameters one by one without calling PEFT.
 
     Args:
-        config: what the fingerprint must say.
-        mixings: the mixing weights of the composition, by what shares them; may be filled in later.
+        config: the config that the fingerprint must match.
+        mixings: the mixing weights of the composition, by sharing key; may be filled later.
     """
 
     def __init__(self, config: CompositionConfig, mixings: Mapping[str, nn.Module]) -> None:
@@ -173,12 +174,12 @@ class AwaitedFingerprint(nn.Module):
         self._is_new = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """As PyTorch does, but a state dict of the model's own, without a fingerprint, lacks nothing."""
+        """Like PyTorch's, but the model's own state dict, without a fingerprint, counts as complete."""
         if f"{prefix}_extra_state" in state_dict:
             self.set_extra_state(state_dict[f"{prefix}_extra_state"])
 
     def train(self, mode: bool = True) -> AwaitedFingerprint:
-        """Whoever loads weights ends with this; by now the mixing weights are there, too."""
+        """All ways of loading weights end with this call, when the mixing weights are loaded, too."""
         if self._is_new:
             self._is_new = False
             for name, mixing in self._mixings.items():
@@ -189,26 +190,26 @@ class AwaitedFingerprint(nn.Module):
 
 
 def require_finite(module: str, theta: Tensor) -> None:
-    """Refuse mixing weights that no training gave."""
+    """Refuse mixing weights that are not finite."""
     values = (theta.to_local() if isinstance(theta, DTensor) else theta).detach().tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError(
-            f"module {quoted(module)}: the saved mixing weights are not finite: {values}. The training that saved "
-            "them diverged, or the file is damaged"
+            f"module {quoted(module)}: the saved mixing weights are not finite: {values}. Either the training "
+            "diverged, or the file is damaged"
         )
 
 
 def await_fingerprint(
     layer: nn.Module, adapter_name: str, config: CompositionConfig, mixings: Mapping[str, nn.Module]
 ) -> None:
-    """Let the layer whose keys carry it wait for the fingerprint of a composition."""
+    """Let the layer that carries the fingerprint of a composition wait for it."""
     if _ATTRIBUTE not in layer._modules:
         layer.register_module(_ATTRIBUTE, nn.ModuleDict())
     cast(nn.ModuleDict, layer._modules[_ATTRIBUTE])[adapter_name] = AwaitedFingerprint(config, mixings)
 
 
 def forget_awaited(layers: Iterable[nn.Module], adapter_name: str) -> None:
-    """Let no composed layer wait for the fingerprint of a composition any more, once it was compared."""
+    """Stop composed layers waiting for the fingerprint of a composition after it was compared."""
     for layer in layers:
         awaited = layer._modules.get(_ATTRIBUTE)
         if isinstance(awaited, nn.ModuleDict) and adapter_name in awaited:
@@ -220,7 +221,8 @@ def forget_awaited(layers: Iterable[nn.Module], adapter_name: str) -> None:
 def require_weights_in(folder: Path, config: CompositionConfig) -> None:
     """Compare a config with the weights beside it, before a model is built from it.
 
-    What cannot be read is left to those who load it, and so are pickles, which have to be read as a whole.
+    Unreadable files are not reported here but when they are loaded; the same holds for pickles, which must be read as
+    a whole.
 
     Raises:
         ValueError: as in `checked_weights`.
@@ -237,13 +239,13 @@ def require_weights_in(folder: Path, config: CompositionConfig) -> None:
 def checked_weights(
     config: CompositionConfig, state_dict: Mapping[str, Tensor], warns: bool = True
 ) -> dict[str, Tensor]:
-    """Compare the weights of a saved composition with its config, before any of them is taken over.
+    """Compare the weights of a saved composition with its config, before any of them is used.
 
     Args:
-        config: of the composition.
-        state_dict: its weights by the keys of a checkpoint; they may be views of a file, as only the mixing weights
-            and the fingerprint are read.
-        warns: whether to warn of weights without a fingerprint.
+        config: the composition's config.
+        state_dict: its weights by the keys of a checkpoint. They may be views of a file, because only the mixing
+            weights and the fingerprint are read.
+        warns: whether to warn about weights without a fingerprint.
 
     Returns:
         The weights without the fingerprint.
@@ -262,14 +264,14 @@ def checked_weights(
         module = name_in_checkpoint(path, composed)
         if module not in composed:
             raise ValueError(
-                f"The saved composition has weights for module {quoted(module)}, which its {_FILE} does not have: the "
-                "two files do not belong together."
+                f"The saved composition has weights for module {quoted(module)}, which is not in its {_FILE}: the two "
+                "files do not belong together. Use two files from the same save."
             )
         _require_fitting_tensor(config, module, part, weights[key])
     if warns and ours and not fingerprints:
         warnings.warn(
-            "The saved composition has no fingerprint, so that nothing shows whether its weights and its "
-            f"{_FILE} come from the same save. It was saved by an older version of peft-composition; save it again.",
+            "The saved composition has no fingerprint, so it is unknown whether its weights and its "
+            f"{_FILE} come from the same save. An older version of peft-composition saved it; save it again.",
             stacklevel=2,
         )
     return weights
@@ -279,15 +281,15 @@ def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, t
     assert config.composed_modules is not None
     if not tensor.is_floating_point():
         raise ValueError(
-            f"module {quoted(module)}: {quoted(part)} of the saved composition has dtype {tensor.dtype}, it must be a "
-            "floating point dtype"
+            f"module {quoted(module)}: {quoted(part)} of the saved composition has dtype {tensor.dtype}, but must "
+            "have a floating-point dtype"
         )
     ranks, shape = config.composed_modules[module], tuple(tensor.shape)
     if part.startswith("mixing."):
         if shape != (len(ranks),):
             raise ValueError(
-                f"module {quoted(module)}: the saved mixing weights have shape {shape}, the config has {len(ranks)} "
-                "adapters"
+                f"module {quoted(module)}: the saved mixing weights have shape {shape}, but the config has "
+                f"{len(ranks)} adapters"
             )
         require_finite(module, tensor)
         return

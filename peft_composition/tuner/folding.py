@@ -1,6 +1,6 @@
-"""What a layer keeps of a composition while its mixing weights are constants, and how it sees that they changed.
+"""Caches a composition with constant mixing weights in a layer, and detects when the cache is outdated.
 
-The arithmetic is in `functional.py`; what a layer does with what it keeps is in `layer.py`.
+The formulas are in `functional.py`; `layer.py` uses the cache.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 @dataclass(frozen=True)
 class Folded:
-    """A composition with its mixing weights multiplied in.
+    """A composition multiplied by its mixing weights.
 
-    Holds one of what serves a forward pass: factors with the weights folded into B; where that is no larger, the dense
-    update; or the merged weight, for base layers that can do without their own product.
+    It holds one of three forms: factors with the weights folded into B; the dense update, if that is not larger; or
+    the merged weight, for base layers whose own product it can replace.
 
     Attributes:
         A: stacked factors, shape (R, in, ...); None for the dense forms.
         B: stacked factors with scales and mixing weights, shape (out, R, ...).
-        u: mixing weights in rank space, shape (R,), where B is without them.
+        u: mixing weights in rank space, shape (R,), if they are not folded into B.
         delta: dense update, shape (out, in, ...).
-        scale: what the output of `delta` is multiplied by; without dimensions. None: by 1.
+        scale: factor for the output of `delta`, without dimensions. None: 1.
         merged: base weight plus update, shape (out, in).
         bias: composed LoRA bias, shape (out,), if there is one.
     """
@@ -41,18 +41,18 @@ class Folded:
 
 
 class Steps:
-    """Which step of an optimizer was the last one in this process: another object after every step.
+    """Identifies the last optimizer step in this process by an object that changes with every step.
 
-    Fused optimizers change parameters without moving their version counters. The optimizers of PyTorch, and those made
-    from its `Optimizer`, say when they have stepped.
+    Fused optimizers change parameters without incrementing their version counters. The optimizers of PyTorch, and
+    subclasses of its `Optimizer`, call hooks after every step.
     """
 
     def __init__(self) -> None:
         self.last = object()
 
     def __call__(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        """An optimizer has stepped."""
-        self.last = object()  # written and never read here, so that a compiled step needs no guard on it
+        """Called after an optimizer step."""
+        self.last = object()  # never read here, so that a compiled step needs no guard on it
 
 
 STEPS = Steps()
@@ -62,10 +62,10 @@ register_optimizer_step_post_hook(STEPS)
 
 
 class Motion:
-    """Whether a parameter is about to change, perhaps without anything that shows it.
+    """Whether a parameter is about to change, possibly undetected.
 
-    It is once a forward pass has led derivatives to it: a step follows, and the optimizer may be one that moves no
-    version counter and says nothing. What is folded meanwhile cannot be kept.
+    This is the case after a forward pass with gradients for the parameter: an optimizer step follows, and the
+    optimizer may increment no version counter and call no hook. Results that are folded meanwhile must not be cached.
     """
 
     def __init__(self) -> None:
@@ -73,23 +73,23 @@ class Motion:
 
     @property
     def is_on(self) -> bool:
-        """Whether no step was seen since it began."""
+        """Whether no step was detected since `begin`."""
         return self._since is STEPS.last
 
     def begin(self) -> None:
-        """Derivatives have been led to the parameter."""
+        """Called after a forward pass with gradients for the parameter."""
         self._since = STEPS.last
 
     def end(self) -> None:
-        """No step is due any more."""
+        """Called when no step is expected any more."""
         self._since = None
 
 
 class Source(NamedTuple):
-    """A parameter that something was folded from, and what shows that it is still the same.
+    """A parameter that was folded, with what is needed to detect changes.
 
-    A parameter that trains is taken to change with every step of any optimizer. PyTorch's version counter does not
-    see writes through `.data`, either: where comparing costs little and waits for no device, `values` are compared.
+    A trainable parameter counts as changed after every step of any optimizer. PyTorch's version counter misses writes
+    through `.data`; if comparing is cheap and needs no device synchronisation, `values` are compared.
     """
 
     owner: dict[str, nn.Parameter | None]
@@ -98,21 +98,21 @@ class Source(NamedTuple):
     address: int
     version: int
     step: object
-    alias: Tensor  # keeps the storage alive, so that no other values can appear at its address
+    alias: Tensor  # keeps the storage alive, so that its address cannot be reused
     values: Tensor | None
 
     @classmethod
     def of(cls, module: nn.Module, name: str, by_value: bool = False) -> Source | None:
-        """The parameter `name` of `module` as it is now.
+        """The present state of the parameter `name` of `module`.
 
         Args:
-            module: its owner.
-            name: in the owner.
-            by_value: compare values too, if it lies on the CPU.
+            module: the module that owns the parameter.
+            name: the parameter's name in the module.
+            by_value: whether to compare values, too, if the parameter is on the CPU.
 
         Returns:
-            The source; None where changes could not be seen, because the parameter was made in inference mode or
-            torch.func has put a tensor of its own in its place.
+            The source; None if changes cannot be detected, because the parameter was created in inference mode or
+            torch.func has replaced it by a tensor.
         """
         parameter = module._parameters[name]
         if type(parameter) is not nn.Parameter or parameter.is_inference():
@@ -123,7 +123,7 @@ class Source(NamedTuple):
         return cls(module._parameters, name, parameter, address, version, STEPS.last, alias, values)
 
     def is_unchanged(self) -> bool:
-        """Whether the parameter has the values that were folded."""
+        """Whether the parameter still has the folded values."""
         parameter = self.parameter
         return (
             self.owner[self.name] is parameter
@@ -135,14 +135,14 @@ class Source(NamedTuple):
 
 
 class Folds:
-    """Folded compositions by name, at most one for each; copies and pickles start empty."""
+    """Folded compositions by name, at most one each; copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[bool, Folded, list[Source]]] = {}
         self._cleared = object()
 
     def get(self, adapter_name: str, into_base: bool) -> Folded | None:
-        """What was kept for a composition, if it is of that kind and everything it was made from is unchanged."""
+        """The cached result for a composition, if it is of this kind and all its sources are unchanged."""
         kept = self._kept.get(adapter_name)
         if kept is None or kept[0] != into_base:
             return None
@@ -158,16 +158,16 @@ class Folds:
         sources: Callable[[], Sequence[Source | None]],
         fold: Callable[[], Folded],
     ) -> Folded:
-        """Fold a composition, and keep the result unless changes of one of its sources could not be seen.
+        """Fold a composition, and cache the result unless changes of one of its sources cannot be detected.
 
-        The sources are recorded first: what another thread writes meanwhile makes the result an old one. Nor is it
-        kept if another thread has dropped what was there.
+        The sources are recorded first, so that writes of other threads meanwhile make the result outdated. The result
+        is also not cached if another thread has dropped the earlier one.
 
         Args:
             adapter_name: name of the composition.
             into_base: the kind of result.
-            sources: gives what it is made from, as that is now; None for what cannot be watched.
-            fold: makes it.
+            sources: returns the present state of the sources; None for a source that cannot be watched.
+            fold: computes the result.
         """
         cleared = self._cleared
         seen = sources()
@@ -180,12 +180,12 @@ class Folds:
         return folded
 
     def drop(self, adapter_name: str) -> None:
-        """Forget what is kept of one composition."""
+        """Remove the cached result of one composition."""
         self._cleared = object()
         self._kept.pop(adapter_name, None)
 
     def clear(self) -> None:
-        """Forget all that is kept."""
+        """Remove all cached results."""
         self._cleared = object()
         self._kept.clear()
 

@@ -1,4 +1,4 @@
-"""The forms of a composition: beside linear, convolutional and embedding layers."""
+"""Composition layers for linear, convolutional and embedding layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .merged import cheapest_form, merged_linear
 
 
 class Linear(CompositionLayer):
-    """A composition beside `nn.Linear`, transformers' `Conv1D` or a quantized linear layer."""
+    """A composition for `nn.Linear`, transformers' `Conv1D` or a quantized linear layer."""
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
@@ -26,7 +26,7 @@ class Linear(CompositionLayer):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """As in every form; zeros where the composition does not touch this layer: `convert_to_lora` asks all."""
+        """As in the base class; zeros if the composition does not touch the layer, for `convert_to_lora`."""
         if adapter_name in self.composition_factors:
             return super().get_delta_weight(adapter_name)
         shape = (self.out_features, self.in_features)
@@ -58,9 +58,9 @@ class Linear(CompositionLayer):
         return merged_linear(x, self._base_matrix(), bias, factors.A.detach(), factors.B.detach(), u, form)
 
     def _can_merge(self, x: Tensor, factors: Factors) -> bool:
-        """Whether the base layer is no more than x W0^T + b, so that its weight may be replaced by a merged one.
+        """Whether the base layer only computes x W0^T + b, so that its weight can be replaced by a merged one.
 
-        Not in 16 bits, nor under autocast, where W0 + Delta would be rounded to 8 or 11 bits and lose a small update.
+        False in 16 bits and under autocast, where W0 + Delta would be rounded to 8 or 11 bits and lose a small update.
         """
         base = self.base_layer
         weight, A = base._parameters.get("weight"), factors._parameters.get("A")
@@ -101,7 +101,7 @@ class Linear(CompositionLayer):
 
 
 class Conv(CompositionLayer):
-    """A composition beside `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
+    """A composition for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`."""
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
@@ -130,7 +130,7 @@ class Conv(CompositionLayer):
 
 
 class Embedding(CompositionLayer):
-    """A composition beside `nn.Embedding`."""
+    """A composition for `nn.Embedding`."""
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__(base_layer, **quantization_kwargs)
@@ -151,7 +151,7 @@ class Embedding(CompositionLayer):
 
 
 def form_of(base_layer: nn.Module) -> type[CompositionLayer]:
-    """The class that puts a composition beside a base layer for which `layer_shape` has no refusal."""
+    """The composition class for a base layer that `layer_shape` does not refuse."""
     if isinstance(base_layer, nn.Embedding):
         return Embedding
     return Conv if isinstance(base_layer, CONVOLUTIONS) else Linear

@@ -6,12 +6,13 @@ The factors of a module come stacked. With N upstream adapters of ranks r_1..r_N
     B = [s_1 B_1, ..., s_N B_N]      (out, R), the LoRA scale s_n folded in
     W = W0 + B diag(u) A             u in R^R repeats w_n over the r_n rows of adapter n
 
-so that sum_n w_n s_n B_n A_n costs two matrix products whatever N is, and never a cross term B_i A_j. A linear layer
-has three ways to the same output and gradients, whose costs `cheapest_form` compares: the stacked products beside the
-base layer, or the merged weight W, with the gradient of u taken over the tokens or through the gradient of W.
+so that sum_n w_n s_n B_n A_n costs two matrix products for any N, without cross terms B_i A_j. A linear layer can
+compute the same output and gradients in three ways, whose costs `cheapest_form` compares: with stacked products beside
+the base layer, or with the merged weight W, where the gradient of u is taken over the tokens or through the gradient
+of W.
 
-A parameter that its module uses without calling a layer for it (the fused experts of a mixture, the projections of
-`nn.MultiheadAttention`) has one way: the merged weight. With E experts the factors are A (E, R, in) and B (E, out, R).
+A parameter that its module uses without calling a layer (the fused experts of a mixture, the projections of
+`nn.MultiheadAttention`) is always merged. With E experts the factors are A (E, R, in) and B (E, out, R).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LEAST_SHARE = 1e-6  # less is what rounding leaves of the sum 1
 
 
 def starting_logits(weights: Sequence[float], normalization: str) -> list[float]:
-    """The logits v0 from which training starts, so that `normalize(v0)` gives `weights`.
+    """The initial logits v0 of a training, for which `normalize(v0)` equals `weights`.
 
     Args:
         weights: one starting weight per adapter. For `"softmax"` non-negative with a sum of at most 1; a zero gives
@@ -58,7 +59,7 @@ def normalize(logits: Tensor, normalization: str, base: Tensor | None = None) ->
         base: for `"softmax"`, the base model's logit, shape (1,), or (0,) where it has no share. Default: none.
 
     Returns:
-        Shape (N,), in float32 or wider whatever the dtype of `logits` is.
+        Shape (N,), in float32 or wider.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if normalization == "none":
@@ -69,13 +70,13 @@ def normalize(logits: Tensor, normalization: str, base: Tensor | None = None) ->
 
 
 def places_of_ranks(ranks: Sequence[int]) -> tuple[int, list[int] | None]:
-    """Where `spread` finds the stacked rows when every adapter has room for as many rows as the widest one.
+    """The positions of the stacked rows for `spread`, if every adapter gets as many rows as the largest one.
 
     Args:
         ranks: rank of every adapter.
 
     Returns:
-        The largest rank, and for each stacked row its place; None where all adapters fill their room.
+        The largest rank, and the position of each stacked row; None instead of positions if all ranks are equal.
     """
     widest = max(ranks)
     if min(ranks) == widest:
@@ -86,13 +87,13 @@ def places_of_ranks(ranks: Sequence[int]) -> tuple[int, list[int] | None]:
 def spread(weights: Tensor, widest: int, places: Tensor | None) -> Tensor:
     """Repeat the weight of every adapter over its rows in the stacked rank dimension.
 
-    No place is read twice, so that the gradient of a weight is a sum in a fixed order: bit-reproducible also on a GPU,
-    where the derivative of an indexing that repeats adds in any order.
+    No position is read twice, so that the gradient of a weight is a sum in a fixed order. It is bit-reproducible even
+    on a GPU, where the derivative of repeated indexing adds in any order.
 
     Args:
         weights: mixing weights, shape (N,).
         widest: the largest rank.
-        places: the place of each stacked row in (N, widest), int64 of shape (R,); None if all ranks are the same. See
+        places: the position of each stacked row in (N, widest), int64 of shape (R,); None if all ranks are equal. See
             `places_of_ranks`.
 
     Returns:
@@ -103,10 +104,10 @@ def spread(weights: Tensor, widest: int, places: Tensor | None) -> Tensor:
 
 
 def fold(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B diag(u): mixing weights that are constants need no product of their own in every forward pass.
+    """A and B diag(u): folds constant mixing weights, so that forward passes need not multiply by them.
 
-    Among many adapters the weights press B below what float16 resolves: there A takes a part of them, see
-    `fold_evenly`.
+    With many adapters, small weights could make entries of B underflow in float16. There, A takes a part of the
+    weights; see `fold_evenly`.
 
     Args:
         A: stacked factors, shape (R, in) or (R, in, *kernel).
@@ -114,7 +115,7 @@ def fold(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         u: weights in rank space, shape (R,).
 
     Returns:
-        `A`, in float16 a new tensor; and a new tensor like `B`, multiplied in float32 or wider and rounded once.
+        `A` (in float16 a new tensor), and a new tensor like `B`, multiplied in float32 or wider and rounded once.
     """
     wide = torch.promote_types(B.dtype, torch.float32)
     if B.dtype == torch.float16:
@@ -124,20 +125,21 @@ def fold(A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fold_evenly(A: Tensor, B: Tensor, u: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Factors whose plain product is B diag(u) A: the weights go into B.
+    """Factors whose plain product is B diag(u) A, balanced for float16.
 
-    Every row of A and its column of B are then scaled against each other by a power of two until their largest
-    entries are of about one size. Weights, LoRA scales and trained factors would else pile up in B, whose entries
-    float16 may not resolve. A power of two moves exponents alone: A keeps its digits, and B is rounded once.
+    The weights are multiplied into B. Every row of A and its column of B are then scaled against each other by a power
+    of two, until their largest entries have about the same size. Otherwise weights, LoRA scales and trained factors
+    would accumulate in B, whose entries could underflow in float16. A power of two only changes exponents: A keeps its
+    digits, and B is rounded once.
 
     Args:
         A: shape (R, in) or, for a convolution, (R, in, *kernel).
         B: shape (out, R) or (out, R, 1, ...).
         u: weights in rank space, shape (R,).
-        dtype: to compute in.
+        dtype: dtype of the computation.
 
     Returns:
-        A and B in the shapes they had, in `dtype`.
+        A and B in their original shapes, in `dtype`.
     """
     rows, columns = A.to(dtype).flatten(1), B.to(dtype).flatten(1) * u.to(dtype)
     largest = rows.abs().amax(1), columns.abs().amax(0)
@@ -147,14 +149,14 @@ def fold_evenly(A: Tensor, B: Tensor, u: Tensor, dtype: torch.dtype = torch.floa
 
 
 def resolved(delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A weight update rounded to a dtype, and what its output is to be multiplied by.
+    """A weight update rounded to a dtype, and the factor for its output.
 
-    Among many adapters an update is smaller than what float16 resolves. There it is stored larger by a power of two,
-    with entries below 2^-4, as those of weights are: its output overflows no sooner than that of a weight.
+    With many adapters, an update can underflow in float16. There it is stored multiplied by a power of two, with
+    entries below 2^-4 like those of weights, so that its output overflows no sooner than that of a weight.
 
     Args:
         delta: any shape, float32 or wider.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         The update, and a power of two without dimensions; None if that is 1.
@@ -204,7 +206,7 @@ def conv_delta_output(
 
 
 def embedding_delta_output(tokens: Tensor, A: Tensor, B: Tensor, u: Tensor | None = None) -> Tensor:
-    """Rows of (B diag(u) A)^T picked by token.
+    """Rows of (B diag(u) A)^T selected by token.
 
     Args:
         tokens: int64, any shape (...).
@@ -263,7 +265,7 @@ def delta_bias(bias: Tensor, weights: Tensor) -> Tensor:
         Shape (out,), in the dtype of `bias`.
     """
     wide = torch.promote_types(bias.dtype, torch.float32)
-    products = weights.to(wide)[:, None] * bias.to(wide)  # no matrix product: autocast would round it
+    products = weights.to(wide)[:, None] * bias.to(wide)  # not a matrix product, which autocast would round
     return products.sum(0).to(bias.dtype)
 
 
@@ -283,7 +285,7 @@ def add_delta(base: Tensor, delta: Tensor, sign: int = 1) -> Tensor:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast would round what is merged; some devices ("meta") do not know it."""
+    """Disable autocast, which would round merged weights; some devices ("meta") do not have it."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -1,4 +1,4 @@
-"""`CompositionHolder`: a base layer and the parts of the compositions beside it: adding, moving, finding, deleting."""
+"""`CompositionHolder`: stores the parts of compositions beside a base layer: adding, moving, finding, deleting."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .mixing import Mixing
 from .ties import Tie
 
 
-# What FSDP1 and FSDP2, and ZeRO-3, set on every module whose parameters they shard.
+# Attributes that FSDP and ZeRO-3 set on every module whose parameters they shard.
 _SHARDING_MARKS = ("_is_fsdp_managed_module", "ds_id")
 
 
 class CompositionHolder(nn.Module, BaseTunerLayer):
-    """A base layer with the parts of one or several compositions beside it; a subclass computes with them."""
+    """A base layer with the parts of one or more compositions; a subclass computes with them."""
 
     adapter_layer_names: tuple[str, ...] = ("composition_mixing",)
     other_param_names: tuple[str, ...] = ("composition_factors",)
@@ -32,7 +32,7 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()
-        self.training = base_layer.training  # what a model in eval mode is composed with is in eval mode, too
+        self.training = base_layer.training  # a composition of a model in eval mode is in eval mode, too
         self.base_layer = base_layer
         self.composition_mixing = nn.ModuleDict()
         self.composition_factors = nn.ModuleDict()
@@ -40,7 +40,7 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # The weights a composition was merged with: unmerging must subtract the same.
         self._merged_weights: dict[str, Tensor] = {}
-        # What other modules of the model hold as well; whoever knows the model keeps this up to date.
+        # The tie with other modules of the model; updated by code that knows the whole model.
         self.tie: Tie | None = None
         self._folds = Folds()
         self.cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting
@@ -51,9 +51,9 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: name of the composition.
-            mixing: its weights; the same object on all layers that share them.
+            mixing: its mixing weights; all layers that share them hold the same object.
             factors: its stacked upstream factors.
-            inference_mode: whether the weights stay frozen.
+            inference_mode: whether the mixing weights stay frozen.
         """
         self.composition_mixing[adapter_name] = mixing
         self.composition_factors[adapter_name] = factors
@@ -61,14 +61,14 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def swap_mixing(self, adapter_name: str, mixing: Mixing) -> Mixing:
-        """Mix a composition by other weights.
+        """Replace the mixing weights of a composition.
 
         Args:
             adapter_name: name of the composition.
-            mixing: the weights, as many as it has upstream adapters.
+            mixing: the new weights, one per upstream adapter.
 
         Returns:
-            What mixed it so far, for putting it back.
+            The former weights.
         """
         before = cast(Mixing, self.composition_mixing[adapter_name])
         self.composition_mixing[adapter_name] = mixing
@@ -76,7 +76,7 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
         return before
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a composition from this layer, with what was kept of it."""
+        """Delete a composition from this layer, with its cached results."""
         super().delete_adapter(adapter_name)
         self._folds.drop(adapter_name)
 
@@ -110,27 +110,27 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
         return cast(Mixing, self.composition_mixing._modules[adapter_name]), self._ready_factors(adapter_name)
 
     def whole_factors(self, adapter_name: str) -> Factors:
-        """The factors of a composition, for reading them outside of a forward pass.
+        """The factors of a composition, for use outside of a forward pass.
 
         Raises:
-            RuntimeError: they never came, or this process has only its part of them.
+            RuntimeError: they were never loaded, or are sharded over processes.
         """
         factors = self._ready_factors(adapter_name)
         if hasattr(factors.A, "full_tensor") or factors.A.shape[int(factors.has_experts)] != factors.rank:
             raise RuntimeError(
                 f"The factors of the composition {adapter_name!r} are sharded over several processes. Save the model, "
-                "load it into one that is not sharded, and do this there."
+                "load it without sharding, and repeat this there."
             )
         return factors
 
     def _ready_factors(self, adapter_name: str) -> Factors:
-        # As entries of the tables of modules: this is done in every forward pass, at the pace of a single token.
+        # Read directly from the tables of modules: this runs in every forward pass, even for a single token.
         factors = cast(Factors, self.composition_factors._modules[adapter_name])
         if factors.is_pending:
             raise RuntimeError(
-                f"The composition {adapter_name!r} was built from a saved configuration, but its factors were never "
-                "loaded. Load it with PeftModel.from_pretrained(base_model, ...). To compose the same adapters anew, "
-                "clear the record first: dataclasses.replace(config, composed_modules=None)."
+                f"The composition {adapter_name!r} was built from a saved config, but its factors were never loaded. "
+                "Load it with PeftModel.from_pretrained(base_model, ...). To build a new composition of the same "
+                "adapters, use dataclasses.replace(config, composed_modules=None)."
             )
         return factors
 
@@ -138,17 +138,18 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
     def _is_sharded(self) -> bool:
         """Whether FSDP or ZeRO-3 gathers the parameters for every pass.
 
-        What is made of them must not be kept: it would be whole on every device. The version counters do not see new
-        values there, either, and a process that kept something would not take part in gathering.
+        Results computed from them must not be cached: they would be complete on every device. Version counters miss
+            new values
+        there, too, and a process that uses a cache would not take part in gathering.
         """
         attributes = self.__dict__
         return _SHARDING_MARKS[0] in attributes or _SHARDING_MARKS[1] in attributes  # torch.compile follows this
 
     @contextmanager
     def onloaded(self, adapter_names: Iterable[str]) -> Iterator[None]:
-        """Bring factors that accelerate keeps on disk or in another memory here, as its hooks would if it called them.
+        """A context with factors loaded that accelerate has offloaded, as its hooks do in a call.
 
-        Nothing that was folded meanwhile is kept: it would hold the memory that offloading is to save.
+        Results that are folded meanwhile are not cached, because they would use the memory that offloading saves.
         """
         parts = [self.composition_factors[name] for name in adapter_names]
         parts = [part for part in parts if is_on_meta(part) and is_offloaded(part)]
@@ -165,7 +166,7 @@ class CompositionHolder(nn.Module, BaseTunerLayer):
                 self._folds.clear()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; what was kept is made anew."""
+        """Switch between training and evaluation; cached results are removed."""
         self._folds.clear()
         return super().train(mode)
 

@@ -1,6 +1,6 @@
-"""`CompositionLayer`: what is computed of the compositions beside a base layer, and merging them into it.
+"""`CompositionLayer`: computes compositions beside a base layer and merges them into it.
 
-Its forms for linear, convolutional and embedding layers are in `forms`.
+The classes for linear, convolutional and embedding layers are in `forms`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .packing import unpack
 from .ties import Place
 
 
-# What nn.DataParallel sets on the copies it makes for every pass, which have plain tensors for parameters.
+# Set by nn.DataParallel on its copies for each pass, whose parameters are plain tensors.
 _REPLICA = "_is_replica"
 
 
 class CompositionLayer(CompositionHolder):
-    """A base layer with one or several compositions of upstream LoRA adapters beside it.
+    """A base layer with one or more compositions of upstream LoRA adapters.
 
-    `y = base_layer(x) + x (B diag(u) A)^T`, where u repeats the mixing weights over the ranks. The active compositions
-    of a layer add up. Only the mixing weights train.
+    `y = base_layer(x) + x (B diag(u) A)^T`, where u repeats the mixing weights over the ranks. If several compositions
+    are active, their updates are added. Only the mixing weights are trained.
     """
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -47,14 +47,14 @@ class CompositionLayer(CompositionHolder):
             return self._delta_weight(adapter_name, self._weights(adapter_name).detach())
 
     def require_mergeable(self, adapter_names: list[str] | None = None) -> None:
-        """Check, and change nothing, that compositions can be merged into the base weights.
+        """Check that compositions can be merged into the base weights, without changing anything.
 
         Args:
-            adapter_names: the compositions; default: the active ones. Those that do not touch this layer do not count.
+            adapter_names: the compositions. Default: the active ones. Those that do not touch this layer are ignored.
 
         Raises:
-            ValueError: an adapter has a bias, the base layer none.
-            TypeError: the base layer is quantized in a way that cannot be merged into.
+            ValueError: an adapter has a bias, but the base layer has none.
+            TypeError: the base layer is quantized in a way that does not support merging.
             RuntimeError: the weights of the base layer were never loaded, or are sharded.
         """
         base_layer = self.get_base_layer()
@@ -69,8 +69,8 @@ class CompositionLayer(CompositionHolder):
                 )
             if self._is_sharded:
                 raise RuntimeError(
-                    "A composition cannot be merged into a sharded model. Save the model, load it into one that is "
-                    "not sharded, and merge there."
+                    "A composition cannot be merged into a sharded model. Save the model, load it without sharding, "
+                    "and merge there."
                 )
             if self.tie is not None and self.tie.shared_module is not None and "base_layer" not in self._modules:
                 raise RuntimeError(
@@ -90,31 +90,32 @@ class CompositionLayer(CompositionHolder):
                 )
             if self._ready_factors(name).bias is not None and not isinstance(base_layer.bias, Tensor):
                 raise ValueError(
-                    f"The composition {name!r} has a LoRA bias but its base layer ({type(base_layer).__name__}) has "
-                    "none to merge it into."
+                    f"The composition {name!r} has a LoRA bias, but its base layer ({type(base_layer).__name__}) has "
+                    "none to merge it into. Use it unmerged."
                 )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add active compositions to the base weights.
+        """Add compositions to the base weights.
 
         Args:
-            safe_merge: check that the result is finite before anything is changed.
-            adapter_names: the compositions; default: the active ones.
+            safe_merge: whether to check that the result is finite before anything is changed. Default: False.
+            adapter_names: the compositions. Default: the active ones.
 
         Raises:
-            ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, the base layer none.
-            TypeError: the base layer is quantized in a way that cannot be merged into.
-            RuntimeError: the base layer has no values yet: it is on the meta device.
+            ValueError: `safe_merge` found values that are not finite; or an adapter has a bias, but the base layer has
+                none.
+            TypeError: the base layer is quantized in a way that does not support merging.
+            RuntimeError: the base layer is on the meta device and has no values.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.composition_factors]
         if not names:
             return
         self.require_mergeable(names)
         if self.quantization_backend is not None:
-            # One text for all layers, so that Python shows it once.
+            # The same text for all layers, so that Python shows it once.
             warn(
-                "Merging into quantized weights rounds them again; much of a small update can be lost, in 4 "
-                "bit most of all. For exact results merge into the model in full precision.",
+                "Merging into quantized weights rounds them again. Much of a small update can be lost, especially "
+                "in 4 bit. For exact results, merge into the model in full precision.",
                 stacklevel=2,
             )
         weights = {name: self.mixing_weights(name).detach() for name in names}
@@ -124,7 +125,7 @@ class CompositionLayer(CompositionHolder):
         self._merged_weights.update(weights)
 
     def unmerge(self) -> None:
-        """Take all merged compositions out of the base weights again, to the rounding of their dtype."""
+        """Remove all merged compositions from the base weights, up to rounding in their dtype."""
         if not self.merged:
             warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -135,12 +136,12 @@ class CompositionLayer(CompositionHolder):
         self._merged_weights.clear()
 
     def get_base_weight(self) -> Tensor:
-        """The weight of the base layer, dequantized where it is quantized."""
+        """The weight of the base layer, dequantized if necessary."""
         unpack(self.get_base_layer())
         return super().get_base_weight()
 
     def _add_to_base(self, weights: dict[str, Tensor], sign: int, must_be_finite: bool = False) -> None:
-        """Add the sum of compositions to the base layer: all at once, so that it is rounded once or left as it was."""
+        """Add the sum of compositions to the base layer in one step, so that it is rounded once or stays unchanged."""
         base_layer = self.get_base_layer()
         if is_on_meta(base_layer) and is_offloaded(base_layer):
             with onload_layer(self):
@@ -154,7 +155,7 @@ class CompositionLayer(CompositionHolder):
             bias = functional.add_delta(cast(Tensor, base_layer.bias).data, torch.stack(biases).sum(0), sign)
         if must_be_finite and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
             raise ValueError(
-                f"The merged weights are not finite. One of these is probably broken: {', '.join(map(repr, weights))}."
+                f"The merged weights are not finite. Probably one of these is broken: {', '.join(map(repr, weights))}."
             )
         if self.tie is not None and sign > 0:
             self.tie.leave(self)
@@ -168,7 +169,7 @@ class CompositionLayer(CompositionHolder):
         return [Place(base_layer, name) for name in ("weight", "bias") if base_layer._parameters.get(name) is not None]
 
     def _deltas(self, weights: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The updates of the base layer's weight, and those of its bias where there are any."""
+        """The updates of the base layer's weight, and of its bias if there are any."""
         deltas: list[Tensor] = []
         biases: list[Tensor] = []
         for adapter_name, own in weights.items():
@@ -212,7 +213,7 @@ class CompositionLayer(CompositionHolder):
         return result.to(dtype)
 
     def _merged_output(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """The whole output through a merged weight; None where that is not possible, or costs more."""
+        """The whole output computed with a merged weight; None if that is impossible or slower."""
         return None
 
     def _delta_output(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -233,17 +234,18 @@ class CompositionLayer(CompositionHolder):
         return delta if bias is None else self._add_bias(delta, bias)
 
     def _pass(self, adapter_name: str) -> tuple[Factors, bool, bool]:
-        """What a forward pass does with a composition, found at the pace of a single token.
+        """Decide how a forward pass computes a composition; fast enough for single tokens.
 
-        Nothing is folded while a step is due that may change the weights unseen. Nor in training, where with reentrant
-        gradient checkpointing a pass without gradient opens every step: all layers' would be in memory at once.
+        Nothing is folded while an optimizer step is expected that may change the weights undetected. Nothing is folded
+        in training either: with reentrant gradient checkpointing, every step begins with a pass without gradients, and
+        the results of all layers would be in memory at the same time.
 
         Returns:
-            Its factors; whether the pass must leave a way for derivatives to the mixing weights; and whether it may
-            take the composition folded, and leave it so for the passes that follow.
+            Its factors; whether the pass must be differentiable in the mixing weights; and whether it may use, and
+            cache, the folded composition.
         """
         mixing, factors = self._parts(adapter_name)
-        theta = mixing.weight  # an attribute: FSDP1 puts modules of its own around a Mixing
+        theta = mixing.weight  # as an attribute: FSDP1 wraps a Mixing in its own modules
         if theta is not None and self._learns(adapter_name, mixing, theta):
             return factors, True, False
         if torch.compiler.is_compiling() or self._is_sharded or _REPLICA in self.__dict__ or mixing.motion.is_on:
@@ -251,37 +253,37 @@ class CompositionLayer(CompositionHolder):
         return factors, False, not self.training or theta is None or not theta.requires_grad
 
     def _learns(self, adapter_name: str, mixing: Mixing, theta: Tensor) -> bool:
-        """Whether derivatives may be asked for.
+        """Whether derivatives may be computed.
 
-        Such a pass is followed by new weights: what was folded with the old ones is given up.
+        After such a pass the weights may change, so results that were folded with the old ones are removed.
         """
-        # torch.func puts tensors of its own in the place of parameters, whatever their requires_grad.
+        # torch.func replaces parameters by its own tensors, whatever their requires_grad.
         is_foreign = type(theta) is not nn.Parameter and _REPLICA not in self.__dict__
         learns = is_foreign or (theta.requires_grad and torch.is_grad_enabled())
         if learns and is_offloaded(mixing):
             raise RuntimeError(
                 f"The mixing weights of the composition {adapter_name!r} are offloaded (device_map): every call would "
-                "train a copy that is thrown away. Compose after the model was dispatched: get_peft_model puts the "
-                "composition on the device that computes (a saved one: get_peft_model with its config, then "
-                "set_peft_model_state_dict)."
+                "train a temporary copy. Compose after dispatching the model: get_peft_model then puts the "
+                "composition on the device that computes (for a saved one, call get_peft_model with its config and "
+                "then set_peft_model_state_dict)."
             )
-        if learns and not torch.compiler.is_compiling():  # nothing of this belongs into a graph
+        if learns and not torch.compiler.is_compiling():  # not part of a compiled graph
             self._folds.drop(adapter_name)
             mixing.motion.begin()
         return learns
 
     def folded(self, adapter_name: str, into_base: bool = False) -> Folded:
-        """A composition as constants, kept until its mixing weights or factors change.
+        """The folded composition, cached until its mixing weights or factors change.
 
-        A change is noticed by PyTorch's version counters and by the steps of optimizers (see `folding`), theta's also
-        by its values where comparing them does not wait for a device. Every forward pass with gradients, every
-        `train()` or `eval()` and every move to another device or dtype starts anew, too. What is left is a write
-        through `.data` into theta on a GPU, or into the base weight anywhere, or in a CUDA graph, by something that
-        is no optimizer of PyTorch, with none of these in between: call `eval()` after it.
+        Changes are detected by PyTorch's version counters and by optimizer steps (see `folding`). Changes of theta are
+        also detected by its values, if comparing them needs no device synchronisation. Every forward pass with
+        gradients, every `train()` or `eval()`, and every move to another device or dtype clears the cache, too. Not
+        detected are writes through `.data` to theta on a GPU or to the base weight, and writes in a CUDA graph, if
+        they are not made by a PyTorch optimizer: call `eval()` after them.
 
         Args:
             adapter_name: name of the composition.
-            into_base: ask for the merged weight, where that is worth its memory.
+            into_base: whether to return the merged weight, if that is worth its memory.
 
         Returns:
             The folded composition; do not write to it.
@@ -300,7 +302,7 @@ class CompositionLayer(CompositionHolder):
         return folded
 
     def _sources(self, adapter_name: str, into_base: bool) -> list[Source | None]:
-        """What `_fold` reads."""
+        """The parameters that `_fold` reads."""
         mixing, factors = self._parts(adapter_name)
         sources = [Source.of(factors, name) for name in ("A", "B", "bias") if factors._parameters[name] is not None]
         if mixing.weight is not None:
@@ -327,7 +329,7 @@ class CompositionLayer(CompositionHolder):
         return Folded(A=A, B=B, bias=bias)
 
     def _base_matrix(self) -> Tensor:
-        """The base weight as (out, in); asked for only where a form of this class merges into it."""
+        """The base weight as (out, in); only used by subclasses that merge into it."""
         return cast(Tensor, self.get_base_layer().weight).detach()
 
     def _apply_factors(self, x: Tensor, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
@@ -340,11 +342,11 @@ class CompositionLayer(CompositionHolder):
         return delta + bias.to(delta.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` can convert this layer: it knows 2-D weights and no biases."""
+        """Whether `peft.convert_to_lora` can convert this layer: it supports 2-D weights without biases."""
         if adapter_name not in self.composition_factors:
             return True
         return cast(Factors, self.composition_factors[adapter_name]).bias is None
 
     def extra_repr(self) -> str:
-        """What PEFT says of quantized layers."""
+        """PEFT's text about quantized layers."""
         return quantization_extra_repr(self)

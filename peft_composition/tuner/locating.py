@@ -1,4 +1,4 @@
-"""Finds the composed layers in a model, and carries their names over to it from older checkpoints."""
+"""Finds the composed layers in a model, and maps their names in older checkpoints to it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .layer import CompositionLayer
 from .parameters import ParameterWrapper
 
 
-# What a `PeftModel` puts before the names of its base model; once more around another `PeftModel`.
+# The prefix that a `PeftModel` adds to the names of its base model; repeated for nested `PeftModel`s.
 PEFT_PREFIX = "base_model.model."
 # What FSDP1 and PyTorch's activation checkpointing insert into names.
 _WRAPPERS = re.compile(r"\b_(fsdp|checkpoint)_wrapped_module\.")
 
 
 def composition_layers(model: nn.Module) -> Iterator[tuple[str, CompositionLayer]]:
-    """All composed modules and parameters of a model, with their names in the base model without any wrappers."""
+    """All composed modules and parameters of a model, with their names in the base model."""
     for name, _, layer in located_layers(model):
         yield name, layer
 
@@ -42,7 +42,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside every `PeftModel` around it."""
+    """The base model inside all `PeftModel`s around it."""
     while isinstance(model, PeftModel):
         model = model.get_base_model()
     return model
@@ -51,14 +51,14 @@ def base_of(model: nn.Module) -> nn.Module:
 def composition_of(
     model: nn.Module, adapter_name: str | None
 ) -> tuple[str, CompositionConfig, dict[str, CompositionLayer]]:
-    """A composition in a model, whatever way it came into it: its name, its config and all composed layers.
+    """The name, the config and all composed layers of a composition in a model.
 
     Args:
-        model: wrapped or not.
+        model: a model that a composition was added to in any way, wrapped or not.
         adapter_name: name of the composition. Default: the active one.
 
     Raises:
-        ValueError: there is no composition, or none of that name, or several are active and none is named.
+        ValueError: there is no composition, or none with this name, or several are active and no name is given.
     """
     base = unwrapped(model)
     while isinstance(base, (PeftModel, BaseTuner)):
@@ -78,7 +78,7 @@ def composition_of(
         active = [name for name in configs if name in held]
         if len(active) != 1:
             state = f"{active} are active" if active else f"none is active of {sorted(configs)}"
-            raise ValueError(f"The mixing weights of which composition? Say adapter_name=...; {state}.")
+            raise ValueError(f"It is unclear which composition is meant: {state}. Pass adapter_name=...")
         adapter_name = active[0]
     if adapter_name not in configs:
         raise ValueError(f"There is no composition {adapter_name!r}; there are {sorted(configs)}.")
@@ -86,7 +86,7 @@ def composition_of(
 
 
 def located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLayer]]:
-    """The same with their paths in this model, where a wrapper may lie between."""
+    """The composed layers with their paths in this model, including wrappers."""
     wrappers: list[str] = []
     for inner_path, module in model.named_modules():
         if not (is_tuner_layer(module) or isinstance(module, ParameterWrapper)):
@@ -101,12 +101,12 @@ def located_layers(model: nn.Module) -> Iterator[tuple[str, str, CompositionLaye
 def renamed_state_dict(
     base_model: nn.Module, paths: Mapping[str, str], config: CompositionConfig, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The keys of a checkpoint's weights, brought up to date as the modules of its record were.
+    """A checkpoint's weights with updated keys, after the modules in its record were updated.
 
     Args:
         base_model: the model, without any `PeftModel` around it.
-        paths: of its composed layers, by their names; see `located_layers`.
-        config: of the composition.
+        paths: the paths of its composed layers by name; see `located_layers`.
+        config: the composition's config.
         state_dict: its weights by the keys of the checkpoint.
     """
     composed = config.composed_modules or {}

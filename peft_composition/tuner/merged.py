@@ -1,4 +1,4 @@
-"""The merged weight as a form of the forward pass, with derivatives that keep memory bounded."""
+"""Forward passes with a merged weight, with derivatives in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Form = Literal["stacked", "tokens", "weight"]
 
 
 def dense_is_smaller(rank: int, in_features: int, out_features: int) -> bool:
-    """Whether a dense weight holds no more numbers than the stacked factors, and so costs no more per token either."""
+    """Whether a dense weight has no more numbers than the stacked factors, and so costs no more per token."""
     return in_features * out_features <= rank * (in_features + out_features)
 
 
 def cheapest_form(
     tokens: int, rank: int, in_features: int, out_features: int, *, trains_input: bool, trains_weights: bool
 ) -> Form:
-    """The way to compute a composed linear layer that needs the fewest multiplications beyond the base layer's own.
+    """The way to compute a composed linear layer with the fewest multiplications in addition to the base layer's own.
 
     With T tokens, in = i, out = o, forward and backward:
 
@@ -30,18 +30,18 @@ def cheapest_form(
         tokens   2 R i o + T R (i + o)      W merged twice; du from (g B) * (x A^T), summed over the tokens
         weight   3 R i o + T i o            W merged twice; du from the gradient of the weight, g^T x
 
-    Without a gradient of the input the backward pass merges nothing; without one of the weights there is no du.
+    If the input needs no gradient, the backward pass merges nothing; if the weights need none, du is not computed.
 
     Args:
         tokens: rows of the input, T.
         rank: sum of the ranks, R.
-        in_features: of the layer.
-        out_features: of the layer.
+        in_features: input features of the layer.
+        out_features: output features of the layer.
         trains_input: whether the input needs a gradient.
-        trains_weights: whether the mixing weights need one.
+        trains_weights: whether the mixing weights need a gradient.
 
     Returns:
-        `"stacked"`, `"tokens"` or `"weight"`; for constant mixing weights `"tokens"` stands for the merged weight.
+        `"stacked"`, `"tokens"` or `"weight"`; for constant mixing weights `"tokens"` means the merged weight.
     """
     passes = 2 if trains_input else 1
     through_factors = tokens * rank * (in_features + out_features)
@@ -84,17 +84,17 @@ def merged_linear(
 ) -> Tensor:
     """Compute x (W0 + B diag(u) A)^T + bias with one product over the tokens, differentiable in x, bias and u.
 
-    The merged weight is made anew for the backward pass, so that what is saved does not grow with N; where it is no
-    larger than the factors it is kept instead. A and B and the base weight get no gradients.
+    The merged weight is computed again for the backward pass, so that saved memory does not grow with N; if it is not
+    larger than the factors, it is saved instead. A, B and the base weight get no gradients.
 
     Args:
         x: input, shape (..., in).
-        weight: W0, shape (out, in), in float32 or wider: in 16 bits W0 swallows a small update.
-        bias: of the base layer, shape (out,), or None.
+        weight: W0, shape (out, in), in float32 or wider, because in 16 bits a small update would be lost.
+        bias: bias of the base layer, shape (out,), or None.
         A: stacked factors, shape (R, in), in the dtype of `weight`.
         B: stacked scaled factors, shape (out, R).
         u: weights in rank space, shape (R,). None: they are folded into `B`.
-        form: how the gradient of u is taken, `"tokens"` or `"weight"`; see `cheapest_form`.
+        form: how the gradient of u is computed, `"tokens"` or `"weight"`; see `cheapest_form`.
 
     Returns:
         Shape (..., out).
@@ -110,7 +110,7 @@ def merged_linear(
 
 
 class _MergedLinear(torch.autograd.Function):
-    """`merged_linear`. Its backward pass consists of differentiable operations: second derivatives are right."""
+    """`merged_linear`. Its backward pass is differentiable, so second derivatives are correct."""
 
     generate_vmap_rule = True
 
@@ -139,7 +139,7 @@ class _MergedLinear(torch.autograd.Function):
         x, merged, weight, A, B, u = ctx.saved_tensors
         grad_x = grad_bias = grad_u = None
         if ctx.needs_input_grad[0]:
-            if merged is None or torch.is_grad_enabled():  # a kept weight knows nothing of its dependence on u
+            if merged is None or torch.is_grad_enabled():  # a saved weight is not differentiable in u
                 merged = merged_weight(weight, A, B, u)
             grad_x = grad @ merged
         rows = grad.reshape(-1, grad.shape[-1])
@@ -159,7 +159,7 @@ def composed_parameter(
 ) -> Tensor:
     """W0 + B diag(u) A for every expert, rounded once to the dtype of W0, differentiable in W0 and u.
 
-    Nothing is saved for the backward pass but the factors themselves.
+    Only the factors themselves are saved for the backward pass.
 
     Args:
         weight: W0, shape (out, in) or (E, out, in).
@@ -175,7 +175,7 @@ def composed_parameter(
 
 
 class _ComposedParameter(torch.autograd.Function):
-    """`composed_parameter`. Its backward pass consists of differentiable operations: second derivatives are right."""
+    """`composed_parameter`. Its backward pass is differentiable, so second derivatives are correct."""
 
     generate_vmap_rule = True
 

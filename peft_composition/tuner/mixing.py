@@ -1,4 +1,4 @@
-"""`Mixing`: the weights w of one or several modules, learned or constant."""
+"""`Mixing`: the mixing weights of one or more modules, learned or constant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .folding import Motion
 
 
 class Mixing(nn.Module):
-    """Mixing weights of one or several modules: `w = softmax(v0 + gain * theta)`, or without the softmax.
+    """Mixing weights of one or more modules: `w = softmax(v0 + gain * theta)`, or without the softmax.
 
     Starting weights with a sum below 1 leave the rest to the base model: it takes part in the softmax, by a logit that
     stays what it is.
@@ -24,9 +24,9 @@ class Mixing(nn.Module):
     in float32 (float64 in a float64 model), whatever dtype the model is cast to.
 
     Args:
-        config: gives `mixing`, `weights`, `normalization` and `gain`.
+        config: the config with `mixing`, `weights`, `normalization` and `gain`.
         dtype: float32 or float64.
-        device: of the parameter.
+        device: device of the parameter.
     """
 
     def __init__(self, config: CompositionConfig, dtype: torch.dtype, device: torch.device | None = None) -> None:
@@ -45,8 +45,8 @@ class Mixing(nn.Module):
         else:
             self.register_parameter("weight", None)
             self.start = weights
-        self.motion = Motion()  # of theta; replicas of nn.DataParallel share it
-        # Constants are no buffers: DDP would broadcast them on every step.
+        self.motion = Motion()  # of theta; shared by replicas of nn.DataParallel
+        # Constants are not buffers, which DDP would broadcast in every step.
         self._start: Tensor | None = None
         if self.start is not None:
             self._start_on(real_device(device), torch.promote_types(dtype, torch.float32))
@@ -55,9 +55,9 @@ class Mixing(nn.Module):
         """The mixing weights w, shape (N,), in float32 or wider.
 
         Args:
-            device: where the constants of a uniform or fixed mixing shall be; learned weights are where theta is.
+            device: device for the constants of a uniform or fixed mixing; learned weights are on theta's device.
                 Default: the CPU.
-            dtype: what these constants shall at least have.
+            dtype: the least precise dtype for these constants.
         """
         if self.weight is None:
             wide = torch.promote_types(dtype, torch.float32)
@@ -70,12 +70,14 @@ class Mixing(nn.Module):
 
     def _start_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if self._start is None or self._start.device != device or self._start.dtype != dtype:
-            with torch.inference_mode(False):  # kept for training, which cannot use tensors made in inference mode
+            with torch.inference_mode(
+                False
+            ):  # training may use it, which is impossible with tensors of inference mode
                 self._start = torch.tensor(self.start, dtype=dtype, device=device)
         return self._start
 
     def restart(self, weights: Sequence[float]) -> None:
-        """Take other weights in place of the present ones: constants, or a start for training with theta at zero."""
+        """Replace the weights: constants, or the start of a training with theta at zero."""
         kept, theta = self._start, self.weight
         if theta is None:
             self.start = list(weights)
@@ -90,7 +92,7 @@ class Mixing(nn.Module):
             self._start_on(real_device(theta.device), torch.promote_types(theta.dtype, torch.float32))
 
     def reset(self, device: torch.device) -> None:
-        """Put theta at zero on `device`, also where it was created on the meta device."""
+        """Set theta to zero on `device`, even if it was created on the meta device."""
         if self.weight is not None:
             self._parameters["weight"] = nn.Parameter(
                 torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=device),
@@ -99,7 +101,7 @@ class Mixing(nn.Module):
 
     def train(self, mode: bool = True) -> Mixing:
         """Switch between training and evaluation."""
-        if self.weight is None or self.weight.grad is None:  # no step is due
+        if self.weight is None or self.weight.grad is None:  # no step is expected
             self.motion.end()
         return super().train(mode)
 
@@ -113,7 +115,7 @@ class Mixing(nn.Module):
             gradient, self.weight.grad = self.weight.grad, None
             self.weight.data = source.float()
             self.weight.grad = None if gradient is None else gradient.float()
-        if self._start is not None:  # now, and not in the first forward pass: that may be the one that is compiled
+        if self._start is not None:  # now and not in the first forward pass, which may be compiled
             self._start_on(real_device(fn(self._start[:0]).device), self._start.dtype)
         return self
 
@@ -123,21 +125,21 @@ class Mixing(nn.Module):
 
 
 def _gathered(theta: Tensor, count: int) -> Tensor:
-    """The parameter theta in float32 or wider and with all its entries, also where FSDP rounds or shards it."""
+    """The complete parameter theta in float32 or wider, even if FSDP rounds or shards it."""
     if type(theta) is not nn.Parameter and hasattr(theta, "full_tensor"):  # FSDP2, outside of a forward pass
         theta = theta.full_tensor()
     if theta.shape[0] != count:
         raise RuntimeError(
-            f"Of {count} mixing weights only {theta.shape[0]} are here: FSDP1 has sharded them and gathers them "
-            "elsewhere. It cannot shard weights that several modules share: use FSDP2 "
-            '(peft_composition.sharding.shard) or weight_sharing="module". Outside of a forward pass, ask within '
+            f"This process holds only {theta.shape[0]} of {count} mixing weights: FSDP1 has sharded them. It cannot "
+            "shard weights that several modules share: use FSDP2 (peft_composition.sharding.shard) or "
+            'weight_sharing="module". Outside of a forward pass, read them within '
             "FSDP.summon_full_params(model)."
         )
     return theta.to(torch.promote_types(theta.dtype, torch.float32))
 
 
 def sharing_key(config: CompositionConfig, module: str) -> str:
-    """Modules with the same key share one weight vector; a module outside any block has its own."""
+    """The key of a module: modules with equal keys share one weight vector. Modules outside blocks share none."""
     if config.weight_sharing == "model":
         return ""
     if config.weight_sharing == "module":

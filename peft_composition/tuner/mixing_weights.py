@@ -1,4 +1,4 @@
-"""The mixing weights of a composition by module and adapter, whatever way it came into the model."""
+"""Reads the mixing weights of a composition, by module and adapter."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def mixing_weights(model: nn.Module, adapter_name: str | None = None) -> dict[st
         adapter_name: name of the composition. Default: the active one.
 
     Returns:
-        `{module name: {upstream adapter name: weight}}`, in the model's order. An adapter that does not touch a module
-        is not listed there: its weight multiplies nothing.
+        `{module name: {upstream adapter name: weight}}`, in the model's order. An adapter is not listed for a module
+        that it does not touch.
 
     Raises:
-        ValueError: there is no composition, or none of that name, or several are active and none is named.
-        TypeError: `model` is no model but the path of a saved one.
+        ValueError: there is no composition, or none with this name, or several are active and no name is given.
+        TypeError: `model` is the path of a saved model.
 
     Example:
         >>> mixing_weights(model)["vit.layers.0.attention.q_proj"]

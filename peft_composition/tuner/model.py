@@ -1,4 +1,4 @@
-"""`CompositionModel`, the PEFT tuner: injection into a base model, shared weights, what a checkpoint holds."""
+"""`CompositionModel`, the PEFT tuner: injection into a base model, shared mixing weights, content of checkpoints."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ from .ties import computes_by_flag, find_ties, held_more_than_once, separate, wa
 class CompositionModel(BaseTuner):
     """Mixes trained LoRA adapters into one adapter (arXiv 2402.15414).
 
-    Made by `get_peft_model(model, CompositionConfig(adapters=[...]))`. The upstream adapters are read and checked
+    Created by `get_peft_model(model, CompositionConfig(adapters=[...]))`. The upstream adapters are read and checked
     before the model is changed.
 
     Args:
         model: the base model that the adapters were trained on.
         peft_config: a `CompositionConfig`, or a dict of them by name.
         adapter_name: name of the composition.
-        low_cpu_mem_usage: create layers of a saved composition on the meta device, to be filled by its checkpoint.
-        state_dict: where given, its keys choose the modules.
+        low_cpu_mem_usage: whether to create layers of a saved composition on the meta device, where loading its
+            checkpoint fills them. Default: False.
+        state_dict: if given, its keys select the modules.
 
     Raises:
-        AdapterError: an upstream adapter cannot be composed; the model is as it was.
-        ValueError: the configuration does not fit the model; the model is as it was.
+        AdapterError: an upstream adapter cannot be composed; the model is unchanged.
+        ValueError: the config does not fit the model; the model is unchanged.
     """
 
     prefix = "composition_"
@@ -62,11 +63,11 @@ class CompositionModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # Before PEFT, which puts the new config in the place of the old one.
+        # Before PEFT replaces the old config by the new one.
         if any(adapter_name in layer.composition_factors for _, layer in composition_layers(model)):
             raise ValueError(
-                f"This model already holds a composition {adapter_name!r}. Compose or load into a fresh base model, "
-                'call `.unload()` of the PeftModel around it first, or pass another name: adapter_name="...".'
+                f"This model already holds a composition {adapter_name!r}. Use a fresh base model, or call "
+                '`.unload()` of the PeftModel around it first, or pass another name: adapter_name="...".'
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -94,7 +95,7 @@ class CompositionModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put a composition into the model: read its upstream adapters, or build it from a checkpoint's record.
+        """Add a composition to the model: read its upstream adapters, or build it from a checkpoint's record.
 
         Upstream adapters are read here and not in `_pre_injection_hook`, which PEFT's `add_adapter` does not call.
         """
@@ -115,7 +116,7 @@ class CompositionModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             finally:
                 del self._injection
-            # PEFT may have shortened the list to suffixes that would match more.
+            # PEFT may have shortened the list to suffixes that match more modules.
             config.target_modules = list(injection.ranks)
             if injection.awaits_fingerprint is not None:
                 carrying = injection.layers[injection.awaits_fingerprint]
@@ -128,7 +129,7 @@ class CompositionModel(BaseTuner):
         packing.watch(modules)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionModel:
-        packing.unpack_all(self)  # bitsandbytes does not, or loses the order of the scales
+        packing.unpack_all(self)  # bitsandbytes does not do it, or loses the order of the scales
         return super()._apply(fn, recurse)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -138,20 +139,21 @@ class CompositionModel(BaseTuner):
             adapter_name: name of the composition.
         """
         super().delete_adapter(adapter_name)
-        # PEFT asks the first layer what is active now, and that layer may have held only the deleted one.
+        # PEFT asks the first layer what is active now, but that layer may have held only the deleted composition.
         if not self.active_adapters and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge as in every PEFT method; what cannot be merged is found before the first layer is changed.
+        """Merge as in every PEFT method; layers that cannot be merged are found before anything is changed.
 
         Args:
-            adapter_names: the compositions; default: the active ones.
-            safe_merge: check that each merged layer is finite before it is changed.
+            adapter_names: the compositions. Default: the active ones.
+            safe_merge: whether to check that each merged layer is finite before it is changed. Default: False.
 
         Raises:
-            TypeError: a base layer is quantized in a way that cannot be merged into.
-            ValueError: an adapter has a bias, the base layer none; or `safe_merge` found values that are not finite.
+            TypeError: a base layer is quantized in a way that does not support merging.
+            ValueError: an adapter has a bias, but the base layer has none; or `safe_merge` found values that are not
+                finite.
         """
         with self._leaving_ties(adapter_names):
             super().merge_adapter(adapter_names, safe_merge)
@@ -166,7 +168,7 @@ class CompositionModel(BaseTuner):
         layers = dict(composition_layers(self.model))
         if merge:
             with self._leaving_ties(adapter_names, is_for_good=True):
-                # PEFT asks only the outermost adapter of a module, and takes all of them off.
+                # PEFT asks only the outermost adapter of a module, and removes all of them.
                 for _, path, layer in located_layers(self.model):
                     if path.endswith(".base_layer"):
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -177,11 +179,11 @@ class CompositionModel(BaseTuner):
 
     @contextmanager
     def _leaving_ties(self, adapter_names: list[str] | None, is_for_good: bool = False) -> Iterator[None]:
-        """Around a merge: no module but the composed ones changes its weights.
+        """A context for a merge, in which only composed modules change their weights.
 
         Args:
-            adapter_names: the compositions that are merged; default: the active ones.
-            is_for_good: the layers are taken off afterwards.
+            adapter_names: the compositions that are merged. Default: the active ones.
+            is_for_good: whether the layers are removed afterwards.
         """
         layers = dict(composition_layers(self.model))
         ties = find_ties(self.model, layers)
@@ -189,7 +191,7 @@ class CompositionModel(BaseTuner):
         before = {name for name, tie in ties.items() if tie.has_left}
         asking = [module.config for module in self.model.modules() if _asks_for_ties(module)] if is_for_good else []
         try:
-            for config in asking:  # PEFT would take it from the config for good, and with it what the model computes
+            for config in asking:  # PEFT would change the config permanently, and with it the model's output
                 config.tie_word_embeddings = False
             yield
         finally:
@@ -202,10 +204,10 @@ class CompositionModel(BaseTuner):
         warn_about_leaving(before, ties, more)
 
     def _check_merge_allowed(self) -> None:
-        """Nothing to warn of: merging leaves ties."""
+        """Nothing to warn about: merging undoes ties."""
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Nothing to warn of: compositions of tied layers are apart, and merging leaves the tie."""
+        """Nothing to warn about: compositions of tied layers are separate, and merging undoes the tie."""
 
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         for name, layer in composition_layers(self.model):
@@ -215,7 +217,7 @@ class CompositionModel(BaseTuner):
                 raise type(error)(f"Module {name!r}: {error}") from error
 
     def _fill(self, injection: Injection, adapter_name: str) -> None:
-        """Hand the read factors to their layers; done last, because PEFT may create modules on the meta device."""
+        """Pass the factors to their layers; done last, because PEFT may create modules on the meta device."""
         assert injection.stacked is not None
         for name, layer in injection.layers.items():
             device = real_device(device_of(layer.get_base_layer()))
@@ -236,7 +238,7 @@ class CompositionModel(BaseTuner):
             wrapped = {*attentions, *layout.get("parameters", ())}
             if key in wrapped or key.rpartition(".")[0] in attentions:
                 return key in wrapped
-        # What was excluded is not in the record; a checkpoint's own expressions are never matched.
+        # Excluded modules are not in the record; a checkpoint's own expressions are never matched.
         return key in (config.composed_modules or {})
 
     def _create_and_replace(
@@ -274,7 +276,7 @@ class CompositionModel(BaseTuner):
         parent: nn.Module,
         owner: str,
     ) -> None:
-        """Put a wrapper around a module, and compositions of its parameters into it."""
+        """Wrap a module, and add compositions of its parameters to the wrapper."""
         injection = self._injection
         wrapper = target
         if not isinstance(wrapper, ParameterWrapper):
@@ -287,7 +289,7 @@ class CompositionModel(BaseTuner):
             injection.layers[name] = layer
 
     def _new_parts(self, config: CompositionConfig, name: str, device: torch.device) -> tuple[Mixing, Factors]:
-        """The mixing weights of a composed module, shared where they are to be, and room for its factors."""
+        """The mixing weights of a composed module, possibly shared, and empty factors."""
         injection = self._injection
         dtype, device = injection.dtypes[name], real_device(device)
         block = sharing_key(config, name)
@@ -307,14 +309,14 @@ class CompositionModel(BaseTuner):
         setattr(parent.base_layer if isinstance(parent, ParameterWrapper) else parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing to do: mixing weights are float32 always, factors have the base layer's compute dtype always."""
+        """Does nothing: mixing weights are always float32, and factors always have the base layer's compute dtype."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "Mixed batches (adapter_names=...) are not supported by compositions; call the model once per "
-                "composition, with set_adapter in between."
+                "Compositions do not support mixed batches (adapter_names=...). Call the model once per composition, "
+                "with set_adapter in between."
             )
         yield
 
@@ -328,22 +330,22 @@ class CompositionModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # PEFT goes by the names of modules, which FSDP1 lengthens within the model: it would find none of them.
+        # PEFT goes by module names, which FSDP1 changes, so it would find none of them.
         infixes = f".composition_mixing.{adapter_name}.", f".composition_factors.{adapter_name}."
         selected.update((key, state_dict[key]) for key in state_dict if any(infix in key for infix in infixes))
         copied = set(cast(CompositionConfig, config).composed_modules or ())
         for name, layer in composition_layers(model):
             if adapter_name in layer.composition_factors:
                 layer._ready_factors(adapter_name)
-            # PEFT copies both embeddings of the base where one of them is a target under its bare name.
+            # PEFT copies both embeddings of the base if the bare name of one of them is a target.
             is_copied = (
                 not copied.isdisjoint(EMBEDDING_LAYER_NAMES) and name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
             )
             if layer.merged and is_copied:
                 module = name.removeprefix(PEFT_PREFIX)
                 raise ValueError(
-                    f"A composition is merged into {module!r}, of which PEFT saves a copy as that of the base model: "
-                    "loading it would add the update twice. Call unmerge_adapter() before saving."
+                    f"A composition is merged into {module!r}, and PEFT would save a copy of it as the base model's: "
+                    "loading that would add the update twice. Call unmerge_adapter() before saving."
                 )
         selected = {key: _onloaded(model, key) if t.is_meta else t for key, t in selected.items()}
         if not cast(CompositionConfig, config).save_adapters:
@@ -353,7 +355,7 @@ class CompositionModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """As in every PEFT method; adapters of others around a composition leave no trace in its checkpoint."""
+        """As in every PEFT method; other adapters around a composition do not appear in its checkpoint."""
         key = super()._remove_adapter_name_from_key(key, adapter_name)
         while key.startswith(2 * PEFT_PREFIX):
             key = key.removeprefix(PEFT_PREFIX)
@@ -372,23 +374,23 @@ class CompositionModel(BaseTuner):
         forget_awaited([layer for _, _, layer in located], adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not cast(CompositionConfig, config).save_adapters:
-            # The factors were fetched when the layers were built; they are not missing from the checkpoint.
+            # The factors were read when the layers were built; they are not missing in the checkpoint.
             infix = f".composition_factors.{adapter_name}."
             remapped.update({key: tensor for key, tensor in model.state_dict().items() if infix in key})
         return remapped
 
 
 def _onloaded(model: nn.Module, key: str) -> Tensor:
-    """The values of a parameter that accelerate keeps on disk or in another memory."""
+    """The values of a parameter that accelerate has offloaded."""
     owner, _, name = key.rpartition(".")
     for hook in hooks_of(model.get_submodule(owner)):
         if getattr(hook, "weights_map", None) is not None:
             return hook.weights_map[name]
-    raise ValueError(f"{key!r} is on the meta device: it has no values that could be saved.")
+    raise ValueError(f"{key!r} is on the meta device and has no values to save. Load the model first.")
 
 
 def _asks_for_ties(module: nn.Module) -> bool:
-    """Whether a model's config has to go on asking for ties, because its forward pass goes by that."""
+    """Whether a model's config must keep its flag for ties, because the forward pass uses the flag."""
     if not isinstance(module, PreTrainedModel) or not computes_by_flag(module):
         return False
     return bool(getattr(module.config, "tie_word_embeddings", False))

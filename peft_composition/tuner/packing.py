@@ -1,8 +1,8 @@
-"""bitsandbytes' 4-bit weights that lie packed for the CPU: brought back before anything reads them or trains.
+"""Unpacks bitsandbytes' 4-bit weights that are packed for the CPU, before they are read or trained.
 
 On a processor with AVX512-BF16 the first forward pass in eval mode reorders the codes of a `Linear4bit` and rounds its
-scales to bfloat16, for a kernel that has no derivative. Nothing else can read them then, and the way back that
-bitsandbytes has leaves the scales out of order, or quantizes them anew.
+scales to bfloat16, for a kernel without a derivative. Nothing else can read the weights then, and bitsandbytes' own
+way back leaves the scales in the wrong order, or quantizes them again.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import nn
 
 
 _PACKED = "packing_format_for_cpu"
-# What packing changes besides the codes, kept on the quantization state while they are packed.
+# What packing changes besides the codes; stored in the quantization state while they are packed.
 _SCALES = ("absmax", "nested", "offset", "state2", "dtype")
 _KEPT = "scales_before_packing"
 
 
 def watch(modules: Iterable[nn.Module]) -> None:
-    """See to it that packed weights are unpacked before they train or are saved, to the bit.
+    """Unpack packed weights exactly, whenever their model is trained or saved.
 
-    Also those of layers that nothing is composed with: gradients must pass through them. Hooks of PyTorch do it; they
-    stay when the compositions are taken off, and do nothing for weights on other devices.
+    This includes layers without a composition, because gradients must pass through them. It uses hooks of PyTorch,
+    which stay when the compositions are removed, and do nothing for weights on other devices.
 
     Args:
-        modules: those of the base model, of any kind.
+        modules: the modules of the base model, of any kind.
     """
     for layer in _packable(modules):
         if _before_forward not in layer._forward_pre_hooks.values():
@@ -37,9 +37,9 @@ def watch(modules: Iterable[nn.Module]) -> None:
 
 
 def unpack(layer: nn.Module) -> None:
-    """Bring the weight of a layer back to where it can be read; leaves other layers, and what is not packed, alone.
+    """Unpack the weight of a layer; other layers and unpacked weights stay unchanged.
 
-    A weight that was packed before `watch` gets the scales that the packed kernel computed with.
+    A weight that was packed before `watch` gets the scales of the packed kernel.
     """
     weight: Any = getattr(layer, "weight", None)
     state: Any = getattr(weight, "quant_state", None)
@@ -67,7 +67,7 @@ def unpack_all(model: nn.Module) -> None:
 
 
 def _packable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """The layers of bitsandbytes that may be packed; none with versions of it that do not pack."""
+    """The layers of bitsandbytes that may be packed; empty for versions that do not pack."""
     for module in modules:
         if "support_avx512bf16_for_cpu" in vars(module):  # hasattr would search parameters and submodules, too
             yield module

@@ -1,4 +1,4 @@
-"""Everything that can fail before a model is changed: reading, matching, and the record of a checkpoint."""
+"""Everything that can fail, done before a model is changed: reading, matching, and checking a checkpoint's record."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ from .wrapping import needs_unwrapping, unwrap
 
 @dataclass
 class Injection:
-    """What `inject_adapter` prepared for one composition, until its layers are in place.
+    """The prepared data for one composition, until its layers are built.
 
-    `parameters` are those that are composed by themselves, by the module they belong to and their composed name;
-    `layers` are the layers so far; `awaits_fingerprint` is the module whose keys bring it, where a saved composition
-    is built.
+    `parameters` are the directly composed parameters, by their module and their composed name. `layers` are the layers
+    built so far. `awaits_fingerprint` is the module that carries the fingerprint, if a saved composition is built.
     """
 
     ranks: dict[str, list[int]]
@@ -68,7 +67,7 @@ class Injection:
 
 
 def prepare(config: CompositionConfig, base: BaseModel) -> Injection:
-    """Read what a config asks for, check it against the base model, and record it in the config."""
+    """Read the adapters of a config, check them against the base model, and record the result in the config."""
     stacked = None
     sealed = None
     if config.is_restored:
@@ -84,7 +83,7 @@ def prepare(config: CompositionConfig, base: BaseModel) -> Injection:
             (config.provenance if config.is_restored else None) or [adapter.provenance for adapter in plan.adapters],
         )
     config.num_labels = base.num_labels
-    if isinstance(base.model, PreTrainedModel):  # PEFT says so only of models without a task type, which may mislead
+    if isinstance(base.model, PreTrainedModel):  # PEFT records it only without a task type
         kind = type(base.model)
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     assert config.composed_modules is not None
@@ -106,9 +105,9 @@ def prepare(config: CompositionConfig, base: BaseModel) -> Injection:
 
 
 def require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
-    """Refuse names that would clash with another part of the keys of the state dict, or with `nn.ModuleDict`.
+    """Refuse names that would clash with other parts of keys in the state dict, or with `nn.ModuleDict`.
 
-    PEFT picks the tensors of one adapter by leaving out all keys that have another adapter's name as a part.
+    PEFT selects the tensors of one adapter by excluding all keys that have another adapter's name as a part.
     """
     taken = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "A", "B", "weight", "bias"}
     taken |= {"composition", "mixing", "factors", "composition_mixing", "composition_factors", CONTAINER}
@@ -116,15 +115,15 @@ def require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
     if not adapter_name or "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"A composition cannot be named {adapter_name!r}: the name becomes part of the keys of its weights. "
-            "Choose one without a dot that is not the name of a module or a parameter."
+            "Choose a name without a dot that is not the name of a module or a parameter."
         )
 
 
 def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[UpstreamAdapter]) -> None:
-    """Check of adapters that are read already what building a composition checks; the model stays as it is.
+    """Check adapters that were already read as building a composition does, without changing the model.
 
     Args:
-        config: the composition that they would be part of; tells the modules that are left out.
+        config: the composition that they would be part of, which says which modules are left out.
         model: the base model; may be on the meta device.
         adapters: the adapters.
 
@@ -141,7 +140,7 @@ def require_composable(config: CompositionConfig, model: nn.Module, adapters: li
 
 
 def _match(config: CompositionConfig, base: BaseModel, adapters: list[UpstreamAdapter]) -> CompositionPlan:
-    """Find what in the model the factors of adapters belong to."""
+    """Find the modules and parameters of the model that the adapters' factors belong to."""
     names: Iterable[str] = base.layers
     if needs_unwrapping(adapters, base.layers):
         adapters = [unwrap(adapter, base.layers, base.current_name) for adapter in adapters]
@@ -151,14 +150,14 @@ def _match(config: CompositionConfig, base: BaseModel, adapters: list[UpstreamAd
     for owner, parameters in owners.items():
         if owner in plan.factors:
             raise ValueError(
-                f"Some adapters touch the module {owner!r} and others its parameter {', '.join(parameters)} by itself "
+                f"Some adapters touch the module {owner!r} and others its parameter {', '.join(parameters)} directly "
                 "(target_parameters); compose without one of them (exclude_modules)"
             )
     return plan
 
 
 def _names_in_order(adapters: list[UpstreamAdapter], base: BaseModel) -> list[str]:
-    """The modules in the model's order, each followed by those of its parameters that adapters touch."""
+    """The modules in the model's order, each followed by its parameters that adapters touch."""
     touched = {base.current_name(name) for adapter in adapters for name in adapter.modules}
     parameters = base.parameters(touched)
     names = []
@@ -170,7 +169,7 @@ def _names_in_order(adapters: list[UpstreamAdapter], base: BaseModel) -> list[st
 
 
 def _lora_layout(composed: Collection[str], base: BaseModel, recorded: LoraLayout | None) -> LoraLayout:
-    """What a plain LoRA on these modules says of the model; a regex where no list of suffixes selects exactly them."""
+    """The layout of a plain LoRA on these modules; with a regex if no list of suffixes selects exactly them."""
     owners, layers = base.parameters(composed), base.layers
     attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]
     parameters = {
@@ -216,7 +215,7 @@ def _selected(suffixes: Iterable[str], names: Iterable[str]) -> set[str]:
 
 
 def _read(config: CompositionConfig, base: BaseModel) -> CompositionPlan:
-    """Read the upstream adapters, at the recorded commits and hashes where the config describes a checkpoint."""
+    """Read the upstream adapters; at the recorded commits and hashes if the config describes a checkpoint."""
     references = config.references
     hashes: list[str | None] = [None] * len(references)
     if config.is_restored:
@@ -246,15 +245,15 @@ def _warn_about_what_is_not_mixed(config: CompositionConfig, base: BaseModel, ad
     trained = {f"{a.name!r}: {module}" for a in adapters for module in a.modules if is_saved(module)}
     if trained:
         warnings.warn(
-            "These modules are trained in full (modules_to_save); the LoRA factors that upstream adapters have "
-            f"for them are not mixed: {one_line(', '.join(sorted(trained)), LONG)}.",
+            "These modules are trained in full (modules_to_save), so the upstream adapters' LoRA factors for them "
+            f"are not mixed: {one_line(', '.join(sorted(trained)), LONG)}.",
             stacklevel=2,
         )
     warn_about_extras(adapters, is_saved)
 
 
 def _is_saved(config: CompositionConfig, module: str) -> bool:
-    """Whether a module is one of `modules_to_save`, or inside one, and so trained in full instead of composed."""
+    """Whether a module is in `modules_to_save` or inside such a module, and so is trained in full, not composed."""
     return any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.modules_to_save or ())
 
 
@@ -263,7 +262,7 @@ def _module_filter(
 ) -> Callable[[str], bool]:
     """PEFT's own rules for `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`.
 
-    In a checkpoint they have been applied. What holds for a module holds for its parameters.
+    In a checkpoint they have already been applied. The rule for a module also applies to its parameters.
     """
     if config.is_restored:
         return (config.composed_modules or {}).__contains__
@@ -272,7 +271,7 @@ def _module_filter(
         parameter = base.parameter(name)
         if parameter is None:
             return [name]
-        # As in PEFT, an attention is composed as a whole or not at all.
+        # As in PEFT, an attention is composed completely or not at all.
         is_attention = isinstance(parameter.module, nn.MultiheadAttention)
         return [parameter.owner] if is_attention else [name, parameter.owner]
 

@@ -1,4 +1,4 @@
-"""What the record of a saved composition says, against the model that it is built into again."""
+"""Checks the record of a saved composition against the model that it is loaded into."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..upstream.shapes import LayerShape
 from .base_model import BaseModel
 
 
-# Factors of one adapter that are larger than this and larger than so many copies of the weight which they update are
-# no adapter's, but a wrong number in the record.
+# Factors of one adapter that exceed this size, and this number of copies of the weight that they update, mean a wrong
+# number in the record.
 _MOST_ELEMENTS = 2**26
 _MOST_COPIES = 4
 
 
 def require_fitting_record(config: Recorded, module: str, shape: LayerShape) -> None:
-    """Check what a record says of a module against the model, before anything is changed or allocated.
+    """Check the record of a module against the model, before anything is changed or allocated.
 
     Args:
-        config: with a valid record.
+        config: a config with a valid record.
         module: name of the module.
-        shape: what its factors look like in the model.
+        shape: shape of its factors in the model.
 
     Raises:
-        ValueError: the module has other sizes than the recorded one, or a rank is far too large for it.
+        ValueError: the module's sizes differ from the recorded ones, or a rank is far too large for it.
     """
     assert config.composed_modules is not None
     found = sizes_of(shape)
@@ -43,13 +43,13 @@ def require_fitting_record(config: Recorded, module: str, shape: LayerShape) -> 
         if rank > most:
             raise ValueError(
                 f"The saved composition says that adapter {quoted(name)} has rank {rank} in module {quoted(module)}. "
-                f"Its sizes are {found} (out, in), and no adapter of that size would have more than {most}: "
+                f"Its sizes are {found} (out, in), and no adapter for them has a rank above {most}: "
                 "adapter_config.json is damaged."
             )
 
 
 def sizes_of(shape: LayerShape) -> list[int]:
-    """The sizes of a module as the record has them: matrices where there are several, out, in (and kernel)."""
+    """The sizes of a module in the form of the record: number of matrices (if several), out, in (and kernel)."""
     return [*([] if shape.experts is None else [shape.experts]), shape.out_features, *shape.in_shape]
 
 
@@ -61,7 +61,7 @@ def _product(sizes: Collection[int]) -> int:
 
 
 def rename_recorded_modules(config: CompositionConfig, base: BaseModel) -> None:
-    """Bring the module names of a checkpoint from an older transformers up to date."""
+    """Update the module names of a checkpoint from older transformers."""
     composed = config.composed_modules or {}
     config.composed_modules = {base.current_name(module): ranks for module, ranks in composed.items()}
     config.biased_modules = [base.current_name(module) for module in config.biased_modules or ()]
@@ -70,7 +70,7 @@ def rename_recorded_modules(config: CompositionConfig, base: BaseModel) -> None:
 
 
 def require_recorded_modules(config: CompositionConfig, base: BaseModel) -> None:
-    """A checkpoint fits only a model that has all its modules."""
+    """Refuse a model that lacks modules of the checkpoint."""
     for module in config.composed_modules or {}:
         shape = base.shape_of(module)
         if shape is None:
@@ -84,11 +84,11 @@ def require_recorded_modules(config: CompositionConfig, base: BaseModel) -> None
 
 
 def require_recorded_ranks(config: CompositionConfig, plan: CompositionPlan) -> None:
-    """Refuse fetched adapters whose ranks are not those of the saved composition."""
+    """Refuse adapters whose ranks differ from those of the saved composition."""
     found = {module: plan.ranks(module) for module in plan.factors}
     for module, ranks in (config.composed_modules or {}).items():
         if found.get(module) != ranks:
             raise ValueError(
-                f"The fetched adapters do not match the saved composition: module {module!r} has ranks "
-                f"{found.get(module)}, recorded are {ranks}."
+                f"The upstream adapters do not match the saved composition: module {module!r} has ranks "
+                f"{found.get(module)}, but {ranks} are recorded."
             )

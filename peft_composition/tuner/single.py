@@ -1,4 +1,4 @@
-"""A model for a while as something simpler: in eval mode, with one adapter alone, with other weights, or with none."""
+"""Contexts that change a model temporarily: eval mode, a single adapter, other mixing weights, or no adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .mixing import Mixing
 
 @contextmanager
 def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """All these models in eval mode; each module is put back on its own."""
+    """A context with all these models in eval mode; afterwards each module is as before."""
     models = list(models)
     training = [module for model in models for module in model.modules() if module.training]
     for model in models:
@@ -34,16 +34,16 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def one_adapter(layers: Iterable[CompositionLayer], composition: str, number: int) -> Iterator[None]:
-    """Compute with one adapter alone, W0 + s_n B_n A_n, from its own rows and columns of the stacked factors.
+    """A context that computes with a single adapter, W0 + s_n B_n A_n, using only its rows of the stacked factors.
 
-    A layer that it does not touch is its base layer alone. Nothing is copied: the factors are views. Where the factors
-    are sharded or offloaded, and cannot be cut, the adapter gets the weight 1 and all others 0: the same at the price
-    of all.
+    A layer that the adapter does not touch computes only its base layer. Nothing is copied: the factors are views. If
+    the factors are sharded or offloaded and cannot be cut, the adapter gets weight 1 and all others 0, which gives the
+    same result at the cost of all adapters.
 
     Args:
-        layers: those of the composition, neither merged nor disabled.
-        composition: its name.
-        number: of the adapter.
+        layers: the layers of the composition, neither merged nor disabled.
+        composition: the name of the composition.
+        number: the number of the adapter.
     """
     alone = constant_mixing([1.0])
     with _others_in_place(layers, composition) as held:
@@ -62,12 +62,12 @@ def one_adapter(layers: Iterable[CompositionLayer], composition: str, number: in
 
 @contextmanager
 def mixed_by(layers: Iterable[CompositionLayer], composition: str, weights: list[float]) -> Iterator[None]:
-    """Mix a composition by the same constant weights in all its modules; all zero: the base model alone.
+    """A context with the same constant mixing weights in all modules; all zeros give the base model.
 
     Args:
-        layers: those of the composition, neither merged nor disabled.
-        composition: its name.
-        weights: one for each adapter.
+        layers: the layers of the composition, neither merged nor disabled.
+        composition: the name of the composition.
+        weights: one weight per adapter.
     """
     mixing = constant_mixing(weights)
     with _others_in_place(layers, composition) as held:
@@ -80,7 +80,7 @@ def mixed_by(layers: Iterable[CompositionLayer], composition: str, weights: list
 
 
 def constant_mixing(weights: list[float]) -> Mixing:
-    """Mixing weights that nothing trains."""
+    """Mixing weights that are constant."""
     adapters: list[Any] = [str(number) for number in range(len(weights))]
     fixed = CompositionConfig(adapters=adapters, mixing="fixed", weights=weights, normalization="none")
     return Mixing(fixed, torch.float32)
@@ -88,7 +88,7 @@ def constant_mixing(weights: list[float]) -> Mixing:
 
 @contextmanager
 def _others_in_place(layers: Iterable[CompositionLayer], composition: str) -> Iterator[list[CompositionLayer]]:
-    """The layers that have the composition; their parts of it may be changed, and are as before afterwards."""
+    """The layers that have the composition; changes of its parts are undone afterwards."""
     held = [layer for layer in layers if composition in layer.composition_factors]
     tables = [table for layer in held for table in (layer.composition_factors, layer.composition_mixing)]
     before = [dict(table._modules) for table in tables]  # in their order, which is that of a checkpoint's keys
@@ -98,12 +98,12 @@ def _others_in_place(layers: Iterable[CompositionLayer], composition: str) -> It
         for table, modules in zip(tables, before):
             table._modules.clear()
             table._modules.update(modules)
-        for layer in held:  # what was folded meanwhile is given up
+        for layer in held:  # remove results that were folded meanwhile
             layer.swap_mixing(composition, cast(Mixing, layer.composition_mixing[composition]))
 
 
 def _can_be_cut(factors: Factors) -> bool:
-    """Whether all values are here, in this process and in memory."""
+    """Whether all values are in this process and in memory."""
     A = factors.A
     return not (A.is_meta or hasattr(A, "full_tensor") or A.shape[int(factors.has_experts)] != factors.rank)
 

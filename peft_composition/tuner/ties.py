@@ -1,7 +1,7 @@
-"""Weights that several modules of a model hold: a layer that is merged leaves the tie and gets a weight of its own.
+"""Unties weights that several modules share when a layer is merged, which gets a separate weight.
 
-Merging into a tied weight would change every module that holds it. Which weights are tied is read from the model as it
-is, not from its config; the configs that ask for the tie stop doing so as long as a layer has left it.
+Merging into a tied weight would change every module that holds it. Ties are read from the model itself, not from its
+config; the flags of configs that request a tie are cleared while a layer is untied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
 
 class TiedLayer(Protocol):
-    """What is needed of a composed layer here."""
+    """The methods of a composed layer that are used here."""
 
     base_layer: nn.Module
     tie: Tie | None
@@ -41,18 +41,18 @@ class TiedLayer(Protocol):
 
 @dataclass
 class Flag:
-    """A config that asks for tied weights; it stops asking while layers are outside the tie."""
+    """A config that requests tied weights; its flag is cleared while layers are untied."""
 
     config: Any
     leavers: int = 0
 
     def lower(self) -> None:
-        """One more layer is outside the tie."""
+        """Called when a layer is untied."""
         self.leavers += 1
         setattr(self.config, FLAG, False)
 
     def hoist(self) -> None:
-        """A layer is back in the tie; the last one restores the flag."""
+        """Called when a layer is tied again; the last one restores the flag."""
         self.leavers -= 1
         if not self.leavers:
             setattr(self.config, FLAG, True)
@@ -63,11 +63,11 @@ class Tie:
     """The parameters of one composed layer that other modules hold, too.
 
     Attributes:
-        places: which of its parameters.
-        others: names of the modules that hold them as well.
-        flags: the configs that ask for it.
-        shared_module: the base layer, where the other modules hold it as a whole.
-        kept: the tied parameters, while the layer has others.
+        places: the tied parameters.
+        others: names of the other modules that hold them.
+        flags: the configs that request the tie.
+        shared_module: the base layer, if other modules hold the whole layer.
+        kept: the tied parameters, while the layer is untied.
     """
 
     places: list[Place]
@@ -79,11 +79,11 @@ class Tie:
 
     @property
     def nbytes(self) -> int:
-        """What a second copy of its parameters takes."""
+        """The size of a second copy of its parameters in bytes."""
         return sum(_held(place).nbytes for place in self.places)
 
     def leave(self, layer: TiedLayer) -> None:
-        """Give the layer parameters of its own; their values stay shared until somebody sets new ones."""
+        """Give the layer separate parameters; their values stay shared until new ones are set."""
         if self.has_left:
             return
         self.has_left = True
@@ -98,12 +98,12 @@ class Tie:
             flag.lower()
 
     def rejoin(self, layer: TiedLayer) -> None:
-        """Give the layer the tied parameters back, with the values that they have had all along."""
+        """Give the layer the tied parameters back, whose values have not changed."""
         if not self.has_left:
             return
         self.has_left = False
         for place, parameter in zip(self._own_places(layer), self.kept):
-            own = _held(place)  # moves with the model, while the tied one may be held by nobody else
+            own = _held(place)  # moves with the model, unlike the tied one, which may have no other holder
             if (parameter.device, parameter.dtype) != (own.device, own.dtype):
                 parameter.data = parameter.data.to(own.device, own.dtype)
             place.module._parameters[place.name] = parameter
@@ -120,20 +120,20 @@ class Tie:
 
 
 def find_ties(model: nn.Module, layers: Mapping[str, TiedLayer]) -> dict[str, Tie]:
-    """Tell the composed layers of a model which of their parameters other modules hold, too.
+    """Find the parameters of composed layers that other modules hold, too, and store the ties in the layers.
 
     Args:
         model: the model.
         layers: its composed layers by name.
 
     Returns:
-        The ties by the names of their layers; a layer that has left one keeps it.
+        The ties by the names of their layers; an untied layer keeps its tie.
     """
     found: dict[str, Tie] = {}
     several = held_more_than_once(model.modules())
     holders = _holders(model)
     flags: dict[int, Flag] = {}
-    for layer in layers.values():  # a config has one flag, whatever layer has lowered it
+    for layer in layers.values():  # a config has one flag for all layers
         flags.update({id(flag.config): flag for flag in (layer.tie.flags if layer.tie else ())})
     names: dict[int, str] | None = None
     for name, layer in layers.items():
@@ -159,12 +159,12 @@ def find_ties(model: nn.Module, layers: Mapping[str, TiedLayer]) -> dict[str, Ti
 
 
 def warn_about_leaving(before: Iterable[str], ties: Mapping[str, Tie], more_bytes: int) -> None:
-    """Say once which layers have left a tie, and what that costs.
+    """Warn about layers that were untied, and about the memory that it costs.
 
     Args:
-        before: the layers that had left it already.
+        before: the layers that were already untied.
         ties: all ties by the names of their layers.
-        more_bytes: how much larger the model is now.
+        more_bytes: the additional size of the model in bytes.
     """
     left = {name: tie for name, tie in ties.items() if tie.has_left and name not in before}
     if not left:
@@ -175,23 +175,23 @@ def warn_about_leaving(before: Iterable[str], ties: Mapping[str, Tie], more_byte
     )
     says = f" Its config says {FLAG}=False now." if any(tie.flags for tie in left.values()) else ""
     warnings.warn(
-        f"Merged into tied weights ({whose}): so that the other modules keep theirs, the tie was undone, which makes "
-        f"the model {more_bytes:,} bytes larger.{says}",
-        stacklevel=5,  # whoever called merge_adapter
+        f"Merged into tied weights ({whose}). The tie was undone, so that the other modules keep their weights; this "
+        f"makes the model {more_bytes:,} bytes larger.{says}",
+        stacklevel=5,  # the caller of merge_adapter
     )
 
 
 def separate(model: nn.Module, ties: Iterable[Tie]) -> int:
-    """Undo the rest of the ties of configs that no longer ask for them, which would be lost when the model is saved.
+    """Undo the remaining ties of configs whose flag is cleared, which would be lost when the model is saved.
 
-    A file holds shared values once, and without the config's word nothing puts them into the other modules again.
+    A file holds shared values once, and without the config's flag, loading does not put them into the other modules.
 
     Args:
-        model: a model whose compositions are merged for good.
-        ties: those that layers have left.
+        model: a model whose compositions are merged permanently.
+        ties: the ties of untied layers.
 
     Returns:
-        How many bytes the copies take, less those of tied weights that nobody holds any more.
+        The size of the copies in bytes, minus the size of tied weights that no module holds any more.
     """
     ties = list(ties)
     held = _holders(model)
@@ -217,13 +217,13 @@ def separate(model: nn.Module, ties: Iterable[Tie]) -> int:
 
 
 def computes_by_flag(model: PreTrainedModel) -> bool:
-    """Whether the forward pass of a model reads the flag, as that of UMT5 does, which scales its output by it."""
+    """Whether the forward pass of a model reads the flag, like that of UMT5, which scales its output if it is set."""
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     return code is not None and FLAG in code.co_names
 
 
 def _flags(model: nn.Module, places: Sequence[Place], known: dict[int, Flag]) -> list[Flag]:
-    """The configs that ask for a tie: those of the models that hold the parameter more than once."""
+    """The configs that request a tie: those of the models that hold the parameter more than once."""
     parameters = {id(_held(place)) for place in places}
     flags: dict[int, Flag] = {}
     for part in model.modules():
@@ -239,7 +239,7 @@ def _flags(model: nn.Module, places: Sequence[Place], known: dict[int, Flag]) ->
 
 
 def _holders(model: nn.Module) -> dict[int, list[Place]]:
-    """Where each parameter is held, by its id."""
+    """The places that hold each parameter, by its id."""
     holders: dict[int, list[Place]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -249,7 +249,7 @@ def _holders(model: nn.Module) -> dict[int, list[Place]]:
 
 
 def held_more_than_once(modules: Iterable[nn.Module]) -> set[int]:
-    """The ids of the parameters, and of the modules, that several modules hold, or one under several names."""
+    """The ids of parameters and modules that are held by several modules, or under several names."""
     once: set[int] = set()
     again: set[int] = set()
     for module in modules:
@@ -266,7 +266,7 @@ def _held(place: Place) -> nn.Parameter:
 
 
 def _copy_of(module: nn.Module) -> nn.Module:
-    """A module of the same values with tables of its own."""
+    """A module with the same values and separate tables."""
     copy = module.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers", "_modules"):

@@ -1,6 +1,6 @@
-"""How PEFT names and nests the LoRA factors of `nn.MultiheadAttention` and of bare parameters (`target_parameters`).
+"""PEFT's names and nesting of the LoRA factors of `nn.MultiheadAttention` and of parameters (`target_parameters`).
 
-Both ways: from the keys of a saved adapter to the names of the parameters, and back for an export.
+In both directions: from the keys of a saved adapter to parameter names, and back for an export.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _WRAPPERS = re.compile(r"(\.base_layer)+(?=\.)")
 def unwrap(
     adapter: UpstreamAdapter, layers: Mapping[str, nn.Module], current_name: Callable[[str], str]
 ) -> UpstreamAdapter:
-    """The adapter with the factors of wrapped parameters under the names of these parameters.
+    """Rename the factors of wrapped parameters of an adapter to the names of these parameters.
 
-    PEFT puts one wrapper per parameter around a module, each inside the next, and saves the factors under the
-    wrapper's path: which parameter they belong to follows from the depth and the order of the parameters.
+    PEFT puts nested wrappers around a module, one per parameter, and saves the factors under the path of the wrapper.
+    Their parameter follows from the depth of the wrapper and the order of the parameters.
 
     Args:
-        adapter: as read.
+        adapter: the adapter as read.
         layers: the modules of the base model by name.
-        current_name: module name as the adapter spells it -> the model's (or the name itself).
+        current_name: from a module's name in the adapter to its name in the model (or the name itself).
 
     Returns:
-        The adapter; ranks and scales are those of the parameters.
+        The adapter, with the ranks and scales of the parameters.
 
     Raises:
         AdapterError: the factors do not fit the parameters that the adapter's config targets.
@@ -78,14 +78,14 @@ def unwrap(
 
 
 def needs_unwrapping(adapters: Iterable[UpstreamAdapter], layers: Mapping[str, nn.Module]) -> bool:
-    """Whether any adapter, or the model, has what `unwrap` is for."""
+    """Whether any adapter or the model needs `unwrap`."""
     return any(isinstance(layer, nn.MultiheadAttention) for layer in layers.values()) or any(
         adapter.config.get("target_parameters") for adapter in adapters
     )
 
 
 def _without_wrappers(spelled: str) -> tuple[str, int]:
-    """A module's name without the wrappers on its path, and how many lie around its innermost parameter."""
+    """A module's name without the wrappers on its path, and the number of wrappers."""
     plain = spelled
     while plain.endswith(_WRAPPED):
         plain = plain.removesuffix(_WRAPPED)
@@ -94,7 +94,7 @@ def _without_wrappers(spelled: str) -> tuple[str, int]:
 
 
 def _targeted(layer: nn.Module, plain: str, targets: Collection[str]) -> list[str]:
-    """The parameters of a module that `target_parameters` select, in the order in which PEFT wraps them."""
+    """The parameters of a module that `target_parameters` selects, in the order in which PEFT wraps them."""
     names = [name for name, _ in layer.named_parameters(recurse=False)]
     return [n for n in names if any(f".{plain}.{n}".endswith(f".{target}") for target in targets)]
 
@@ -110,7 +110,7 @@ def _require_targeted(adapter: UpstreamAdapter, module: str, plain: str, targets
 
 
 def _of_attention(adapter: UpstreamAdapter, factors: FactorKeys, attention: str) -> FactorKeys:
-    """Both projections of an attention have the rank and alpha that the config gives the attention."""
+    """Give both projections of an attention the rank and alpha that the config has for the attention."""
     if factors.bias is not None and adapter.weights.read(factors.bias).count_nonzero():
         raise AdapterError(
             adapter.name, f"module {attention!r} has a LoRA bias, which PEFT does not add to an nn.MultiheadAttention"
@@ -121,20 +121,20 @@ def _of_attention(adapter: UpstreamAdapter, factors: FactorKeys, attention: str)
 def _of_parameters(
     adapter: UpstreamAdapter, layer: nn.Module, plain: str, module: str, nest: Mapping[int, FactorKeys]
 ) -> dict[str, FactorKeys]:
-    """The factors of all targeted parameters of one module; those of the first parameter lie innermost."""
+    """The factors of all targeted parameters of one module; the first parameter has the innermost wrapper."""
     targeted = _targeted(layer, plain, adapter.config["target_parameters"])
     if sorted(nest) != list(range(len(targeted))):
         raise AdapterError(
             adapter.name,
-            f"module {module!r}: its config targets the parameters {', '.join(targeted)} but its weights hold "
-            f"{len(nest)} pairs of factors; which belongs to which is unknown",
+            f"module {module!r}: its config targets the parameters {', '.join(targeted)}, but its weights hold "
+            f"{len(nest)} pairs of factors, which cannot be assigned to them",
         )
     found = {}
     for name, depth in zip(targeted, reversed(range(len(targeted)))):
         parameter = layer.get_parameter(name)
         experts = parameter.shape[0] if parameter.dim() == 3 else 1
         factors = ranked(adapter.name, adapter.config, adapter.weights, nest[depth], f"{plain}.{name}", experts)
-        # LoRA on the weight of a linear layer is the LoRA of that layer.
+        # A LoRA on the weight of a linear layer is the LoRA of that layer.
         is_layer = type(layer) is nn.Linear and name == "weight"
         found[module if is_layer else f"{module}.{name}"] = factors
     return found
@@ -150,8 +150,8 @@ def _enter(adapter: UpstreamAdapter, modules: dict[str, FactorKeys], name: str, 
 def attention_output_times() -> int:
     """How often the installed PEFT adds the update of the output projection of an `nn.MultiheadAttention`.
 
-    PEFT 0.21.2 adds it twice, in training and when merging (huggingface/peft#3774): such an adapter works as it was
-    trained only with twice its product.
+    PEFT 0.21.2 adds it twice, in training and when merging (huggingface/peft#3774): such an adapter therefore needs
+    twice its product to work as trained.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -169,18 +169,18 @@ def attention_output_times() -> int:
 
 
 def target_of(name: str, layout: LoraLayout) -> str:
-    """What a composed module or parameter is called in a LoRA's `rank_pattern`: an attention as a whole."""
+    """The name of a composed module or parameter in a LoRA's `rank_pattern`; for an attention, that of the module."""
     owner, _, key = name.rpartition(".")
     return owner if key in (IN_PROJ, OUT_PROJ) and owner in layout.get("attentions", ()) else name
 
 
 def is_attention_output(name: str, layout: LoraLayout) -> bool:
-    """Whether a composed name is the output projection of an attention."""
+    """Whether a composed name is that of the output projection of an attention."""
     return target_of(name, layout) != name and name.endswith(f".{OUT_PROJ}")
 
 
 def wrapped_path(name: str, layout: LoraLayout) -> str:
-    """The path under which PEFT keeps the factors of a composed module or parameter."""
+    """The path under which PEFT saves the factors of a composed module or parameter."""
     owners: Mapping[str, Sequence[str]] = layout.get("parameters", {})
     path, (owner, _, key) = target_of(name, layout), name.rpartition(".")
     inside = [outer for outer in owners if name.startswith(f"{outer}.")]

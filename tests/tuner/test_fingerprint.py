@@ -300,7 +300,11 @@ class TestADamagedRecord:
             ),
             ("composed_modules", {"lin0": [2, 0], "lin1": [2, 3.0]}, r"'second' in module 'lin1'.*got 3\.0"),
             ("composed_modules", {"lin0": [True, 0], "lin1": [2, 3]}, "'first' in module 'lin0'.*got True"),
-            ("composed_modules", {"lin0": [0, 0], "lin1": [2, 3]}, r"no adapter touches module 'lin0'.*\[0, 0\]"),
+            (
+                "composed_modules",
+                {"lin0": [0, 0], "lin1": [2, 3]},
+                r"must have a rank above 0 for module 'lin0'.*\[0, 0\]",
+            ),
             ("composed_modules", {"lin0": "20", "lin1": [2, 3]}, "2 ranks for module 'lin0', got '20'"),
             ("composed_modules", {}, "composed_modules must be a dict"),
             ("composed_modules", [2, 3], "composed_modules must be a dict"),
@@ -312,7 +316,7 @@ class TestADamagedRecord:
             (
                 "composed_modules",
                 {"lin1": [2, 3]},
-                "weights for module 'lin0', which its adapter_config.json does not",
+                "weights for module 'lin0', which is not in its adapter_config.json",
             ),
             ("biased_modules", ["lin2"], "biased_modules names a module .* 'lin2'"),
             ("biased_modules", 5, "biased_modules must name modules, got 5"),
@@ -320,7 +324,11 @@ class TestADamagedRecord:
             ("layer_sizes", {"lin2": [16, 20]}, "layer_sizes names a module .* 'lin2'"),
             ("provenance", None, "provenance must have an entry for each of the 2 adapters, got None"),
             ("provenance", [], r"provenance must have an entry for each of the 2 adapters, got \[\]"),
-            ("provenance", [5, 6], "provenance must have an entry for adapter 'first' in its place, got 5"),
+            (
+                "provenance",
+                [5, 6],
+                "provenance must have the entry for adapter 'first' at the adapter's position, got 5",
+            ),
         ],
     )
     def test_is_refused_before_the_model_is_changed(self, field, value, message, pair, untouched, tmp_path) -> None:
@@ -335,7 +343,7 @@ class TestADamagedRecord:
         saved(tmp_path, "mlp", pair("mlp"))
         config = PeftConfig.from_pretrained(str(tmp_path))
         config.composed_modules["lin1"][1] = 10**9
-        rank = r"'second' has rank 1000000000 in module 'lin1'. Its sizes are \[16, 20\] .* than 1864135:"
+        rank = r"'second' has rank 1000000000 in module 'lin1'. Its sizes are \[16, 20\] .* above 1864135:"
         with pytest.raises(ValueError, match=rank):
             PeftModel.from_pretrained(untouched("mlp"), str(tmp_path), config=config)
 
@@ -412,7 +420,7 @@ class TestDamagedWeights:
         saved(tmp_path, "mlp", pair("mlp"))
         key = "base_model.model.lin0.composition_mixing.weight"
         edit_weights(tmp_path, lambda tensors: tensors.update({key: torch.zeros(3)}))
-        with pytest.raises(ValueError, match=r"module 'lin0': .* shape \(3,\), the config has 2 adapters"):
+        with pytest.raises(ValueError, match=r"module 'lin0': .* shape \(3,\), but the config has 2 adapters"):
             PeftModel.from_pretrained(untouched("mlp"), str(tmp_path))
 
     @pytest.mark.parametrize("damage", [torch.zeros(40, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)])
@@ -420,5 +428,5 @@ class TestDamagedWeights:
         saved(tmp_path, "mlp", pair("mlp"))
         key = "base_model.model.lin0.composition_fingerprint._extra_state"
         edit_weights(tmp_path, lambda tensors: tensors.update({key: damage}))
-        with pytest.raises(ValueError, match=r"fingerprint beside the weights .* is damaged"):
+        with pytest.raises(ValueError, match=r"fingerprint in the weights file .* is damaged"):
             PeftModel.from_pretrained(untouched("mlp"), str(tmp_path))

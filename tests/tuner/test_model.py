@@ -743,12 +743,12 @@ class TestMixedBatches:
     @pytest.mark.parametrize("name", ["mlp", "bert"])
     def test_are_refused(self, name, pair) -> None:
         model = tiny.compose(name, pair(name))
-        with pytest.raises(ValueError, match=r"Mixed batches .* set_adapter"):
+        with pytest.raises(ValueError, match=r"mixed batches .* set_adapter"):
             model(**tiny.TINY[name].inputs(), adapter_names=["default"] * 4)
 
     def test_are_refused_by_generate(self, pair) -> None:
         model = tiny.compose("gpt2", pair("gpt2"))
-        with pytest.raises(ValueError, match=r"Mixed batches .* set_adapter"):
+        with pytest.raises(ValueError, match=r"mixed batches .* set_adapter"):
             model.generate(**tiny.TINY["gpt2"].inputs(), adapter_names=["default"] * 4, max_new_tokens=1)
 
 
@@ -948,7 +948,7 @@ class TestHead:
 def test_base_with_an_unmerged_lora_is_refused_untouched(pair) -> None:
     base = peft.get_peft_model(tiny.build("bert"), peft.LoraConfig(target_modules=["dense"])).base_model.model
     modules = [(key, type(module)) for key, module in base.named_modules()]
-    with pytest.raises(ValueError, match=r"already carries an adapter of another kind \(peft\.tuners\.lora"):
+    with pytest.raises(ValueError, match=r"already has an adapter of another kind \(peft\.tuners\.lora"):
         get_peft_model(base, CompositionConfig(adapters=pair("bert")))
     assert [(key, type(module)) for key, module in base.named_modules()] == modules
 
