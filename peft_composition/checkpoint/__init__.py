@@ -1,4 +1,4 @@
-"""Keeps: what is saved, shown and given to others: model cards, pushing to the Hub, plain LoRAs."""
+"""Saves and shares compositions: model cards, pushing to the Hub, plain LoRAs."""
 
 from .card import write_model_card
 from .export import LoraExport, lora_from_checkpoint, to_lora

@@ -1,7 +1,7 @@
-"""Which class of transformers loads a base model: by the task, by what adapters state, by the model's own config.
+"""Chooses the transformers class that loads a base model, by the task, the adapters and the model's own config.
 
-Adapters say `CAUSAL_LM` of models that `AutoModelForCausalLM` does not know (Qwen2-VL, SmolVLM), or knows in part (it
-makes the decoder of a Whisper, the language model of a Llama 4).
+Adapters state `CAUSAL_LM` for models that `AutoModelForCausalLM` does not support (Qwen2-VL, SmolVLM), or of which it
+builds only a part (the decoder of Whisper, the language model of Llama 4).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..text import one_line
 
 
-# For each task type of PEFT the classes that load a model for it, with the tables of the models that they know; first
-# the one that the task is named after.
+# For each task type of PEFT the classes that load a model for it, each with the table of the models that it supports;
+# the class that the task is named after comes first.
 AUTO_CLASSES: dict[str, dict[str, str]] = {
     "SEQ_CLS": {
         "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -58,11 +58,11 @@ AUTO_CLASSES: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Loader:
-    """A class of transformers that loads a base model.
+    """A transformers class that loads a base model.
 
     Attributes:
-        name: of the class.
-        builds: the class of the model that comes out.
+        name: the name of the class.
+        builds: the class of the loaded model.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Loader:
 
     @property
     def loads(self) -> Any:
-        """The class of transformers."""
+        """The transformers class."""
         return getattr(transformers, self.name)
 
     @property
@@ -91,13 +91,15 @@ class Loader:
 
         Args:
             base: Hub id or folder.
-            revision: of the Hub id.
-            dtype: of the weights. Default: as they are saved.
-            num_labels: of the head; one of another size is replaced. Default: as in the base's config.
-            is_reported: whether transformers may report what is new in the model. Without, who calls has to tell it.
+            revision: the revision, for a Hub id.
+            dtype: dtype of the weights. Default: as saved.
+            num_labels: number of labels of the head; a head of another size is replaced. Default: as in the base's
+                config.
+            is_reported: whether transformers reports new weights. If False, the caller has to report them.
 
         Returns:
-            The model, and the names of the modules that are not in the base's weights and so are new and untrained.
+            The model, and the names of the modules that are missing in the base's weights and so are new and
+            untrained.
         """
         kwargs: dict[str, Any] = {"revision": revision} if revision else {}
         if num_labels is not None:
@@ -108,7 +110,7 @@ class Loader:
         return model, sorted({key.rpartition(".")[0] for key in keys})
 
     def empty(self, config: PretrainedConfig) -> nn.Module:
-        """The model without values: its modules and shapes."""
+        """The model on the meta device: modules and shapes without values."""
         with torch.device("meta"):
             return self.loads.from_config(config) if hasattr(self.loads, "from_config") else self.loads(config)
 
@@ -118,34 +120,34 @@ def base_config(base: str, revision: str | None = None) -> PretrainedConfig:
 
     Args:
         base: Hub id or folder.
-        revision: of the Hub id.
+        revision: the revision, for a Hub id.
 
     Raises:
-        ValueError: there is no such folder, or the Hub could not be asked for it.
-        OSError: the Hub has no such model, or it has no config.
+        ValueError: the folder does not exist, or the Hub could not be reached.
+        OSError: the Hub has no such model, or the model has no config.
     """
     with _named(base):
         return AutoConfig.from_pretrained(base, revision=revision)
 
 
 def loaders(task: str | None, config: PretrainedConfig, stated: str | None = None) -> list[Loader]:
-    """The classes that can load a base model, the likeliest first; no two build the same model.
+    """The classes that can load a base model, the most likely first; no two build the same model.
 
     Args:
         task: task type of PEFT, or None.
-        config: of the base model.
-        stated: class of the model that an adapter was trained on, where it says so. Ignored where transformers has no
-            such class for this base.
+        config: the config of the base model.
+        stated: class of the model that an adapter was trained on, if the adapter states it. Ignored if transformers
+            has no such class for this base model.
 
     Returns:
-        The stated class, those for the task, the base's own (`architectures`) and, if there are none of these,
-        `AutoModel`.
+        The stated class, the classes for the task, the base model's own (`architectures`) and, if there are none of
+        these, `AutoModel`.
 
     Raises:
-        ValueError: the task type is not known.
+        ValueError: the task type is unknown.
     """
     if task is not None and task not in AUTO_CLASSES:
-        raise ValueError(f"task type {task!r} is not known; there are {', '.join(AUTO_CLASSES)}")
+        raise ValueError(f"task type {task!r} is unknown; use one of {', '.join(AUTO_CLASSES)}")
     found: dict[type, Loader] = {}
 
     def add(name: str, builds: type[PreTrainedModel] | None) -> None:
@@ -167,7 +169,7 @@ def loaders(task: str | None, config: PretrainedConfig, stated: str | None = Non
 
 
 def choose(candidates: list[Loader], config: PretrainedConfig, fits: Callable[[nn.Module], bool]) -> Loader:
-    """The first of the classes whose model, built without values, fits; the first of all if none does."""
+    """The first class whose model, built without values, fits; if none does, the first class."""
     if len(candidates) == 1:
         return candidates[0]
     return next((loader for loader in candidates if fits(loader.empty(config))), candidates[0])
@@ -183,7 +185,7 @@ def class_to_load(task: str | None, model_class: str) -> str:
 
 
 def stated_class(config: Mapping[str, Any]) -> str | None:
-    """The class of transformers that an adapter's config says it was trained on; None where it says none."""
+    """The transformers class that an adapter's config says it was trained on; None if it states none."""
     mapping = config.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     return name if _model_class(name) is not None else None
@@ -195,7 +197,7 @@ def _model_class(name: object) -> type[PreTrainedModel] | None:
 
 
 def _known(table: str, config_class: type[PretrainedConfig] | None) -> tuple[type[PreTrainedModel], ...]:
-    """The model classes that a table of transformers has for a config; a table may be newer than transformers."""
+    """The model classes that a table has for a config; the table may be newer than the installed transformers."""
     mapping = getattr(transformers, table, None)
     if mapping is None or config_class not in mapping:
         return ()
@@ -209,7 +211,7 @@ def _sub_configs(config: PretrainedConfig) -> tuple[type[PretrainedConfig], ...]
 
 @contextmanager
 def _named(base: str) -> Iterator[None]:
-    """What transformers says of a network that cannot be reached does not name the base model."""
+    """Name the base model in errors of transformers about a network that cannot be reached."""
     try:
         yield
     except OSError as error:
@@ -219,12 +221,12 @@ def _named(base: str) -> Iterator[None]:
         while cause is not None:
             if isinstance(cause, LocalEntryNotFoundError):
                 raise ValueError(
-                    f"base model {one_line(base)} is neither a folder here nor in the Hub cache, and the Hub could "
-                    "not be asked"
+                    f"base model {one_line(base)} is neither a local folder nor in the Hub cache, and the Hub could "
+                    "not be reached"
                 ) from error
             if isinstance(cause, HFValidationError):
                 raise ValueError(
-                    f"base model {one_line(base)} is no folder here, and it cannot be a Hub id"
+                    f"base model {one_line(base)} is neither a local folder nor a valid Hub id"
                 ) from error
             cause = cause.__cause__
         raise
@@ -232,7 +234,7 @@ def _named(base: str) -> Iterator[None]:
 
 @contextmanager
 def _load_report(is_shown: bool) -> Iterator[None]:
-    """Hold back transformers' report of a loaded model, unless loading fails: its errors refer to it."""
+    """Suppress transformers' report about a loaded model, unless loading fails: its errors refer to the report."""
     logger = logging.getLogger("transformers.modeling_utils")
     held: list[logging.LogRecord] = []
 

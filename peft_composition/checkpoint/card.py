@@ -1,8 +1,8 @@
-"""Model cards of saved compositions, written from their files, and pushing both to the Hub.
+"""Writes model cards of saved compositions from their files.
 
 PEFT writes the card before it saves the config, so `CompositionConfig.save_pretrained` completes it. transformers'
-`model.push_to_hub` and `Trainer.create_model_card` write it once more afterwards: hence `push_to_hub` and
-`CompositionCardMixin`.
+`model.push_to_hub` and `Trainer.create_model_card` write the card again afterwards, which is why `push_to_hub` and
+`CompositionCardMixin` exist.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
 
 TAG = "peft-composition"
 NEW_TITLE = "# Composition of LoRA adapters"
-# A mark is a line of its own, which text from others never is. A begin mark whose end somebody deleted must not
+# A mark is a whole line, which text from others never is. If somebody deletes an end mark, its begin mark must not
 # swallow the text up to the end mark of a later section.
 _SECTION = re.compile(
     rf"^{BEGIN}(?P<fields>[^>\n]*)-->[ \t]*$(?:(?!^{BEGIN}).)*?^{END}[ \t]*$", re.DOTALL | re.MULTILINE
@@ -52,25 +52,25 @@ def write_model_card(
     repo_id: str | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write, or bring up to date, what the model card says of a saved composition.
+    """Write or update the section about a saved composition in its model card.
 
     Only the part between the marks `<!-- peft-composition:begin -->` and `<!-- peft-composition:end -->` is replaced;
-    all other text stays. The metadata gets the library, the base model where it is a Hub id, the tag, the upstream
-    adapters and, where all of them state the same one and the card has none yet, the license.
+    all other text stays. The library, the tag, the upstream adapters and, if it is a Hub id, the base model are added
+    to the metadata. So is the license, if all adapters state the same one and the card has none.
 
     Args:
-        folder: where the card is, and the composition that `save_pretrained` wrote.
-        subfolder: where in `folder` the composition is; PEFT saves an adapter that is not named "default" in a folder
-            of its own. Default: in `folder` itself.
-        repo_id: the repository that the folder is pushed to, for the loading code. Default: the one that the card
-            names already, or else the folder itself.
-        metrics: evaluation results of these weights, by name. Default: none are shown.
+        folder: the folder of the card and of the composition that `save_pretrained` wrote.
+        subfolder: the composition's subfolder of `folder`; PEFT saves an adapter that is not named "default" in a
+            subfolder. Default: `folder` itself.
+        repo_id: the repository that the folder is pushed to, for the loading code. Default: the repository that the
+            card already names, otherwise the folder itself.
+        metrics: evaluation results of these weights, by name. Default: none.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: there is no saved composition.
+        ValueError: the folder holds no saved composition.
     """
     root = Path(folder)
     subfolder = subfolder or None
@@ -89,14 +89,14 @@ def write_model_card(
 
 
 def complete_card(folder: Path) -> None:
-    """Complete the card that PEFT wrote into the folder of a saved composition, or above that of a named one.
+    """Complete the card that PEFT wrote into the folder of a saved composition, or above it for a named one.
 
-    An export that was made from other weights than the new ones is removed.
+    An export that was made from other weights is removed.
     """
     if remove_outdated_export(folder):
         warnings.warn(
-            f"{folder / LORA_SUBFOLDER} held the plain LoRA of the weights that were saved before, and was removed. "
-            f"For one of the new weights: peft_composition.add_to_checkpoint({str(folder)!r}).",
+            f"{folder / LORA_SUBFOLDER} held the plain LoRA of earlier weights and was removed. To export the new "
+            f"weights, call peft_composition.add_to_checkpoint({str(folder)!r}).",
             stacklevel=2,
         )
     if (folder / REPOCARD_NAME).is_file():
@@ -106,16 +106,16 @@ def complete_card(folder: Path) -> None:
 
 
 def _with_section(text: str, section: str, subfolder: str | None) -> str:
-    """A card's text with the section of one composition replaced or, where it has none yet, added.
+    """A card's text with the section of one composition replaced or added.
 
-    A first section goes before the first second-level heading, another one after the last section.
+    A first section goes before the first second-level heading, further ones after the last section.
     """
     sections = [*_SECTION.finditer(text)]
     for found in sections:
         if _subfolder_in(found) == subfolder:
             return text[: found.start()] + section + text[found.end() :]
     boilerplate = "\n".join(ModelCard.from_template(ModelCardData()).text.splitlines())
-    if text.startswith(boilerplate):  # what PEFT puts into a new folder: headings without content
+    if text.startswith(boilerplate):  # PEFT's card for a new folder: headings without content
         text = f"{NEW_TITLE}\n{text.removeprefix(boilerplate)}"
         place = len(NEW_TITLE) + 1
     else:
@@ -124,7 +124,7 @@ def _with_section(text: str, section: str, subfolder: str | None) -> str:
 
 
 def _before_first_heading(text: str) -> int:
-    """Where the first second-level heading begins, or the end; what is in code blocks does not count."""
+    """The position of the first second-level heading outside code blocks, or of the end."""
     place, in_code = 0, False
     for line in text.splitlines(keepends=True):
         if line.startswith("```"):
@@ -141,7 +141,7 @@ def _subfolder_in(section: re.Match[str]) -> str | None:
 
 
 def _fields_of(section: re.Match[str]) -> dict[str, str]:
-    """What the begin mark of a section says."""
+    """The fields of the begin mark of a section."""
     found = _FIELD.findall(section["fields"])
     return {name: unquote(value, errors="surrogatepass") for name, value in found}
 
@@ -155,12 +155,12 @@ def _repository_of(text: str, subfolder: str | None) -> str | None:
 
 
 def _complete_metadata(data: ModelCardData, compositions: list[SavedComposition]) -> None:
-    """Add what is known of the compositions; keep what is there already, unless the Hub would refuse it."""
+    """Add metadata about the compositions; existing values stay, unless the Hub would refuse them."""
     data.library_name = "peft"
     known = [composition.base_model for composition in compositions if composition.base_model]
     data.base_model = known[0] if known else _hub_ids(data.base_model)
     data["base_model_relation"] = "adapter" if data.base_model else None
-    # PEFT makes a tag of the base model's name, local path or not.
+    # PEFT turns the base model's name into a tag, even a local path.
     tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:") or is_hub_id(tag.split(":", 2)[-1])]
     data.tags = [*tags, TAG] if TAG not in tags else tags
     entries = [entry for composition in compositions for entry in composition.provenance]
@@ -170,7 +170,7 @@ def _complete_metadata(data: ModelCardData, compositions: list[SavedComposition]
 
 
 def _hub_ids(names: str | list[str] | None) -> str | list[str] | None:
-    """The names where all of them are Hub ids."""
+    """The names, if all of them are Hub ids."""
     listed = [names] if isinstance(names, str) else names or []
     return names if listed and all(map(is_hub_id, listed)) else None
 

@@ -1,4 +1,4 @@
-"""A composition as a plain LoRA adapter, exact or truncated, that PEFT, vLLM and others load without this plugin."""
+"""Exports a composition as a plain LoRA, exact or truncated, which PEFT, vLLM and others load without this plugin."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ from .ranks import ExportedModule, ExportedModules, ExportOptions, choose_ranks,
 from .saved import INFIX, PREFIX, SavedComposition
 
 
-@dataclass(repr=False)  # that of its tensors fills screens
+@dataclass(repr=False)  # the repr of its tensors fills screens
 class LoraExport:
     """A plain LoRA adapter made from a composition; every module has scale 1 (alpha = rank).
 
     Attributes:
-        config: its `LoraConfig`; `r` is the rank of all modules. With `one_rank=False` it is the largest, and other
-            ranks are in `rank_pattern` and `alpha_pattern`.
-        state_dict: its tensors by the keys of an `adapter_model.safetensors`, on the CPU.
-        ranks: rank of every module, in the model's order; of a parameter of several matrices, that of each.
-        errors: for every module the relative error of the truncation, ||Delta - Delta'|| / ||Delta|| in the Frobenius
-            norm; 0 where nothing was cut. The rounding to the dtype of the export is not in it.
-        total_error: the same over all modules together.
+        config: its `LoraConfig`; `r` is the rank of all modules. With `one_rank=False` it is the largest rank, and the
+            others are in `rank_pattern` and `alpha_pattern`.
+        state_dict: its tensors on the CPU, by their keys in `adapter_model.safetensors`.
+        ranks: rank of every module, in the model's order; for a parameter of several matrices, the rank of each
+            matrix.
+        errors: relative error of the truncation by module, ||Delta - Delta'|| / ||Delta|| in the Frobenius norm; 0 if
+            nothing was cut. The rounding to the dtype of the export is not included.
+        total_error: the relative error over all modules together.
         head: with `include_head="separate"`, the tensors of the head by their names in the base model.
     """
 
@@ -71,21 +72,21 @@ class LoraExport:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save as `adapter_config.json` and `adapter_model.safetensors`, and a separate head as `head.safetensors`.
 
-        All files are written in full before the first takes the place of an older one. What is then cut short between
-        two of them leaves a folder without `adapter_config.json`, which nothing loads.
+        All files are written completely before the first one replaces an older one. If the process is killed between
+        two replacements, the folder has no `adapter_config.json`, so that nothing loads it.
 
         Args:
-            folder: made where it does not exist.
+            folder: the folder; created if it does not exist.
         """
         self._save(Path(folder))
 
     def save_beside(self, composition: str | os.PathLike[str], subfolder: str, sha256: str | None = None) -> None:
-        """Save in a subfolder of the saved composition that it was made from, with a record of that.
+        """Save in a subfolder of the saved composition that it was made from, with a record of its origin.
 
         Args:
             composition: folder of the saved composition.
-            subfolder: where to, inside it.
-            sha256: of the weights file that it was made from. Default: of the one that is there.
+            subfolder: name of the subfolder.
+            sha256: hash of the weights file that it was made from. Default: the hash of the present one.
         """
         weights = weights_file(Path(composition))
         if sha256 is None and weights is not None:
@@ -114,18 +115,18 @@ class LoraExport:
         commit_message: str = "Upload LoRA adapter",
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Upload the files of `save_pretrained` in one commit to a repository, made where it does not exist.
+        """Upload the files of `save_pretrained` in one commit to a repository, which is created if it does not exist.
 
-        Other files of the repository stay as they are, a `head.safetensors` of an earlier export too.
+        Other files of the repository stay unchanged, also a `head.safetensors` of an earlier export.
 
         Args:
-            repo_id: of the repository.
+            repo_id: the repository.
             subfolder: folder in the repository. Default: its root.
-            private: whether a new repository is private. Default: as the owner's settings say.
-            token: as for all of `huggingface_hub`. Default: the one logged in with.
+            private: whether a new repository is private. Default: the setting of the owner.
+            token: a Hub token, as in `huggingface_hub`. Default: the stored token.
             revision: branch to commit to. Default: `main`.
-            commit_message: of the commit.
-            create_pr: open a pull request instead of committing.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request instead of committing. Default: False.
 
         Returns:
             The commit, as `huggingface_hub` describes it.
@@ -146,7 +147,7 @@ class LoraExport:
 
 
 def _take_places(draft: Path, folder: Path) -> None:
-    """Put the files of a new export in the places of an older one, so that no reader gets some of each."""
+    """Replace the files of an older export by those of a new one, so that no reader gets a mixture of both."""
     config, head = folder / CONFIG_NAME, folder / HEAD_NAME
     is_same_config = config.is_file() and config.read_bytes() == (draft / CONFIG_NAME).read_bytes()
     if not is_same_config or head.exists() or (draft / HEAD_NAME).exists():
@@ -169,38 +170,38 @@ def to_lora(
     include_head: bool | Literal["separate"] = True,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
-    """Turn a composition into a plain LoRA adapter; the model stays as it is.
+    """Turn a composition into a plain LoRA adapter; the model stays unchanged.
 
-    The product of the exported factors is the composed update B diag(u) A (see `tuner.functional`): exactly, with the
-    stacked factors, or the nearest one of a lower rank. The dense update is never formed.
+    The product of the exported factors is the composed update B diag(u) A (see `tuner.functional`), either exactly,
+    with the stacked factors, or as the nearest update of a lower rank. The dense update is never formed.
 
     Args:
         model: a `PeftModel`, a transformers model or any model that a composition was injected into; merged or not.
         adapter_name: name of the composition. Default: the active one.
-        rank: highest rank per module; where more are stacked, the nearest update of that rank is exported. Default:
-            exact, with the largest sum of the ranks of the upstream adapters of one module.
-        energy: instead of `rank`, the share of the squared Frobenius norm of its update that every module keeps, above
-            0 and at most 1, with the least rank that does. With 1 only what rounding hides is left out.
-        round_rank: round the rank of all modules up to one that vLLM accepts: 8, 16, 32, 64, 128, 256, 320, 512.
-            Default: False.
-        one_rank: give all modules the rank of the largest (default). What was truncated fills the room; beyond the
-            rank of the update there are zeros. Readers scale by different rules: alpha / r of the config (vLLM),
-            alpha / rank of every tensor (llama.cpp, diffusers), `alpha_pattern` / `rank_pattern` (PEFT). With one rank
-            all of them give 1, and servers that stack the factors of several modules (SGLang) take the adapter.
-            `False` keeps every module's own rank: a smaller file that PEFT and vLLM scale rightly, and llama.cpp and
-            diffusers wrongly; a warning says so where ranks differ.
-        include_head: `True` (default) puts what the composition trains or saves besides (`modules_to_save`) into the
-            adapter, as PEFT does; `"separate"` puts it into a file of its own, `head.safetensors`, with the names of
-            the base model: `base.load_state_dict(load_file(...), strict=False)`. `False` leaves it out. vLLM refuses
-            an adapter with a head.
-        dtype: of the exported factors. Default: that of the stacked ones.
+        rank: largest rank per module; where the stacked rank is larger, the nearest update of rank `rank` is exported.
+            Default: exact, with the largest sum of upstream ranks in one module.
+        energy: instead of `rank`: the share of the squared Frobenius norm of its update that every module keeps, above
+            0 and at most 1; the smallest rank that reaches it is used. With 1, only rounding errors are cut.
+        round_rank: whether to round the rank of all modules up to a rank that vLLM accepts: 8, 16, 32, 64, 128, 256,
+            320, 512. Default: False.
+        one_rank: whether all modules get the largest rank (default: True). Modules of a lower rank are filled with
+            components that were truncated, then with zeros. Programs scale by different rules: alpha / r of the config
+            (vLLM), alpha / rank of every tensor (llama.cpp, diffusers), `alpha_pattern` / `rank_pattern` (PEFT). With
+            one rank, all rules give 1, and servers that stack the factors of several modules (SGLang) accept the
+            adapter. False keeps every module's own rank, which makes a smaller file; PEFT and vLLM scale it correctly,
+            llama.cpp and diffusers do not, and a warning says so if ranks differ.
+        include_head: True (default) saves the modules in `modules_to_save`, such as the head, with the adapter, as
+            PEFT does. `"separate"` saves them in a separate file `head.safetensors`, with the names of the base model:
+            `base.load_state_dict(load_file(...), strict=False)`. False leaves them out. vLLM refuses an adapter with a
+            head.
+        dtype: dtype of the exported factors. Default: the dtype of the stacked factors.
 
     Returns:
         The adapter.
 
     Raises:
-        ValueError: there is no such composition or more than one is active; an option has no meaning; a value is not
-            finite, also once rounded to `dtype`; or the export has no form that PEFT can load.
+        ValueError: the composition does not exist, or several are active; an option is invalid; a value is not finite,
+            or not after rounding to `dtype`; or PEFT has no format for the export.
     """
     options = ExportOptions(rank, energy, round_rank, one_rank, include_head, dtype)
     base = _composed_base(model)
@@ -216,7 +217,7 @@ def to_lora(
         saved = get_peft_model_state_dict(base, adapter_name=adapter_name)
         others = {key: tensor for key, tensor in saved.items() if INFIX not in key}
     export = _export(config, modules, others, options)
-    if config.task_type is None:  # AutoPeftModel needs one or the other
+    if config.task_type is None:  # AutoPeftModel needs a task type or an auto mapping
         export.config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return export
 
@@ -231,10 +232,10 @@ def lora_from_checkpoint(
     include_head: bool | Literal["separate"] = True,
     dtype: torch.dtype | None = None,
 ) -> LoraExport:
-    """As `to_lora`, from the files of a saved composition; needs no base model and no network.
+    """Like `to_lora`, but from the files of a saved composition; needs no base model and no network.
 
     Args:
-        folder: of a composition saved with `save_adapters=True`.
+        folder: folder of a composition that was saved with `save_adapters=True`.
         rank: as in `to_lora`.
         energy: as in `to_lora`.
         round_rank: as in `to_lora`.
@@ -246,7 +247,7 @@ def lora_from_checkpoint(
         The adapter.
 
     Raises:
-        ValueError: the folder holds no composition, or not its factors; or as in `to_lora`.
+        ValueError: the folder holds no composition or not its factors; or as in `to_lora`.
     """
     options = ExportOptions(rank, energy, round_rank, one_rank, include_head, dtype)
     saved = SavedComposition.opened(folder)
@@ -256,7 +257,7 @@ def lora_from_checkpoint(
 
 
 def _composed_base(model: nn.Module) -> Any:
-    """The base model inside, which carries the configs of its adapters."""
+    """The inner base model, which holds the configs of its adapters."""
     model = getattr(model, "_orig_mod", model)  # inside torch.compile
     if isinstance(model, PeftModel):
         model = model.base_model
@@ -280,13 +281,13 @@ def _chosen_composition(base: Any, adapter_name: str | None) -> str:
     active = [n for n in names if any(n in x.active_adapters and n in x.composition_factors for x in layers)]
     if len(active) != 1:
         state = f"{sorted(active)} are active" if active else f"none is active of {sorted(names)}"
-        raise ValueError(f"Which composition is to be exported? Say adapter_name=...; {state}.")
+        raise ValueError(f"It is unclear which composition to export: {state}. Pass adapter_name=...")
     return active[0]
 
 
 def _read_layer(layer: CompositionLayer, adapter_name: str) -> ExportedModule:
     with layer.onloaded([adapter_name]):
-        factors = layer.whole_factors(adapter_name)  # refuses factors that never came
+        factors = layer.whole_factors(adapter_name)  # refuses factors that were never loaded
         weights = layer.mixing_weights(adapter_name)
         return mixed_modules(factors.A, factors.B, factors.bias, factors.ranks, weights, factors.has_experts)
 
@@ -329,7 +330,7 @@ def _export(
             B = B / attention_output_times()
         dtype = options.dtype or module.A.dtype
         bias = module.bias
-        if config.biased_modules and bias is None:  # PEFT gives all modules a bias, or none
+        if config.biased_modules and bias is None:  # in PEFT, all modules have a bias or none
             bias = torch.zeros(B.shape[0])
         for key, tensor in named_tensors(name in layout["embeddings"], A, B, bias).items():
             state_dict[f"{PREFIX}{wrapped_path(name, layout)}.{key}"] = _rounded(
@@ -360,5 +361,5 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy: the export stays what it is when the model trains on."""
+    """A copy, so that the export stays unchanged when the model is trained further."""
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,7 +1,7 @@
-"""What a plain LoRA in a subfolder of a saved composition was made from, in a small file beside it.
+"""Records, in a small file beside a plain LoRA in a saved composition, the weights that it was made from.
 
-Weights and export are written one after the other, often days apart: only by this file can anybody tell whether an
-export still belongs to the weights above it.
+Weights and export are written at different times, often days apart. Only this file shows whether an export still
+belongs to the weights of the composition.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Exported:
     """The record of an export.
 
     Attributes:
-        composition_sha256: of the weights file of the composition, whose fingerprint stands for its config.
-        lora_sha256: of the weights file of the export, to tell it from another adapter that was put in its place.
-        relative_error: of the truncation; 0 where nothing was cut.
+        composition_sha256: hash of the composition's weights file, whose fingerprint represents its config.
+        lora_sha256: hash of the export's weights file, which distinguishes it from another adapter in its place.
+        relative_error: relative error of the truncation; 0 if nothing was cut.
     """
 
     composition_sha256: str
@@ -37,25 +37,25 @@ class Exported:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The weights file of an adapter, the one that PEFT loads."""
+    """The weights file of an adapter that PEFT loads."""
     candidates = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def sha256_of(path: Path) -> str:
-    """Of the content of a file."""
+    """The SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_record(folder: Path, composition_sha256: str, relative_error: float) -> None:
-    """Write the record of an export into its folder, where its weights are already."""
+    """Write the record of an export into its folder; the weights must be there already."""
     record = Exported(composition_sha256, sha256_of(folder / SAFETENSORS_WEIGHTS_NAME), relative_error)
     (folder / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
 
 
 def export_in(folder: Path) -> Exported | None:
-    """The record of the export in the subfolder of a saved composition, if it belongs to the composition as it is."""
+    """The record of the export in a saved composition, if the export belongs to its present weights."""
     place = folder / LORA_SUBFOLDER
     record = _record_in(place)
     is_whole = (place / CONFIG_NAME).is_file() and (place / SAFETENSORS_WEIGHTS_NAME).is_file()
@@ -65,13 +65,13 @@ def export_in(folder: Path) -> Exported | None:
 def remove_outdated_export(folder: Path) -> bool:
     """Remove the export in the subfolder of a saved composition if it was made from other weights.
 
-    What has no record, or is not what the record tells of, somebody else put there: it stays.
+    A folder without a record, or with other weights than recorded, was put there by somebody else and stays.
 
     Args:
-        folder: of the saved composition.
+        folder: the folder of the saved composition.
 
     Returns:
-        Whether there was one.
+        Whether an export was removed.
     """
     place = folder / LORA_SUBFOLDER
     record = _record_in(place)
@@ -82,7 +82,7 @@ def remove_outdated_export(folder: Path) -> bool:
         SAFETENSORS_WEIGHTS_NAME,
         HEAD_NAME,
         RECORD_NAME,
-    ):  # without the first nothing loads the rest
+    ):  # without the first file, nothing loads the others
         (place / name).unlink(missing_ok=True)
     if not any(place.iterdir()):
         place.rmdir()
@@ -95,7 +95,7 @@ def _is_current(record: Exported, folder: Path) -> bool:
 
 
 def _record_in(place: Path) -> Exported | None:
-    """The record of an export; None where there is none, it is damaged, or the weights beside it are others."""
+    """The record of an export; None if it is missing or damaged, or the weights beside it are others."""
     if place.is_symlink() or not (place / RECORD_NAME).is_file():
         return None
     try:

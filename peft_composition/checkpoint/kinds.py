@@ -1,4 +1,4 @@
-"""What a folder holds that is no saved composition: for error messages."""
+"""Explains in error messages why a folder is not a saved composition."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def why_no_composition(folder: Path) -> str:
     """Why a folder cannot be read as a saved composition, judged by its `adapter_config.json`.
 
     Args:
-        folder: has no composition, or one without its weights.
+        folder: a folder without a composition, or with one that lacks its weights.
 
     Returns:
         One sentence without a full stop.
     """
     kind = peft_type_in(folder)
     if kind is None:
-        return f"{one_line(folder)} is no saved composition: it has no {CONFIG_NAME} of an adapter"
+        return f"{one_line(folder)} is not a saved composition: it has no {CONFIG_NAME} of an adapter"
     if kind == "COMPOSITION":
         files = f"neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
-        return f"{one_line(folder)} is no saved composition: its weights are missing, it has {files}"
+        return f"{one_line(folder)} is not a saved composition: its weights are missing, it has {files}"
     what = "a plain LoRA" if kind == "LORA" else f"an adapter of type {one_line(kind)}"
     where = f"; the composition beside it is {one_line(folder.parent)}" if _is_beside_composition(folder) else ""
-    return f"{one_line(folder)} is no saved composition: it is {what}, not a composition{where}"
+    return f"{one_line(folder)} is not a saved composition: it is {what}{where}"
 
 
 def _is_beside_composition(folder: Path) -> bool:
@@ -35,7 +35,7 @@ def _is_beside_composition(folder: Path) -> bool:
 
 
 def peft_type_in(folder: Path) -> str | None:
-    """The `peft_type` of the `adapter_config.json` in a folder; None where there is none that can be read."""
+    """The `peft_type` of the `adapter_config.json` in a folder; None if it cannot be read."""
     try:
         fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A composed update as factors of a lower rank: exact, padded, or truncated by an SVD of the factors."""
+"""Turns a composed update into factors of another rank: exact, padded, or truncated by an SVD of the factors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def singular_values(A: Tensor, B: Tensor, u: Tensor) -> Tensor:
 def truncate(A: Tensor, B: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The factors of rank `rank` whose product is nearest to B diag(u) A, flattened to a matrix (Eckart-Young).
 
-    With A^T = Q_A R_A and B = Q_B R_B the update is Q_B (R_B diag(u) R_A^T) Q_A^T, and the singular vectors are those
-    of the core in brackets, which is at most R x R: the update itself is never formed.
+    With A^T = Q_A R_A and B = Q_B R_B the update is Q_B (R_B diag(u) R_A^T) Q_A^T. Its singular vectors follow from
+    those of the core in brackets, which is at most R x R; the update itself is never formed.
 
     Args:
         A: shape (R, in) or, for a convolution, (R, in, *kernel).
@@ -38,7 +38,7 @@ def truncate(A: Tensor, B: Tensor, u: Tensor, rank: int) -> tuple[Tensor, Tensor
 
     Returns:
         A of shape (rank, in, *kernel), B of shape (out, rank, 1, ...) and all singular values of the update, largest
-        first; in float64. A and B get the square root of the singular values each.
+        first; in float64. A and B are each scaled by the square root of the singular values.
     """
     Q_A, R_A = torch.linalg.qr(A.double().flatten(1).t())
     Q_B, R_B = torch.linalg.qr(B.double().flatten(1))
@@ -54,11 +54,11 @@ def _core(R_A: Tensor, R_B: Tensor, u: Tensor) -> Tensor:
 
 
 def rank_for_energy(singular_values: Tensor, energy: float) -> int:
-    """The least rank, 1 or more, whose squared singular values reach a share of their sum.
+    """The smallest rank, at least 1, whose squared singular values reach a share of their total.
 
     Args:
         singular_values: largest first.
-        energy: the share, above 0 and at most 1. With 1, only what rounding hides is left out.
+        energy: the share, above 0 and at most 1. With 1, only rounding errors are cut.
 
     Returns:
         The rank.

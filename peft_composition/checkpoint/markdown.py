@@ -1,4 +1,4 @@
-"""The text of the section that is ours in a model card: tables, links, code."""
+"""Renders the composition's section of a model card: tables, links, code."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NOTE = "<!-- Replaced whenever the adapter is saved: write your own text above 
 
 
 def is_on_hub(entry: Provenance) -> bool:
-    """Whether an adapter came from a repository of the Hub."""
+    """Whether an adapter came from a Hub repository."""
     return entry["commit"] is not None and is_hub_id(entry["path"])
 
 
 def section_of(saved: SavedComposition, repo_id: str | None, metrics: Mapping[str, float]) -> str:
-    """The text about one composition, between its marks."""
+    """The section about one composition, with its marks."""
     weights = saved.mixing_weights()
     adapters = [_Row(saved, number, weights) for number in range(len(saved.config.references))]
     largest = sorted(adapters, key=lambda row: -abs(row.mean or 0))[:ADAPTERS_PER_BLOCK_TABLE]
@@ -63,7 +63,7 @@ def section_of(saved: SavedComposition, repo_id: str | None, metrics: Mapping[st
     return f"{begin} -->\n{_NOTE}\n{text.strip()}\n{END}"
 
 
-@cache  # to compile it takes longer than all else of a small save
+@cache  # compiling it takes longer than the rest of a small save
 def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -73,7 +73,7 @@ def _template() -> Template:
 
 
 def _cell(value: object) -> str:
-    """A value as it stands in a table: numbers with few digits, and text as itself."""
+    """A value for a table: numbers with few digits, text unchanged."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -82,7 +82,7 @@ def _cell(value: object) -> str:
 
 
 class _Row:
-    """What the tables say of one upstream adapter."""
+    """The values of one upstream adapter in the tables."""
 
     def __init__(self, saved: SavedComposition, number: int, weights: dict[str, list[float]]) -> None:
         entry = saved.provenance[number]
@@ -104,7 +104,7 @@ class _Row:
         self.max = max(self._weights.values(), default=None)
 
     def mean_over(self, modules: Iterable[str]) -> float | None:
-        """The mean weight in those of the modules that the adapter touches; None where it touches none."""
+        """The mean weight over the modules that the adapter touches; None if it touches none of them."""
         touched = [self._weights[module] for module in modules if module in self._weights]
         return fmean(touched) if touched else None
 
@@ -124,7 +124,7 @@ def _in_address(path: str) -> str:
 
 
 def _loading_code(saved: SavedComposition, repo_id: str | None, subfolder: str | None, *first_lines: str) -> str:
-    """Python that loads the base model and the adapter, to be pasted."""
+    """Python code to copy that loads the base model and the adapter."""
     where = [in_python(repo_id or ".")]
     if subfolder:
         where.append(f"subfolder={in_python(subfolder)}")
@@ -135,7 +135,7 @@ def _loading_code(saved: SavedComposition, repo_id: str | None, subfolder: str |
 
 
 def _base_model_code(saved: SavedComposition) -> tuple[list[str], str]:
-    """The import and the line that load the base model, as far as the config tells."""
+    """The import and the line that load the base model, as far as they follow from the config."""
     config = saved.config
     mapping = config.auto_mapping or {}
     stated = str(mapping.get("base_model_class") or "")
@@ -148,7 +148,7 @@ def _base_model_code(saved: SavedComposition) -> tuple[list[str], str]:
         kind = f", a {stated}" if stated else ""
         return [], f"base_model = ...  # the model that the adapters were trained on{kind}"
     note = ""
-    if not is_hub_id(name):  # nobody else has this folder, and how it is called is nobody's business
+    if not is_hub_id(name):  # a local folder, which nobody else has and whose path is private
         name, note = f"path/to/{one_line(Path(name).name)}", "  # your copy of the base model"
     arguments = [in_python(name)]
     if config.revision:

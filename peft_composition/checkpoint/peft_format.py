@@ -1,4 +1,4 @@
-"""How PEFT writes a LoRA: names of tensors, `LoraConfig`, patterns."""
+"""PEFT's format of a LoRA: names of tensors, `LoraConfig`, patterns."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..tuner.wrapping import target_of, wrapped_path
 from .saved import PREFIX
 
 
-# PEFT looks for a head in every adapter of these task types, and fails where there is none.
+# PEFT expects a head in every adapter of these task types, and fails without one.
 _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def missing_projections(state_dict: Mapping[str, Tensor], layout: LoraLayout) -> dict[str, Tensor]:
-    """Zeros for the projection of an attention that is not composed while the other is: PEFT has both or none."""
+    """Zeros for the projection of an attention of which only the other one is composed: PEFT needs both or none."""
     zeros: dict[str, Tensor] = {}
     for owner in layout.get("attentions", ()):
         prefixes = [f"{PREFIX}{wrapped_path(f'{owner}.{key}', layout)}.lora_" for key in (IN_PROJ, OUT_PROJ)]
@@ -39,17 +39,17 @@ def require_one_kind_of_bias(config: CompositionConfig) -> None:
     layout = config.lora_layout
     assert layout is not None
     parameters = [f"{owner}.{key}" for owner, keys in layout.get("parameters", {}).items() for key in keys]
-    alone = {"touches an embedding": layout["embeddings"], "touches a parameter by itself": parameters}
+    alone = {"touches an embedding": layout["embeddings"], "touches a parameter directly": parameters}
     for what, names in alone.items():
         if config.biased_modules and names:
             raise ValueError(
-                f"PEFT knows no LoRA that has biases, as here in {config.biased_modules[0]!r}, and {what}, as here "
-                f"{names[0]!r}. Compose without one of them (exclude_modules)"
+                f"PEFT has no LoRA that both has biases (here in {config.biased_modules[0]!r}) and {what} (here "
+                f"{names[0]!r}). Compose without one of them (exclude_modules)"
             )
     if layout["fan_in_fan_out"] and parameters:
         raise ValueError(
-            f"PEFT knows no LoRA that touches transformers' Conv1D layers and a parameter by itself, as here "
-            f"{parameters[0]!r}. Compose without one of them (exclude_modules)"
+            f"PEFT has no LoRA that touches both transformers' Conv1D layers and a parameter directly (here "
+            f"{parameters[0]!r}). Compose without one of them (exclude_modules)"
         )
 
 
@@ -82,16 +82,16 @@ def lora_config(config: CompositionConfig, ranks: Mapping[str, int], has_head: b
         fan_in_fan_out=layout["fan_in_fan_out"],
         modules_to_save=list(dict.fromkeys(config.modules_to_save or ())) or None if has_head else None,
     )
-    # Set afterwards: LoraConfig makes lists sets, whose order in the file changes from run to run.
+    # Set afterwards: LoraConfig turns lists into sets, whose order in the file would change from run to run.
     lora.target_modules = layout["target_modules"]
     lora.target_parameters = layout.get("target_parameters")
     return lora
 
 
 def _pattern(values: Mapping[str, int], modules: Mapping[str, Any]) -> dict[str, int]:
-    """Entries of a `rank_pattern`, which PEFT reads as regexes for the end of a module's name."""
+    """Entries of a `rank_pattern`, which PEFT reads as regexes for a suffix of a module's name."""
     parts = [name.split(".") for name in modules]
     suffixes = {".".join(own[first:]) for own in parts for first in range(1, len(own))}
     if suffixes.isdisjoint(values):
         return dict(values)
-    return {f"^{re.escape(name)}": value for name, value in values.items()}  # an entry would be taken for others
+    return {f"^{re.escape(name)}": value for name, value in values.items()}  # an entry would match other modules

@@ -1,4 +1,4 @@
-"""Pushes compositions with their card and their plain LoRA to the Hub; the mixin for the Trainer."""
+"""Pushes compositions to the Hub with their card and their plain LoRA; also the mixin for the Trainer."""
 
 from __future__ import annotations
 
@@ -24,30 +24,28 @@ from .saved import SavedComposition
 
 
 def add_to_checkpoint(folder: str | os.PathLike[str], subfolder: str = LORA_SUBFOLDER, **options: Any) -> LoraExport:
-    """Put the export of a saved composition into a subfolder, for everybody who does not have this plugin.
+    """Export a saved composition into its own subfolder, for users who do not have this plugin.
 
     Once pushed, `PeftModel.from_pretrained(base, "me/composed", subfolder="lora")` loads it with PEFT alone. When
-    other weights are saved into the folder, the export in `lora` no longer belongs to them and is removed, with a
-    warning.
+    other weights are saved into the folder, the export in `lora` no longer matches them and is removed with a warning.
 
     Args:
-        folder: of the saved composition.
-        subfolder: where to, inside `folder`.
-        **options: as in `to_lora`: `rank`, `energy`, `round_rank`, `one_rank`, `include_head`,
-            `dtype`.
+        folder: the folder of the saved composition.
+        subfolder: the subfolder to export to. Default: `lora`.
+        **options: as in `to_lora`: `rank`, `energy`, `round_rank`, `one_rank`, `include_head`, `dtype`.
 
     Returns:
-        The adapter that was saved.
+        The saved adapter.
 
     Raises:
         ValueError: as in `lora_from_checkpoint`.
     """
     weights = weights_file(Path(folder))
-    before = None if weights is None else sha256_of(weights)  # what is saved from here on, it was not made from
+    before = None if weights is None else sha256_of(weights)  # before reading: the weights may be replaced meanwhile
     export = lora_from_checkpoint(folder, **options)
     export.save_beside(folder, subfolder, before)
     if Path(folder, REPOCARD_NAME).is_file():
-        write_model_card(folder)  # says how to load the export
+        write_model_card(folder)  # explains how to load the export
     return export
 
 
@@ -72,27 +70,28 @@ def push_to_hub(
 ) -> CommitInfo:
     """Push the compositions of a model to the Hub, with their model card and as plain LoRAs.
 
-    Like `model.push_to_hub`, which pushes the same weights but replaces a new card by an empty one. What people wrote
-    into the card on the Hub stays. Call it in one process only; a sharded model is pushed by the Trainer, see
+    `model.push_to_hub` pushes the same weights but replaces a new card by an empty one. Here, text that people wrote
+    into the card on the Hub stays. Call it in one process only; to push a sharded model, use the Trainer with
     `CompositionCardMixin`.
 
     Args:
         model: the model.
-        repo_id: the repository, made where it does not exist.
-        private: whether a new repository is private. Default: as the Hub decides.
-        token: Hub token. Default: the usual places (`HF_TOKEN`, `hf auth login`).
-        revision: branch to push to, made where it does not exist. Default: the main branch.
-        commit_message: first line of the commit.
+        repo_id: the repository; created if it does not exist.
+        private: whether a new repository is private. Default: the setting of the owner.
+        token: Hub token. Default: from the usual places (`HF_TOKEN`, `hf auth login`).
+        revision: branch to push to; created if it does not exist. Default: the main branch.
+        commit_message: first line of the commit message.
         metrics: evaluation results for the card, by name.
-        lora: also push the exact export, in the subfolder `lora`, for those who do not have this plugin; not for a
-            composition with `save_adapters=False`, whose repository shall not carry the factors.
+        lora: whether to push the exact export, too, in the subfolder `lora`, for users who do not have this plugin
+            (default: True). Not for a composition with `save_adapters=False`, whose repository must not contain the
+            factors.
 
     Returns:
         The commit.
 
     Raises:
-        ValueError: the model has no composition, or one with `save_adapters=False` has upstream adapters that are
-            local folders, so that nobody else could load it; nothing is pushed.
+        ValueError: the model has no composition; or one with `save_adapters=False` has upstream adapters in local
+            folders, so that nobody else could load it. Nothing is pushed.
     """
     configs = {name: c for name, c in model.peft_config.items() if isinstance(c, CompositionConfig)}
     if not configs:
@@ -111,7 +110,7 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        _fetch_card(api, repo_id, revision, Path(folder))  # in place of PEFT's, who would take people's tags away
+        _fetch_card(api, repo_id, revision, Path(folder))  # replaces PEFT's card, which would remove people's tags
         for name in configs:
             write_model_card(folder, subfolder=_subfolder_of(name), repo_id=repo_id, metrics=metrics)
         return api.upload_folder(
@@ -119,16 +118,16 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=[f"{export}/*" for export in exports],  # those of an earlier push would no longer be true
+            delete_patterns=[f"{export}/*" for export in exports],  # files of an earlier push would be outdated
         )
 
 
 class CompositionCardMixin(_TrainerBase):
     """Completes the model card that a Trainer writes, and adds the plain LoRA, so that `push_to_hub` pushes both.
 
-    The Trainer writes its card after saving and tells no callback; `create_model_card` is there to be overridden.
-    Works with every subclass of `Trainer`. Until the model is saved in `output_dir`, there is nothing to describe and
-    the card stays as the Trainer wrote it.
+    The Trainer writes its card after saving, without calling any callback, so this mixin overrides
+    `create_model_card`. It works with every subclass of `Trainer`. Until the model is saved in `output_dir`, the card
+    stays as the Trainer wrote it.
 
     Example:
         >>> class ComposedTrainer(CompositionCardMixin, Trainer):
@@ -136,7 +135,7 @@ class CompositionCardMixin(_TrainerBase):
     """
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's card, and into it what a composition's card says, with the evaluation results."""
+        """Write the Trainer's card and add the composition's section, with the evaluation results."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
@@ -169,15 +168,15 @@ def _require_public_sources(config: CompositionConfig) -> None:
     if local and not config.save_adapters:
         raise ValueError(
             f"With save_adapters=False nobody else could load this composition: {', '.join(map(repr, local))} "
-            "came from local folders. Push these adapters first and compose them from there, or set "
+            "came from local folders. Push these adapters first and compose them from the Hub, or set "
             "save_adapters=True."
         )
 
 
 def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
-    """Put the card that the repository has, if any, into a folder."""
+    """Download the repository's card, if it has one, into a folder."""
     try:
-        # Forced: a copy from the cache could lack what people wrote since.
+        # Forced: a cached copy could lack recent edits.
         card = api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, force_download=True)
     except RemoteEntryNotFoundError:
         return
@@ -185,7 +184,7 @@ def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) ->
 
 
 def _evaluation_of(trainer: Trainer) -> dict[str, float]:
-    """The Trainer's evaluation results for the weights that it holds after training; empty where it has none."""
+    """The Trainer's evaluation results for the weights that it holds after training; empty if there are none."""
     state = trainer.state
     step = state.global_step
     if trainer.args.load_best_model_at_end and state.best_global_step:

@@ -1,4 +1,4 @@
-"""The ranks of a plain LoRA: how each module is factorized, exactly or truncated, and what readers serve."""
+"""Chooses the ranks of a plain LoRA and factorizes each module, exactly or truncated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..tuner.wrapping import target_of
 from . import lowrank
 
 
-# What vLLM takes as `max_lora_rank`.
+# The values that vLLM accepts as `max_lora_rank`.
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is asked of an export, checked."""
+    """The options of an export, checked."""
 
     rank: int | None
     energy: float | None
@@ -40,7 +40,7 @@ class ExportOptions:
         if self.energy is not None and not (isinstance(self.energy, (int, float)) and 0 < self.energy <= 1):
             raise ValueError(f"energy must be a share above 0 and at most 1, got {self.energy!r}")
         if self.round_rank and not self.one_rank:
-            raise ValueError("round_rank gives all modules one rank: it cannot go with one_rank=False")
+            raise ValueError("round_rank gives all modules one rank: do not use it with one_rank=False")
         if self.include_head not in (True, False, "separate"):
             raise ValueError(f'include_head must be True, False or "separate", got {self.include_head!r}')
         if self.dtype is not None and not (self.dtype.is_floating_point and self.dtype.itemsize >= 2):
@@ -48,15 +48,15 @@ class ExportOptions:
 
     @property
     def is_truncating(self) -> bool:
-        """Whether ranks are cut."""
+        """Whether the export is truncated."""
         return self.rank is not None or self.energy is not None
 
 
 @dataclass
 class ExportedModule:
-    """What a composition does to one module, on the CPU: the update B diag(u) A, and the mixed bias.
+    """The update B diag(u) A of one composed module and its mixed bias, on the CPU.
 
-    A parameter of several matrices has an update for each: A is (E, R, in) and B (E, out, R).
+    A parameter of several matrices has one update per matrix: A is (E, R, in) and B (E, out, R).
     """
 
     A: Tensor
@@ -72,28 +72,28 @@ class ExportedModule:
 
     @property
     def largest_rank(self) -> int:
-        """The highest rank that the update can have."""
+        """The largest rank that the update can have."""
         A, B = self.experts[0]
         return min(self.stacked_rank, B.shape[0], A[0].numel())
 
     @property
     def experts(self) -> list[tuple[Tensor, Tensor]]:
-        """The factors of every matrix."""
+        """The factors of every single matrix."""
         return list(zip(self.A, self.B)) if self.has_experts else [(self.A, self.B)]
 
     def singular_values(self) -> Tensor:
-        """Of the update, largest first; of several matrices the root of the sum of squares, place by place."""
+        """The singular values, largest first; for several matrices, the root of the sum of squares by position."""
         values = [lowrank.singular_values(A, B, self.u) for A, B in self.experts]
         return torch.stack(values).square().sum(0).sqrt()
 
 
-ExportedModules = Mapping[str, Callable[[], ExportedModule]]  # read when needed: a model's worth of factors is large
+ExportedModules = Mapping[str, Callable[[], ExportedModule]]  # read on demand: the factors of a model are large
 
 
 def mixed_modules(
     A: Tensor, B: Tensor, bias: Tensor | None, ranks: list[int], weights: Tensor, has_experts: bool
 ) -> ExportedModule:
-    """What a composition does to one module, from its stacked factors and its mixing weights, shape (N,)."""
+    """The updates of one module, from its stacked factors and its mixing weights of shape (N,)."""
     A, B, weights = A.detach().cpu(), B.detach().cpu(), weights.detach().cpu()
     u = weights.repeat_interleave(torch.tensor(ranks))
     mixed_bias = None if bias is None else functional.delta_bias(bias.detach().cpu().double(), weights)
@@ -101,7 +101,7 @@ def mixed_modules(
 
 
 def choose_ranks(modules: ExportedModules, layout: LoraLayout, options: ExportOptions) -> dict[str, int]:
-    """The rank of every module; looks at all factors, and so is where values that are not finite are found."""
+    """The rank of every module; it reads all factors, so values that are not finite are found here."""
     ranks: dict[str, int] = {}
     for name, read in modules.items():
         module = read()
@@ -114,7 +114,7 @@ def choose_ranks(modules: ExportedModules, layout: LoraLayout, options: ExportOp
             ranks[name] = lowrank.rank_for_energy(module.singular_values(), options.energy)
         else:
             ranks[name] = module.stacked_rank
-    shared: dict[str, int] = {}  # PEFT gives both projections of an attention one rank
+    shared: dict[str, int] = {}  # in PEFT, both projections of an attention have the same rank
     for name, chosen in ranks.items():
         shared[target_of(name, layout)] = max(chosen, shared.get(target_of(name, layout), 0))
     ranks = {name: shared[target_of(name, layout)] for name in ranks}
@@ -123,9 +123,9 @@ def choose_ranks(modules: ExportedModules, layout: LoraLayout, options: ExportOp
         return dict.fromkeys(ranks, _served_rank(highest) if options.round_rank else highest)
     if min(ranks.values()) < highest:
         warnings.warn(
-            f"The modules of this LoRA have ranks {min(ranks.values())} to {highest}, each with an alpha of its own. "
-            "PEFT and vLLM scale them rightly; llama.cpp and diffusers divide one alpha by the rank of a tensor and "
-            "scale the smaller ones wrongly. For those export with one_rank=True.",
+            f"The modules of this LoRA have ranks {min(ranks.values())} to {highest}, each with a separate alpha. "
+            "PEFT and vLLM scale them correctly; llama.cpp and diffusers divide one alpha by the rank of each tensor, "
+            "which is wrong for smaller ranks. For those programs export with one_rank=True.",
             stacklevel=4,
         )
     return ranks
@@ -136,15 +136,16 @@ def _served_rank(rank: int) -> int:
         if served >= rank:
             return served
     raise ValueError(
-        f"the highest rank is {rank}, but servers accept {SERVED_RANKS[-1]} at most; truncate with rank=... or "
-        "energy=... (1.0 leaves out only what is zero)"
+        f"the largest rank is {rank}, but servers accept {SERVED_RANKS[-1]} at most; truncate with rank=... or "
+        "energy=... (1.0 cuts only zeros)"
     )
 
 
 def factorize(module: ExportedModule, rank: int, is_measured: bool) -> tuple[Tensor, Tensor, float, float]:
-    """A and B of the given rank, the norm of what was cut, and that of the update (0 unless measured).
+    """A and B of the given rank, the norm of the truncated part, and the norm of the update (0 unless measured).
 
-    For a parameter of several matrices A is (E r, in), and the columns of B go through the matrices before the ranks.
+    For a parameter of several matrices A is (E r, in), and the columns of B run over the matrices first, then the
+    ranks.
     """
     parts = [_factorize_one(A, B, module, rank, is_measured) for A, B in module.experts]
     if not module.has_experts:
@@ -174,5 +175,5 @@ def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
 
 
 def ratio_of(lost: float, norm: float) -> float:
-    """The share lost / norm; 0 where nothing is lost, also of an update that is zero."""
+    """The share lost / norm; 0 if nothing is lost, also for an update of zero."""
     return lost / norm if lost else 0.0

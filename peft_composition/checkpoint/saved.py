@@ -32,14 +32,13 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
     """The mixing weights of a saved composition, from its files alone: no base model, no network.
 
     Args:
-        folder: what `save_pretrained` wrote.
+        folder: the folder that `save_pretrained` wrote.
 
     Returns:
-        `{module name: {upstream adapter name: weight}}`, in the model's order, as `mixing_weights(model)` gives
-        them.
+        `{module name: {upstream adapter name: weight}}`, in the model's order, like `mixing_weights(model)`.
 
     Raises:
-        ValueError: there is no saved composition, or its weights are not in it.
+        ValueError: the folder holds no saved composition, or not its mixing weights.
     """
     saved = SavedComposition.opened(folder)
     weights = saved.mixing_weights()
@@ -53,7 +52,7 @@ def saved_mixing_weights(folder: str | os.PathLike[str]) -> dict[str, dict[str, 
 
 
 def head_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the tensors of a checkpoint that are not the composition's own, to tell whether they have changed."""
+    """A hash of the tensors of a checkpoint that are not part of the composition, to detect changes."""
     digest = hashlib.sha256()
     for key in sorted(key for key in tensors if not _is_of_composition(key)):
         content = tensors[key].detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -63,17 +62,17 @@ def head_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _is_of_composition(key: str) -> bool:
-    """Whether a tensor belongs to the composed modules, as PEFT's copy of the base weight of one does."""
+    """Whether a tensor belongs to a composed module, such as PEFT's copy of its base weight."""
     return key.endswith(BASE_COPY) or any(part.startswith("composition_") for part in key.split("."))
 
 
 @dataclass(frozen=True)
 class SavedComposition:
-    """A composition that `save_pretrained` wrote; each of its two files is opened once, when it is asked for.
+    """A composition that `save_pretrained` wrote; each of its two files is opened once, on first use.
 
     Attributes:
         root: folder of the card.
-        subfolder: where in it the composition is; None: in `root` itself.
+        subfolder: the composition's subfolder of `root`; None: `root` itself.
     """
 
     root: Path
@@ -85,10 +84,10 @@ class SavedComposition:
 
         Args:
             root: folder of the card.
-            subfolder: where in it the composition is.
+            subfolder: the composition's subfolder of `root`. Default: `root` itself.
 
         Raises:
-            ValueError: there is none, or its weights file is missing.
+            ValueError: there is no composition, or its weights file is missing.
         """
         saved = cls(Path(root), subfolder or None)
         if not saved.is_complete:
@@ -97,17 +96,17 @@ class SavedComposition:
 
     @property
     def folder(self) -> Path:
-        """Where its files are."""
+        """The folder of its files."""
         return self.root / (self.subfolder or "")
 
     @property
     def is_complete(self) -> bool:
-        """Whether both files are there, and describe a composition."""
+        """Whether both files exist and describe a composition."""
         return weights_file(self.folder) is not None and peft_type_in(self.folder) == "COMPOSITION"
 
     @cached_property
     def lora(self) -> Exported | None:
-        """The plain LoRA of these weights, where there is one."""
+        """The plain LoRA of these weights, if there is one."""
         return export_in(self.folder)
 
     @cached_property
@@ -124,12 +123,12 @@ class SavedComposition:
 
     @property
     def provenance(self) -> list[Provenance]:
-        """What its upstream adapters were when they were read."""
+        """What was recorded about its upstream adapters when they were read."""
         return self.config.provenance or []
 
     @property
     def base_model(self) -> str | None:
-        """The Hub id of the base model; None for a local one."""
+        """The Hub id of the base model; None for a local model."""
         name = self.config.base_model_name_or_path
         return name if is_hub_id(name) else None
 
@@ -143,20 +142,20 @@ class SavedComposition:
 
     @cached_property
     def _paths(self) -> dict[str, str]:
-        """Where in the keys of the weights file a module is, once they are known to belong to the config."""
+        """The prefix of each module in the keys of the weights file, which must belong to the config."""
         checked_weights(self.config, {key: self.weights.read(key) for key in self.weights})
         ours = dict.fromkeys(key.removeprefix(PREFIX).partition(INFIX)[0] for key in self.weights if INFIX in key)
         return {name_in_checkpoint(path, self.ranks): path for path in ours}
 
     def require_factors(self) -> None:
-        """Make sure that it holds all that an export needs.
+        """Check that it holds everything that an export needs.
 
         Raises:
             ValueError: it was saved without its factors, or by a version that recorded too little.
         """
         if not self.config.save_adapters:
             raise ValueError(
-                f"{self.folder} was saved with save_adapters=False and does not hold the factors of its adapters. "
+                f"{self.folder} was saved with save_adapters=False and does not contain the factors of its adapters. "
                 "Load it (PeftModel.from_pretrained) and export the model: to_lora(model)"
             )
         if self.config.composed_modules is None or self.config.lora_layout is None:
@@ -169,11 +168,11 @@ class SavedComposition:
         """A tensor of a composed module.
 
         Args:
-            module: its name.
-            part: such as `factors.A` or `mixing.weight`.
+            module: name of the module.
+            part: the tensor, such as `factors.A` or `mixing.weight`.
 
         Raises:
-            ValueError: it is not there, or the weights do not belong to the config.
+            ValueError: the tensor is missing, or the weights do not belong to the config.
         """
         key = f"{PREFIX}{self._paths.get(module, module)}{INFIX}{part}"
         if key not in self.weights:
@@ -182,12 +181,12 @@ class SavedComposition:
 
     @cached_property
     def others(self) -> dict[str, Tensor]:
-        """All tensors but those of composed modules, by their keys without PEFT's prefix."""
+        """All tensors except those of composed modules, by their keys without PEFT's prefix."""
         return {key.removeprefix(PREFIX): self.weights.read(key) for key in self.weights if INFIX not in key}
 
     @cached_property
     def head(self) -> dict[str, Tensor]:
-        """The tensors beside the composition's own: those of modules that are trained in full."""
+        """The tensors of modules that are trained in full."""
         return {key: self.weights.read(key) for key in self.weights if not _is_of_composition(key)}
 
     @property
@@ -197,11 +196,11 @@ class SavedComposition:
 
     @property
     def has_untrained_head(self) -> bool:
-        """Whether it is still the one that was recorded as untrained."""
+        """Whether the head is still the one that was recorded as untrained."""
         return self.config.untrained_head is not None and self.config.untrained_head == head_hash(self.head)
 
     def mixing_weights(self) -> dict[str, list[float]]:
-        """The weight of every adapter in every composed module, from theta in the weights file; empty if not there."""
+        """The weight of every adapter in every composed module, from theta in the weights file; empty if missing."""
         mixing = Mixing(self.config, torch.float32)
         if mixing.weight is None:
             return dict.fromkeys(self.ranks, mixing().tolist())
@@ -211,6 +210,6 @@ class SavedComposition:
             if key in self.weights:
                 mixing.weight.data = self.weights.read(key).to(torch.float32)
                 weights[module] = mixing().tolist()
-        if weights.keys() != self.ranks.keys():  # DeepSpeed, for one, can leave an empty file here and save elsewhere
+        if weights.keys() != self.ranks.keys():  # DeepSpeed, for example, can save the weights elsewhere
             return {}
         return {module: weights[module] for module in self.ranks}

@@ -203,9 +203,12 @@ def test_merge_of_a_checkpoint_that_does_not_record_the_class(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("no\x1bbase", r"no\x1bbase is no folder here, and it cannot be a Hub id"),
-        ("/no/such/base", "/no/such/base is no folder here, and it cannot be a Hub id"),
-        ("me/nobase", "me/nobase is neither a folder here nor in the Hub cache, and the Hub could not be asked"),
+        ("no\x1bbase", r"no\x1bbase is neither a local folder nor a valid Hub id"),
+        ("/no/such/base", "/no/such/base is neither a local folder nor a valid Hub id"),
+        (
+            "me/nobase",
+            "me/nobase is neither a local folder nor in the Hub cache, and the Hub could not be reached",
+        ),
     ],
 )
 def test_a_base_model_that_is_not_there_is_named(name: str, complaint: str, tmp_path: Path) -> None:

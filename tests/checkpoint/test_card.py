@@ -418,7 +418,7 @@ def test_a_folder_without_a_composition_is_refused(tmp_path: Path) -> None:
     lora = tiny.save_lora(tmp_path / "lora", tiny.build("bert"), ["query"])
     before = (lora / CARD).read_text()
     for folder in (lora, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} is no saved composition: it "):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} is not a saved composition: it "):
             write_model_card(folder)
     assert (lora / CARD).read_text() == before
 

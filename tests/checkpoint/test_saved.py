@@ -39,7 +39,7 @@ def _message_of_command(name: str, folder: Path) -> str:
     ("fault", "reason"),
     [
         ("empty", f"it has no {CONFIG} of an adapter"),
-        ("lora", "it is a plain LoRA, not a composition"),
+        ("lora", "it is a plain LoRA"),
         ("config", f"it has no {CONFIG} of an adapter"),
         ("weights", f"its weights are missing, it has neither {WEIGHTS} nor adapter_model.bin"),
         ("json", f"it has no {CONFIG} of an adapter"),
@@ -56,7 +56,7 @@ def test_one_text_whoever_opens_it(fault: str, reason: str, pair: Any, tmp_path:
         (folder / {"config": CONFIG, "weights": WEIGHTS}[fault]).unlink()
     if fault == "json":
         (folder / CONFIG).write_text((folder / CONFIG).read_text()[:-5])
-    expected = f"{folder} is no saved composition: {reason}."
+    expected = f"{folder} is not a saved composition: {reason}."
     calls = (SavedComposition.opened, saved_mixing_weights, lora_from_checkpoint, add_to_checkpoint, write_model_card)
     assert {call.__name__: _message_of(call, folder, expected) for call in calls} == {
         call.__name__: expected for call in calls
