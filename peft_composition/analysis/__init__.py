@@ -1,4 +1,4 @@
-"""Looks: what adapters are, how alike they are, and what the mixing weights say. Nothing is trained or saved."""
+"""Analyses adapters and mixing weights: reports, similarity, tables and plots. Nothing is trained or saved."""
 
 from .cka import MinibatchCKA, linear_cka, linear_hsic
 from .correlation import RankCorrelation, rank_correlations

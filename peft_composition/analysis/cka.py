@@ -1,4 +1,4 @@
-"""Linear CKA of feature matrices, whole or in batches; pure functions on tensors."""
+"""Linear CKA of feature matrices, as a whole or in batches; pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 Estimator = Literal["biased", "unbiased"]
 # With two examples every biased CKA is 1; the unbiased formula divides by n - 3.
 FEWEST_EXAMPLES = {"biased": 3, "unbiased": 4}
-# Relative to the size of what was summed up in float64: what is smaller is taken for rounding.
+# Relative to the size of the summands in float64: smaller values count as rounding errors.
 ROUNDING = 1e-12
 
 
@@ -22,18 +22,18 @@ def linear_hsic(X: Tensor, Y: Tensor, estimator: Estimator = "unbiased") -> floa
 
     `"biased"` is tr(K H L H) / (n - 1)^2 with K = X X^T and L = Y Y^T (Gretton et al. 2005). `"unbiased"` is HSIC_1 of
     Song et al. 2012, whose expectation over samples is the population's value; it can be negative. Both are computed
-    in float64 from features that are centred first, through Gram matrices or feature products, whichever is cheaper.
+    in float64 from centred features, with Gram matrices or feature products, whichever is cheaper.
 
     Args:
         X: shape (n, p), any real dtype.
         Y: shape (n, q), rows of the same examples.
-        estimator: `"biased"` (n of 3 or more) or `"unbiased"` (default; n of 4 or more).
+        estimator: `"biased"` (n at least 3) or `"unbiased"` (default; n at least 4).
 
     Returns:
         The estimate.
 
     Raises:
-        ValueError: shapes that do not fit, too few examples, values that are not finite, an unknown estimator.
+        ValueError: shapes do not fit, there are too few examples, values are not finite, or the estimator is unknown.
     """
     return hsic(Features(X, "X"), Features(Y, "Y"), estimator)
 
@@ -41,14 +41,14 @@ def linear_hsic(X: Tensor, Y: Tensor, estimator: Estimator = "unbiased") -> floa
 def linear_cka(X: Tensor, Y: Tensor, estimator: Estimator = "biased") -> float:
     """Linear centred kernel alignment, HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) (Kornblith et al. 2019).
 
-    It does not change when X or Y is shifted, rotated or scaled as a whole. The biased value lies between 0 and 1, and
-    comes near 1 for any features where there are fewer examples than features. The unbiased one (Nguyen et al. 2020)
-    does not; it is around 0 for unrelated features and then can be negative, and can exceed 1 a little.
+    It does not change when X or Y is shifted, rotated or scaled as a whole. The biased value is between 0 and 1 and
+    approaches 1 for any features if there are fewer examples than features. The unbiased value (Nguyen et al. 2020)
+    does not: it is around 0 for unrelated features. It can be negative, and can slightly exceed 1.
 
     Args:
         X: shape (n, p), any real dtype.
         Y: shape (n, q), rows of the same examples.
-        estimator: of the three HSIC, `"biased"` (default; the paper's formula) or `"unbiased"`.
+        estimator: estimator of the three HSIC, `"biased"` (default; the paper's formula) or `"unbiased"`.
 
     Returns:
         The similarity.
@@ -65,10 +65,10 @@ def linear_cka(X: Tensor, Y: Tensor, estimator: Estimator = "biased") -> float:
 
 
 class MinibatchCKA:
-    """Linear CKA from batches, none of which is kept: the three unbiased HSIC are averaged over the batches.
+    """Linear CKA from batches, which are not kept: the three unbiased HSIC are averaged over the batches.
 
-    The averages, unlike those of the biased HSIC, do not depend on the size of the batches but for their noise
-    (Nguyen et al. 2020).
+    Unlike averages of the biased HSIC, these averages do not depend on the batch size, except for noise (Nguyen et al.
+    2020).
 
     Example:
         >>> cka = MinibatchCKA()
@@ -83,10 +83,10 @@ class MinibatchCKA:
         self._names = "X", "Y"
 
     def update(self, X: Tensor, Y: Tensor) -> None:
-        """Take in one batch.
+        """Add one batch.
 
         Args:
-            X: shape (n, p), n of 4 or more.
+            X: shape (n, p), n at least 4.
             Y: shape (n, q), rows of the same examples.
 
         Raises:
@@ -98,7 +98,7 @@ class MinibatchCKA:
         """The similarity over all batches so far.
 
         Raises:
-            ValueError: there was no batch, or X or Y has no variation in any.
+            ValueError: there was no batch, or X or Y has no variation in any batch.
         """
         if not self.batches:
             raise ValueError("there was no batch to compare")
@@ -112,17 +112,17 @@ class MinibatchCKA:
 
 
 class Features:
-    """Centred features of n examples in float64, and what is asked of them more than once.
+    """Centred features of n examples in float64, with cached intermediate results.
 
     Args:
         X: shape (n, p).
-        name: what errors call it.
+        name: name of the features in errors.
     """
 
     def __init__(self, X: Tensor, name: str) -> None:
         if X.dim() != 2 or X.numel() == 0 or X.is_complex():
             raise ValueError(
-                f"{name} must be real, of the shape (examples, features) with one of each at least, got "
+                f"{name} must be real, of the shape (examples, features) with at least one of each, got "
                 f"{tuple(X.shape)} of {X.dtype}"
             )
         device = "cpu" if X.device.type == "mps" else X.device  # which knows no float64
@@ -139,11 +139,11 @@ class Features:
 
     @cached_property
     def gram(self) -> Tensor:
-        """Shape (n, n)."""
+        """The Gram matrix, shape (n, n)."""
         return self.centred @ self.centred.t()
 
     def own_hsic(self, estimator: Estimator) -> float:
-        """HSIC(X, X); zero where only rounding is left of it."""
+        """HSIC(X, X); zero if it is only rounding errors."""
         if estimator not in self._own_hsic:
             value = hsic(self, self, estimator)
             self._own_hsic[estimator] = value if value > ROUNDING * float(self.norms.mean()) ** 2 else 0.0
@@ -151,7 +151,7 @@ class Features:
 
 
 def hsic(x: Features, y: Features, estimator: Estimator) -> float:
-    """HSIC of features that are centred already, which neither estimator notices but for its rounding.
+    """HSIC of centred features; centring changes neither estimator, except for rounding.
 
     Centring also shortens HSIC_1. Its kernels have an empty diagonal, K' = K - diag(k) with k the squared norms of the
     rows, and the rows of K sum to zero, so that K' 1 = -k:
@@ -176,14 +176,14 @@ def hsic(x: Features, y: Features, estimator: Estimator) -> float:
 def _trace_of_product(x: Features, y: Features) -> float:
     """tr(K L), which is |X^T Y|^2 in the Frobenius norm."""
     (n, p), q = x.centred.shape, y.centred.shape[1]
-    # Multiplications by n, with those of HSIC(X, X) and HSIC(Y, Y): Gram matrices are made once for all three.
+    # Multiplications divided by n, including HSIC(X, X) and HSIC(Y, Y): Gram matrices are computed once for all three.
     if n * (p + q) <= p * p + p * q + q * q:
         return float((x.gram * y.gram).sum())
     return float((x.centred.t() @ y.centred).square().sum())
 
 
 def alignment(xy: float, xx: float, yy: float, names: tuple[str, str]) -> float:
-    """HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)), from the three of them; an error names the one without variation."""
+    """HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) of the three values; an error names features without variation."""
     for name, own in zip(names, (xx, yy)):
         if own <= 0:
             raise ValueError(

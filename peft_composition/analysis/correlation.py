@@ -1,4 +1,4 @@
-"""How well the mixing weights agree with the similarity of the adapters: rank correlations by part of a model."""
+"""Rank correlations between mixing weights and the similarity of the adapters, by part of a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .report import WHOLE_MODEL, Part, Similarities, Weights, grid_of, rows_and_
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How far two rankings of the upstream adapters agree, in one part of the model or on the average over its parts.
+    """The agreement of two rankings of the upstream adapters, in one part of the model or averaged over its parts.
 
     Attributes:
         part: name of the block or module, or "all".
-        adapters: number of adapters that were ranked.
-        rho: Spearman's correlation, -1 to 1; NaN where all weights or all similarities are equal, or fewer than 2
+        adapters: number of ranked adapters.
+        rho: Spearman's correlation, -1 to 1; NaN if all weights or all similarities are equal, or if fewer than 2
             adapters are ranked.
-        p_value: of a two-sided permutation test; NaN with `rho`. See `rank_correlations`.
+        p_value: p-value of a two-sided permutation test; NaN if `rho` is NaN. See `rank_correlations`.
     """
 
     part: str
@@ -29,18 +29,17 @@ class RankCorrelation:
 def rank_correlations(weights: Weights, similarities: Similarities, by: Part = "module") -> list[RankCorrelation]:
     """Spearman's correlation between mixing weights and similarities, for every part of the model and pooled.
 
-    Adapters are ranked within each part, so that parts which are more alike than others as a whole do not count as
-    agreement; in each part those that have both a weight and a similarity there. The pooled value, the last, is the
-    mean of the parts' correlations, between the adapters that all of these parts have; NaN where these are fewer than
-    2.
+    In each part, the adapters that have both a weight and a similarity are ranked. Ranking within parts prevents that
+    parts with larger similarities overall count as agreement. The last entry is pooled: the mean of the parts'
+    correlations over the adapters that all of these parts have, or NaN if these are fewer than 2.
 
-    The p-values are exact (or, for more than 7 adapters, from 9999 random orders, seeded): the share of all ways to
-    hand out the adapters' names anew, in all parts of the model alike, that give a correlation as far from zero. Parts
-    of one network are not independent of each other, and a test that took each pair of a part and an adapter for an
-    observation of its own would find significance in noise. What they can say: whether these adapters' order is more
-    than chance. With 3 adapters none falls below 1/3, with 5 none below 1/60. What they cannot: whether another
-    training run, another target task or other adapters would agree, for which runs must be repeated; nor, where many
-    parts are looked at one by one, that the least p-value of them means anything.
+    The p-values are exact (for more than 7 adapters, from 9999 random permutations with a fixed seed): the share of
+    all permutations of the adapters' names, applied to all parts alike, that give a correlation at least as far from
+    zero. Parts of one network are not independent, and a test that treats each pair of part and adapter as one
+    observation would find significance in noise. The p-values show whether the order of these adapters is more than
+    chance. With 3 adapters they cannot be below 1/3, with 5 not below 1/60. They do not show whether another training
+    run, another target task or other adapters would agree, which needs repeated runs. And if you look at many parts
+    separately, the smallest of their p-values means nothing.
 
     Args:
         weights: `{module: {adapter: weight}}`.
@@ -48,15 +47,15 @@ def rank_correlations(weights: Weights, similarities: Similarities, by: Part = "
         by: rank within each "module" (default) or "block" (mean of its modules), or the means over the whole "model".
 
     Returns:
-        One entry for each part in the order of the weights, then "all"; by "model" that one alone.
+        One entry per part in the order of the weights, then "all"; with "model" only "all".
 
     Raises:
-        ValueError: fewer than 2 adapters, or nowhere both weights and similarities of 2 that differ.
+        ValueError: there are fewer than 2 adapters, or no part has weights and similarities of 2 adapters that differ.
         ImportError: scipy is not installed.
     """
     parts, adapters = rows_and_columns(weights, by)
     if len(adapters) < 2:
-        raise ValueError(f"one adapter has no rank among others: {adapters[0]!r}")
+        raise ValueError(f"there is nothing to rank: {adapters[0]!r} is the only adapter")
     own = {m: {a: w for a, w in row.items() if a in similarities.get(m, {})} for m, row in weights.items()}
     if not any(own.values()):
         raise ValueError("weights and similarities have no module and adapter in common")
@@ -70,7 +69,7 @@ def rank_correlations(weights: Weights, similarities: Similarities, by: Part = "
         module = next(module for module, row in own.items() if row)
         raise ValueError(
             "there is nothing to rank: no part has both weights and similarities of 2 adapters; "
-            f"module {module!r}, for one, has both of {', '.join(map(repr, own[module]))} alone"
+            f"module {module!r}, for example, has both only for {', '.join(map(repr, own[module]))}"
         )
     defined = [number for number, entry in enumerate(ranked) if not math.isnan(entry.rho)]
     if not defined:
@@ -100,7 +99,9 @@ def _correlate(part: str, weights: list[list[float]], similarities: list[list[fl
     if any(_is_constant(row) for row in (*weights, *similarities)):
         return RankCorrelation(part, count, math.nan, math.nan)
     ranks, others = (stats.zscore(stats.rankdata(rows, axis=1), axis=1) for rows in (weights, similarities))
-    products = ranks.T @ others / ranks.size  # (N, N): what pairing adapter i's weights with j's similarities adds
+    products = (
+        ranks.T @ others / ranks.size
+    )  # (N, N): the contribution of pairing adapter i's weights with j's similarities
     columns = np.arange(count)
 
     def correlation(order: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -113,5 +114,5 @@ def _correlate(part: str, weights: list[list[float]], similarities: list[list[fl
 
 
 def _is_constant(row: list[float]) -> bool:
-    """Whether values differ by no more than rounding: uniform weights are no ranking."""
+    """Whether values differ only by rounding: uniform weights have no ranking."""
     return len(row) < 2 or max(row) - min(row) <= 1e-9 * max(map(abs, row))

@@ -1,4 +1,4 @@
-"""What upstream adapters are and whether they can be composed: a report for each, whatever is wrong with others."""
+"""Reports for each upstream adapter what it is and whether it can be composed, even if others fail."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from ..upstream.shapes import LayerShape
 from ..upstream.stacking import require_finite
 
 
-# Without a base model to compare with, values of larger files are not read.
+# Without a base model, the values of larger files are not read.
 MOST_BYTES = 8 << 30
 
 
 @dataclass
 class AdapterReport:
-    """What one adapter is, as far as it could be read.
+    """The properties of one adapter, as far as it could be read.
 
     Attributes:
         name: its name in a composition.
         path: Hub id or folder.
-        revision: as asked for.
-        commit: what that was, for one from the Hub.
-        license: as its card states it.
-        base: base model, as its config states it.
-        task_type: as its config states it.
-        ranks: least and largest rank.
-        targets: last parts of the names of its modules.
+        revision: the requested revision.
+        commit: the commit of that revision, for an adapter from the Hub.
+        license: the license that its card states.
+        base: the base model that its config states.
+        task_type: the task type that its config states.
+        ranks: smallest and largest rank.
+        targets: suffixes of its module names.
         modules: number of modules.
         parameters: number of values in its factors.
-        bytes: size of its weights file, in bytes.
+        bytes: size of its weights file in bytes.
         reason: why it cannot be composed; None if it can.
-        notes: what else there is to know.
+        notes: warnings about it.
     """
 
     name: str
@@ -73,7 +73,7 @@ class AdapterReport:
 
     @property
     def is_composable(self) -> bool:
-        """Whether nothing speaks against composing it."""
+        """Whether it can be composed."""
         return self.reason is None
 
 
@@ -83,17 +83,17 @@ def inspect_adapters(
     task_type: str | None = None,
     check_base_model: bool = True,
 ) -> list[AdapterReport]:
-    """Check every adapter as composing would, values included, and go on after one that fails.
+    """Check every adapter as composing would, including its values, and continue after one that fails.
 
     Args:
         references: the adapters, as in `CompositionConfig.references`.
-        model: the base model, may be on the meta device. Default: none; then the adapters are compared with each
-            other, and those that do not fit most others are refused.
-        task_type: of the composition; heads that it trains in full are not looked at.
-        check_base_model: whether the names of base models are compared, as in `CompositionConfig`.
+        model: the base model, which may be on the meta device. Default: none; then the adapters are compared with each
+            other, and those that differ from the majority are refused.
+        task_type: task type of the composition; heads that it trains in full are not checked.
+        check_base_model: whether to compare the names of base models, as in `CompositionConfig`. Default: True.
 
     Returns:
-        One report each, in the order of `references`.
+        One report per adapter, in the order of `references`.
     """
     reports: list[AdapterReport] = []
     read: list[tuple[AdapterReport, UpstreamAdapter]] = []
@@ -127,7 +127,7 @@ def inspect_adapters(
 
 
 class _Judging:
-    """Turns an error into the reason of a report, and warnings into its notes."""
+    """A context that turns an error into the reason of a report, and warnings into its notes."""
 
     def __init__(self, report: AdapterReport) -> None:
         self._report = report
@@ -150,14 +150,14 @@ class _Judging:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong with an adapter, also where nobody has thought of it."""
+    """The reason why an adapter failed, also for unexpected errors."""
     if isinstance(error, AdapterError):
         return error.reason
     return one_line(error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", LONG)
 
 
 def _locate_each(references: Sequence[AdapterReference]) -> Iterator[AdapterFiles | Exception]:
-    """The files of every adapter, or why there are none; several downloads at once."""
+    """The files of every adapter, or the error; several downloads run at the same time."""
 
     def locate(reference: AdapterReference) -> AdapterFiles | Exception:
         try:
@@ -170,7 +170,7 @@ def _locate_each(references: Sequence[AdapterReference]) -> Iterator[AdapterFile
 
 
 def _describe_config(report: AdapterReport, files: AdapterFiles) -> None:
-    """What the config alone says; also of an adapter that is refused afterwards."""
+    """Add what the config alone says, also for an adapter that is refused later."""
     report.commit = files.commit
     report.bytes = files.weights.stat().st_size
     report.license = stated_license(files.card)
@@ -185,7 +185,7 @@ def _describe_config(report: AdapterReport, files: AdapterFiles) -> None:
 def _describe_factors(report: AdapterReport, adapter: UpstreamAdapter) -> None:
     factors = adapter.modules.values()
     ranks = [entry.rank for entry in factors]
-    if adapter.config.get("target_parameters"):  # how many matrices share the rows of a factor is the model's affair
+    if adapter.config.get("target_parameters"):  # only the model shows how many matrices share the rows of a factor
         ranks = [
             rank for rank in (adapter.config.get("r"), *(adapter.config.get("rank_pattern") or {}).values()) if rank
         ]
@@ -197,7 +197,7 @@ def _describe_factors(report: AdapterReport, adapter: UpstreamAdapter) -> None:
 
 
 class _Agreement:
-    """What most adapters have in common, in place of a base model."""
+    """What most adapters have in common, used instead of a base model."""
 
     def __init__(self, check_base_model: bool) -> None:
         self._check_base_model = check_base_model
@@ -207,7 +207,7 @@ class _Agreement:
         self._usual: dict[str, tuple[LayerShape, UpstreamAdapter]] = {}
 
     def add(self, adapter: UpstreamAdapter) -> None:
-        """Count an adapter in."""
+        """Add an adapter."""
         base = adapter.config.get("base_model_name_or_path")
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
         if base and is_hub_id(base):
@@ -216,12 +216,12 @@ class _Agreement:
             self._shapes.setdefault(module, []).append((shape, adapter))
 
     def count(self) -> None:
-        """Find what most of them have."""
+        """Compute what most of them have."""
         self._base = _most_common(self._bases, key=original)
         self._usual = {m: _most_common(shapes, key=lambda entry: entry[0]) for m, shapes in self._shapes.items()}
 
     def require(self, adapter: UpstreamAdapter) -> None:
-        """Raise AdapterError where an adapter does not fit most others, or holds values that are not finite."""
+        """Raise AdapterError if an adapter does not fit most others, or holds values that are not finite."""
         trained_on = adapter.config.get("base_model_name_or_path")
         base = self._base
         if self._check_base_model and base and is_hub_id(trained_on):
@@ -229,7 +229,7 @@ class _Agreement:
                 raise AdapterError(
                     adapter.name,
                     f"it was trained on {quoted(trained_on)}, but most others on {quoted(base)}. If these are "
-                    "the same weights under another name, --no-check-base leaves names aside",
+                    "the same weights under another name, use --no-check-base",
                 )
             warn_about_other_names([adapter], base)
         shapes = {module: _shape_of(adapter, factors) for module, factors in adapter.modules.items()}
@@ -253,7 +253,7 @@ class _Agreement:
 
 
 def _most_common(entries: list[Any], key: Any) -> Any:
-    """The first of the entries whose key is most frequent; None of none."""
+    """The first entry with the most frequent key; None if there are no entries."""
     counts = Counter(map(key, entries))
     return max(entries, key=lambda entry: counts[key(entry)], default=None)
 

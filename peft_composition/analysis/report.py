@@ -1,6 +1,6 @@
-"""Mixing weights as a table and as a heatmap, and beside the similarity of the adapters. Pure functions; no files.
+"""Shows mixing weights as a table, as a heatmap, and beside the similarity of the adapters. Pure functions; no files.
 
-The weights are what `model.mixing_weights()` returns, the similarities what `similarity.layerwise_cka` does.
+The weights have the form of `model.mixing_weights()`, the similarities that of `similarity.layerwise_cka`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WHOLE_MODEL = "all"
 ROW_HEIGHT, COLUMN_WIDTH, CHARACTER_WIDTH = 0.17, 0.18, 0.075
 NUMBER_WIDTH = 0.42
 SMALLEST_PLOT = 2.0
-BAR_WIDTH, BAR_HEIGHT = 0.15, 4.0  # of the colour bar; the height at most
-NUMBERED_CELLS = 150  # up to here the values stand in the cells
+BAR_WIDTH, BAR_HEIGHT = 0.15, 4.0  # width and maximal height of the colour bar
+NUMBERED_CELLS = 150  # with at most this many cells, the cells show their values
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class WeightRow:
     Attributes:
         part: name of the block or module, or "all".
         adapter: name of the upstream adapter.
-        modules: number of modules there that have a weight for it.
+        modules: number of modules in this part that have a weight for the adapter.
         mean: mean weight over these modules.
         min: smallest weight.
         max: largest weight.
@@ -56,18 +56,18 @@ class WeightRow:
 
 
 def weights_table(weights: Weights, by: Part = "model", adapters: Sequence[str] | None = None) -> list[WeightRow]:
-    """Mean, least and largest mixing weight of every adapter.
+    """Mean, smallest and largest mixing weight of every adapter.
 
     Args:
         weights: `{module: {adapter: weight}}`; an adapter may be missing in a module.
         by: over the whole "model" (default), or for each "block" or "module".
-        adapters: their order. Default: as they appear in `weights`.
+        adapters: the order of the adapters. Default: as they appear in `weights`.
 
     Returns:
-        Rows in the order of the parts, then of the adapters; none for an adapter that a part does not have.
+        Rows in the order of the parts, then of the adapters; there is no row for an adapter that a part does not have.
 
     Raises:
-        ValueError: `by` is none of these, or there are no weights.
+        ValueError: `by` is invalid, or there are no weights.
     """
     rows = []
     for part, members in _parts(weights, by).items():
@@ -81,23 +81,23 @@ def weights_table(weights: Weights, by: Part = "model", adapters: Sequence[str] 
 def plot_weights(
     weights: Weights, by: Part = "module", title: str | None = None, adapters: Sequence[str] | None = None
 ) -> Figure:
-    """A heatmap of the mixing weights: parts of the model down, adapters across (arXiv 2402.15414, figures 7 and 8).
+    """A heatmap of the mixing weights, parts of the model by adapters (arXiv 2402.15414, figures 7 and 8).
 
-    The colours run from the least to the largest weight (map cividis, which colour-blind readers see alike); where
-    weights are negative, from green over white at zero to brown. Cells of modules that an adapter does not touch are
-    hatched.
+    The colours run from the smallest to the largest weight (colour map cividis, which suits colour-blind readers). If
+    weights are negative, they run from green over white (zero) to brown. Cells of modules that an adapter does not
+    touch are hatched.
 
     Args:
         weights: `{module: {adapter: weight}}`; an adapter may be missing in a module.
         by: one row per "module" (default), per "block" (mean of its modules), or for the whole "model".
-        title: above the plot. Default: none.
-        adapters: their order. Default: as they appear in `weights`.
+        title: title above the plot. Default: none.
+        adapters: the order of the adapters. Default: as they appear in `weights`.
 
     Returns:
-        The figure; `figure.savefig(path)` writes it. It belongs to no pyplot window.
+        The figure; `figure.savefig(path)` saves it. It belongs to no pyplot window.
 
     Raises:
-        ValueError: `by` is none of these, or there are no weights.
+        ValueError: `by` is invalid, or there are no weights.
         ImportError: matplotlib is not installed.
     """
     figure = _figure()
@@ -116,25 +116,25 @@ def plot_weights_and_similarity(
     relative: bool = True,
     title: str | None = None,
 ) -> Figure:
-    """The heatmap of the mixing weights, and beside it that of the similarities, rows and columns in the same order.
+    """The heatmaps of the mixing weights and of the similarities side by side, with the same rows and columns.
 
     This is the layout of figures 7 and 8 of arXiv 2402.15414, where "the CKA values are normalized across the
-    upstreams"; how, it does not say. Here `relative` takes the mean of its row from every value: differences between
-    adapters show also where layers differ more, and a row in which all adapters are alike stays pale.
+    upstreams"; the paper does not say how. Here, `relative` subtracts the mean of its row from every value. This shows
+    differences between adapters even if layers differ more, and a row of equal similarities stays pale.
 
     Args:
         weights: `{module: {adapter: weight}}`, learned.
         similarities: `{module: {adapter: similarity}}` of the upstream adapters to the target, by the same names.
             Modules that have no weights are left out; a cell without a similarity is hatched.
         by: one row per "module" (default), per "block" (mean of its modules), or for the whole "model".
-        relative: show similarities less the mean of their row (default), or as they are.
-        title: above the plot. Default: none.
+        relative: whether to subtract the mean of the row from similarities (default: True).
+        title: title above the plot. Default: none.
 
     Returns:
-        The figure, as `plot_weights` does.
+        The figure, as from `plot_weights`.
 
     Raises:
-        ValueError: as `plot_weights`; or weights and similarities have no module and adapter in common.
+        ValueError: as for `plot_weights`; or weights and similarities have no module and adapter in common.
         ImportError: matplotlib is not installed.
     """
     figure = _figure()
@@ -143,7 +143,7 @@ def plot_weights_and_similarity(
     right = grid_of(_of_weights(similarities, weights), by, parts, adapters)
     label = "CKA"
     if relative:
-        label = "CKA less the mean of the row"
+        label = "CKA minus the mean of the row"
         right = [[value - _mean_of(row) for value in row] for row in right]
     panels = [_Panel(left, "mixing weight"), _Panel(right, label, is_signed=relative)]
     _lay_out(figure, parts, adapters, panels, by)
@@ -154,7 +154,7 @@ def plot_weights_and_similarity(
 
 @dataclass(frozen=True)
 class _Panel:
-    """One heatmap of a figure: values by part and adapter, and what they are."""
+    """One heatmap of a figure: values by part and adapter, and their meaning."""
 
     grid: list[list[float]]
     label: str
@@ -173,7 +173,7 @@ def _figure() -> Figure:
 
 
 def _lay_out(figure: Figure, parts: list[str], adapters: list[str], panels: list[_Panel], by: str) -> list[Axes]:
-    """Draw panels side by side, on rows that they share; the figure takes the size that its labels need."""
+    """Draw panels with shared rows side by side; the size of the figure follows from its labels."""
     labels, common = short_labels(parts)
     labels = [one_line(label) for label in labels]
     names = [_clipped(one_line(name)) for name in adapters]
@@ -223,7 +223,7 @@ def _draw(axes: Axes, grid: list[list[float]]) -> AxesImage:
     colors = "cividis"
     if low < 0:
         low, high, colors = -max(map(abs, values)), max(map(abs, values)), "BrBG_r"
-    elif high - low < 1e-9:  # uniform weights are no noise to be stretched over all colours
+    elif high - low < 1e-9:  # uniform weights: do not stretch rounding errors over all colours
         low, high = 0.0, max(2 * high, 1e-9)
     axes.set_facecolor("0.92")
     axes.patch.set(hatch="////", edgecolor="0.7")
@@ -248,19 +248,19 @@ def _write_numbers(axes: Axes, panel: _Panel, image: AxesImage) -> None:
 
 
 def rows_and_columns(weights: Weights, by: Part) -> tuple[list[str], list[str]]:
-    """The parts of the model and the adapters that weights name, in their order."""
+    """The parts of the model and the adapters in the weights, in their order."""
     rows = weights_table(weights, by)
     return [*dict.fromkeys(row.part for row in rows)], _adapters(weights)
 
 
 def grid_of(values: Weights, by: Part, parts: list[str], adapters: list[str]) -> list[list[float]]:
-    """The mean value of every adapter in every part; NaN where a part has none."""
+    """The mean value of every adapter in every part; NaN if a part has none."""
     found = {(row.part, row.adapter): row.mean for row in weights_table(values, by)}
     return [[found.get((part, adapter), math.nan) for adapter in adapters] for part in parts]
 
 
 def _of_weights(similarities: Similarities, weights: Weights) -> dict[str, dict[str, float]]:
-    """The similarities in modules that have weights, of adapters that have one."""
+    """The similarities of modules and adapters that have weights."""
     names = set(_adapters(weights))
     found = {
         module: {name: value for name, value in similarities[module].items() if name in names}
@@ -295,7 +295,7 @@ def _parts(weights: Weights, by: str) -> dict[str, list[str]]:
 
 
 def short_labels(names: list[str]) -> tuple[list[str], str]:
-    """Names without the dotted parts that all of them begin with, and these parts."""
+    """Names without their common dotted prefix, and this prefix."""
     split = [name.split(".") for name in names]
     common = 0
     while len(names) > 1 and all(len(own) > common + 1 and own[common] == split[0][common] for own in split):

@@ -1,7 +1,4 @@
-"""Linear CKA: how alike two representations of the same examples are, of feature matrices or of adapters in a model.
-
-The first half are pure functions on matrices; the second runs models and compares them module by module.
-"""
+"""Compares the outputs of models module by module with linear CKA; the formulas are in `cka.py`."""
 
 from __future__ import annotations
 
@@ -84,13 +81,13 @@ def _as_view(subject: nn.Module | View) -> View:
 def _compared_modules(target: View, others: Mapping[str, View], modules: Sequence[str] | None) -> list[str]:
     """The names of the modules to compare, checked before anything runs."""
     if not others:
-        raise ValueError("there is nothing to compare the target with")
+        raise ValueError("there is nothing to compare the target with: others is empty")
     base = base_of(next(iter(others.values())).model)
     if modules is None:
         touched = {module for view in others.values() for module in view.modules}
         modules = [name for name, _ in base.named_modules() if name in touched]
     if not modules:
-        raise ValueError("there are no modules to compare: none is named, and the others have no adapters")
+        raise ValueError("there are no modules to compare: the others have no adapters; pass modules=[...]")
     for name, view in {"the target": target, **{repr(name): view for name, view in others.items()}}.items():
         layers = dict(base_of(view.model).named_modules())
         missing = [module for module in modules if module not in layers]
@@ -107,11 +104,11 @@ def _require_switchable(name: str, view: View, layers: Mapping[str, nn.Module]) 
     for module, layer in layers.items():
         if isinstance(layer, BaseTunerLayer) and (layer.merged or layer.disable_adapters):
             state = "merged into" if layer.merged else "disabled in"
-            raise ValueError(f"{name} cannot be looked at alone: adapters are {state} module {module!r}")
+            raise ValueError(f"{name} cannot be compared alone: adapters are {state} module {module!r}")
 
 
 def _represent(view: View, batch: Mapping[str, Any], modules: Sequence[str], name: str) -> dict[str, _Rows]:
-    """What modules put out for a batch, as rows of examples; pooled as soon as it is there."""
+    """The outputs of modules for a batch as rows of examples, pooled immediately."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch must be a mapping of the model's arguments, got {type(batch).__name__}")
     base = base_of(view.model)
@@ -121,7 +118,9 @@ def _represent(view: View, batch: Mapping[str, Any], modules: Sequence[str], nam
     def keep(module: str, layer: nn.Module, _: object, output: Any) -> None:
         label = f"module {module!r} of {name}"
         if module in rows:
-            raise ValueError(f"{label} ran more than once in a forward pass: its examples cannot be told apart")
+            raise ValueError(
+                f"{label} ran more than once in a forward pass: its outputs cannot be assigned to examples"
+            )
         output = _first(output, label)
         rows[module] = _Rows(padding.rows(_channels_last(layer, output), label), label)
 
@@ -139,7 +138,7 @@ def _represent(view: View, batch: Mapping[str, Any], modules: Sequence[str], nam
 
 @dataclass(frozen=True)
 class _Rows:
-    """Representations of some examples, shape (n, p), and what errors call them."""
+    """Representations of some examples, shape (n, p), and their name in errors."""
 
     values: Tensor
     label: str
@@ -149,7 +148,7 @@ class _Rows:
 
 
 def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch on the model's device. Labels are left out: another task's head may have other classes."""
+    """The batch on the model's device, without labels: another task's head may have other classes."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with_labels = _makes_decoder_inputs(model)
     return {
@@ -160,7 +159,7 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _makes_decoder_inputs(model: nn.Module) -> bool:
-    """Whether a model makes the inputs of its decoder from the labels, where they are not given."""
+    """Whether a model derives missing inputs of its decoder from the labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -169,7 +168,7 @@ def _first(output: Any, label: str) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor) or output.dim() < 2:
         kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
-        raise ValueError(f"{label} puts out no features of examples, but something of {kind}")
+        raise ValueError(f"the output of {label} must be features of examples, got {kind}")
     return output
 
 
@@ -179,7 +178,7 @@ def _channels_last(layer: nn.Module, output: Tensor) -> Tensor:
 
 
 class _Padding:
-    """Which tokens of a batch are real: its attention mask and, for a decoder with inputs of its own, that one's."""
+    """Which tokens of a batch are not padding, by its attention mask and that of a decoder with separate inputs."""
 
     def __init__(self, batch: Mapping[str, Any], has_decoder: bool) -> None:
         self._masks = [batch[key].bool() for key in ("attention_mask", "decoder_attention_mask") if key in batch]
@@ -202,15 +201,15 @@ class _Padding:
         return positions.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
 
     def _mask_for(self, output: Tensor, label: str) -> Tensor | None:
-        """The mask that fits, None where there is nothing to leave out."""
+        """The mask that fits; None if there is no padding."""
         if not self._is_padded or (output.dim() == 2 and output.shape[0] == self._masks[0].shape[0]):
             return None
         fitting = [mask.to(output.device) for mask in self._masks if output.shape[:-1] == mask.shape]
         if not fitting or any(not torch.equal(fitting[0], other) for other in fitting[1:]):
             known = " and ".join(str(tuple(mask.shape)) for mask in self._masks)
             raise ValueError(
-                f"{label}: its output of shape {tuple(output.shape)} does not tell which tokens are padding by masks "
-                f"of shape {known}. Leave the module out, or give batches without padding."
+                f"{label}: it is unclear which tokens of its output of shape {tuple(output.shape)} are padding, with "
+                f"masks of shape {known}. Leave the module out, or give batches without padding."
             )
         return fitting[0]
 
@@ -224,7 +223,7 @@ class _Tally:
         self._left_out = 0
 
     def start(self, goal: dict[str, _Rows]) -> bool:
-        """Take in the target's part of a batch; False if it is too small."""
+        """Set the target's part of a batch; False if the batch is too small."""
         if min(len(rows.values) for rows in goal.values()) < FEWEST_EXAMPLES["unbiased"]:
             self._left_out += 1
             return False

@@ -1,4 +1,4 @@
-"""A model with one of its adapters, or none, at work: what representations are compared of."""
+"""Views of a model with a single active adapter, whose representations are compared."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..tuner.single import mixed_by
 
 @dataclass(frozen=True)
 class View:
-    """A model as one of its adapters alone makes it.
+    """A model with only one of its adapters.
 
     Attributes:
-        model: the model; the views of its adapters share it.
-        switch: makes a context inside of which the model is so, and after which it is as before.
+        model: the model; the views of all its adapters share it.
+        switch: returns a context in which only this adapter is active; afterwards the model is as before.
         modules: the modules that the adapter touches, by their names in the base model and in its order.
     """
 
@@ -36,22 +36,22 @@ class View:
 def single_adapters(model: PeftModel, composition: str | None = None) -> dict[str, View]:
     """Views of a model with each of its adapters alone.
 
-    Of a composition these are its upstream adapters: one has the weight 1 and all others 0, so that the model is
-    W0 + s_n B_n A_n; nothing is read again and nothing trained. Of any other PEFT model they are its adapters.
+    For a composition these are its upstream adapters: one has weight 1 and all others 0, so that the model is
+    W0 + s_n B_n A_n; nothing is read again or trained. For any other PEFT model they are its adapters.
 
     Args:
         model: a PEFT model, neither merged nor disabled.
-        composition: of several compositions in a model, which one. Default: the active one.
+        composition: name of the composition, if the model has several. Default: the active one.
 
     Returns:
-        `{adapter name: view}`, in the order of the composition, or in which the adapters were added.
+        `{adapter name: view}`, in the order of the composition, or in the order in which the adapters were added.
 
     Raises:
-        ValueError: not a PEFT model with such adapters, or no composition of that name.
+        ValueError: the model is not a PEFT model with such adapters, or has no composition of that name.
     """
     tuner = model.base_model if isinstance(model, PeftModel) else None
     if not isinstance(tuner, BaseTuner):
-        raise ValueError(f"only PEFT models whose layers carry adapters have single ones, got {type(model).__name__}")
+        raise ValueError(f"model must be a PEFT model whose layers have adapters, got {type(model).__name__}")
     if isinstance(tuner, CompositionModel):
         return _upstream_views(model, tuner, composition)
     if composition is not None:
@@ -63,7 +63,7 @@ def single_adapters(model: PeftModel, composition: str | None = None) -> dict[st
 
 
 def touched_modules(base: nn.Module, adapters: list[str] | None) -> tuple[str, ...]:
-    """Names of the layers that have weights of one of these adapters; None: of one that is active."""
+    """Names of the layers with weights of one of these adapters; None: of the active ones."""
     return tuple(
         name
         for name, layer in base.named_modules()
@@ -79,7 +79,9 @@ def touched_modules(base: nn.Module, adapters: list[str] | None) -> tuple[str, .
 def _upstream_views(model: PeftModel, tuner: CompositionModel, composition: str | None) -> dict[str, View]:
     if composition is None:
         if len(tuner.active_adapters) != 1:
-            raise ValueError(f"say which composition: {tuner.active_adapters} are active")
+            raise ValueError(
+                f"the compositions {tuner.active_adapters} are active: pass composition=... to choose one"
+            )
         (composition,) = tuner.active_adapters
     if composition not in tuner.peft_config:
         raise ValueError(f"there is no composition {composition!r}; there are {sorted(tuner.peft_config)}")
@@ -99,7 +101,7 @@ def _upstream_views(model: PeftModel, tuner: CompositionModel, composition: str 
 
 @contextmanager
 def _only_mixed_by(model: PeftModel, composition: str, weights: list[float]) -> Iterator[None]:
-    """A composition, alone, with other mixing weights in all its modules."""
+    """A context in which only one composition is active, with other mixing weights in all its modules."""
     layers = [layer for _, layer in composition_layers(model)]
     with _only_active(model, composition), mixed_by(layers, composition, weights):
         yield
@@ -107,7 +109,7 @@ def _only_mixed_by(model: PeftModel, composition: str, weights: list[float]) -> 
 
 @contextmanager
 def _only_active(model: PeftModel, adapter: str) -> Iterator[None]:
-    """One adapter of a model active, and what trains as it was afterwards."""
+    """A context in which one adapter is active; afterwards requires_grad is as before."""
     tuner = cast(BaseTuner, model.base_model)
     if tuner.active_adapters == [adapter]:
         yield
