@@ -1,4 +1,4 @@
-"""Choosing adapters and mixing weights by evidence from the K examples themselves, without a validation set."""
+"""Chooses adapters and mixing weights by evidence from the K examples themselves, without a validation set."""
 
 from .fit import fit_mixing_weights
 from .score import score_adapters

@@ -1,4 +1,4 @@
-"""The K examples as batches: from a DataLoader, a data set or a list, the same in every process."""
+"""Reads the K examples as batches from a DataLoader, a data set or a list, equal in every process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ LABELS = ("labels", "label")
 
 
 def read_batches(data: Any, collate: Collate | None, batch_size: int) -> list[Batch]:
-    """All batches, read once: every candidate meets the same examples in the same order.
+    """All batches, read once, so that every candidate gets the same examples in the same order.
 
     Args:
         data: a `DataLoader`; an iterable of batches; or a data set or list of rows.
-        collate: makes a batch of rows. Default: transformers' `default_data_collator` makes it.
-        batch_size: for rows.
+        collate: turns rows into a batch. Default: transformers' `default_data_collator`.
+        batch_size: the batch size for rows.
 
     Returns:
-        Batches with a tensor under `"labels"`; in every process those of the first.
+        Batches with a tensor under `"labels"`; all processes get those of the first process.
 
     Raises:
-        ValueError: there is no batch, one is no mapping or has no labels, or the loader gives each process a part.
+        ValueError: there is no batch, a batch is not a mapping or has no labels, or the loader splits the examples
+            over processes.
     """
     if processes() == 1:
         return _read(data, collate, batch_size)
@@ -38,7 +39,7 @@ def read_batches(data: Any, collate: Collate | None, batch_size: int) -> list[Ba
     if dist.get_rank() == 0:
         try:
             shared = [_read(data, collate, batch_size)]
-        except Exception as error:  # the others must not wait for batches that do not come
+        except Exception as error:  # the other processes must not wait forever
             shared = [error]
     dist.broadcast_object_list(shared, src=0)
     if isinstance(shared[0], Exception):
@@ -47,12 +48,12 @@ def read_batches(data: Any, collate: Collate | None, batch_size: int) -> list[Ba
 
 
 def processes() -> int:
-    """How many processes work together."""
+    """The number of processes that work together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def inputs_on(batch: Batch, model: nn.Module, with_labels: bool) -> Batch:
-    """What the model is called with, on its device."""
+    """The model's inputs, on its device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return {
         key: value.to(device) if isinstance(value, Tensor) else value
@@ -66,8 +67,8 @@ def _read(data: Any, collate: Collate | None, batch_size: int) -> list[Batch]:
         is_prepared = type(data) is not DataLoader  # by accelerate, which gives each process a part
         if is_prepared or isinstance(data.sampler, DistributedSampler):
             raise ValueError(
-                f"This {type(data).__name__} gives each process a part of the examples. Pass the data set, or the "
-                "DataLoader as it was before accelerate prepared it: processes share candidates, not examples."
+                f"This {type(data).__name__} gives each process a part of the examples, but processes share "
+                "candidates, not examples. Pass the data set, or the DataLoader before accelerate prepared it."
             )
     batches = [_checked(batch) for batch in _batches(data, collate, batch_size)]
     if not batches:
@@ -94,9 +95,10 @@ def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[An
 
 
 def _is_batch(first: Any) -> bool:
-    """Whether an entry of a list is a batch and not a row: its labels are a tensor, and it has no fewer dimensions.
+    """Whether an entry of a list is a batch and not a row, judged by its labels and its input ids.
 
-    Labels of one dimension are classes of a batch, or the tokens of one row: then the input ids have one, too.
+    One-dimensional labels are the classes of a batch, or the tokens of one row; for a row the input ids are
+    one-dimensional, too.
     """
     labels = _labels(first) if isinstance(first, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() == 0:
@@ -127,10 +129,10 @@ def _labels(batch: Mapping[str, Any]) -> Any:
 
 
 def all_labels(batches: Sequence[Batch]) -> Tensor | None:
-    """The class of every example, shape (n,); None where the labels are tokens."""
+    """The class of every example, shape (n,); None if the labels are tokens."""
     dims = {batch["labels"].dim() for batch in batches}
     if dims == {1}:
         return torch.cat([batch["labels"].cpu() for batch in batches])
     if dims == {2}:
         return None
-    raise ValueError("some batches have one label for each example, others several")
+    raise ValueError("some batches have one label per example, others several; use one kind")

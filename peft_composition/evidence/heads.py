@@ -1,4 +1,4 @@
-"""What a classifier's head gets to see: finding the head, and taking pooled features in front of it."""
+"""Finds a classifier's head, and records the pooled features that it gets."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..text import quoted
 
 
 HEADS = ("classifier", "score", "classification_head", "head", "fc")
-"""What transformers, timm and torchvision call the head of a classifier."""
+"""Names of classifier heads in transformers, timm and torchvision."""
 
 
 def find_head(model: nn.Module, head: str | nn.Module | None) -> nn.Module:
-    """The module that makes classes of features.
+    """The module that turns features into classes.
 
     Args:
-        model: the model, with PEFT's wrapper around the head or without.
-        head: the module, or its name or the end of its name. Default: the one that PEFT trains in full
-            (`modules_to_save`), or else the one of a usual name.
+        model: the model, with or without PEFT's wrapper around the head.
+        head: the module, its name or a suffix of its name. Default: the module that PEFT trains in full
+            (`modules_to_save`), otherwise the module with a usual name.
 
     Returns:
-        The module that the model calls: where PEFT keeps a copy of a head, its wrapper.
+        The module that the model calls, which is PEFT's wrapper if PEFT has a copy of the head.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is no such module, or more than one.
     """
     if isinstance(head, nn.Module):
         if not any(module is head for module in model.modules()):
-            raise ValueError(f"head: this {type(head).__name__} is no module of the model ({type(model).__name__})")
+            raise ValueError(f"head: this {type(head).__name__} is not a module of the model ({type(model).__name__})")
         return _wrapper_of(model, head)
     if head is not None:
         found = {name: module for name, module in _outermost(model) if name == head or name.endswith(f".{head}")}
@@ -53,13 +53,13 @@ def _only(found: Mapping[str, nn.Module], which: str) -> nn.Module:
         return next(iter(found.values()))
     there = "there is none" if not found else f"there are {', '.join(quoted(name) for name in sorted(found))}"
     raise ValueError(
-        f"Which module makes classes of features? Looked for one {which}: {there}. Name it: head=..., a module or the "
-        "end of its name."
+        f"The head that turns features into classes was not found. Looked for one {which}: {there}. Pass head=..., a "
+        "module or a suffix of its name."
     )
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by their names, but none that PEFT's wrapper of a head holds."""
+    """Modules by name, without those inside PEFT's wrapper of a head."""
     wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     for name, module in model.named_modules():
         if not any(name.startswith(f"{outer}.") for outer in wrapped):
@@ -74,12 +74,12 @@ def _wrapper_of(model: nn.Module, head: nn.Module) -> nn.Module:
 
 
 class Features:
-    """Pooled features of a batch, as the head is given them; filled by a forward pass within `watching`.
+    """Pooled features of a batch, as the head gets them; filled by a forward pass within `watching`.
 
-    A head that is given one vector for each example sees pooled features. One that is given more (RoBERTa's picks the
-    first token itself) has a part within it that is given one. A linear head on all tokens, as that of
-    `LlamaForSequenceClassification`, is pooled after it: while it is watched it puts out a code for each position in
-    place of classes, and the code that the model picks for an example tells the token.
+    A head that gets one vector per example gets pooled features. A head that gets more (RoBERTa's selects the first
+    token itself) contains a module that gets one vector. A linear head on all tokens, such as that of
+    `LlamaForSequenceClassification`, is followed by pooling: while it is watched, it outputs a code for each position
+    instead of classes, and the code that the model selects for an example shows the token.
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -90,7 +90,7 @@ class Features:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While the model runs on one batch."""
+        """A context in which the model runs on one batch."""
         self._pooled = self._of_tokens = self._codes = None
         handles = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self.head.modules()]
         handles.append(self.head.register_forward_hook(self._after))
@@ -104,11 +104,11 @@ class Features:
         """The features, shape (examples, width).
 
         Args:
-            output: of the model.
-            examples: in the batch.
+            output: the model's output.
+            examples: number of examples in the batch.
 
         Raises:
-            ValueError: no part of the head was given one vector for each example.
+            ValueError: no part of the head gets one vector per example.
         """
         pooled, tokens, codes, logits = self._pooled, self._of_tokens, self._codes, _logits(output)
         if pooled is not None and pooled.shape[0] == examples:
@@ -125,8 +125,8 @@ class Features:
                 return tokens[torch.arange(examples, device=tokens.device), place]
         seen = "did not run" if tokens is None and pooled is None else "is given no pooled features"
         raise ValueError(
-            f"The head ({type(self.head).__name__}) {seen}: one vector for each of {examples} examples is needed. "
-            "Name the module that gets them: head=..."
+            f"The head ({type(self.head).__name__}) {seen}: it must get one vector for each of {examples} examples. "
+            "Pass the module that gets them: head=..."
         )
 
     def _before(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -142,14 +142,14 @@ class Features:
         if self._pooled is not None or not isinstance(output, Tensor) or output.dim() != 3:
             return None
         positions, classes = output.shape[1:]
-        # Noise: a mean of positions, or anything else but one of them, matches none.
+        # Noise: a mean of positions, or anything else except one of them, matches none.
         generator = torch.Generator().manual_seed(0)
         self._codes = torch.rand(positions, classes, generator=generator).to(output)
         return self._codes[None].expand_as(output)
 
 
 def _logits(output: Any) -> Tensor | None:
-    """The classes that a model puts out."""
+    """The logits that a model returns."""
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)

@@ -1,4 +1,4 @@
-"""Evidence for models that answer in tokens: how likely each adapter, which never saw them, makes the answers.
+"""Evidence for models that answer in tokens: the likelihood of the answers under each adapter, which never saw them.
 
 Pure functions on tensors.
 """
@@ -18,11 +18,11 @@ IGNORED = -100
 
 
 class Answers(NamedTuple):
-    """What a model makes of the answers to n examples.
+    """A model's scores for the answers of n examples.
 
     Attributes:
-        nll: minus the log-likelihood of each answer, the sum over its tokens, shape (n,), float64.
-        tokens: the number of its tokens, shape (n,), float64.
+        nll: negative log-likelihood of each answer, summed over its tokens, shape (n,), float64.
+        tokens: number of tokens of each answer, shape (n,), float64.
         is_right: whether every token was the most likely one, shape (n,).
     """
 
@@ -36,14 +36,14 @@ def answers(logits: Tensor, labels: Tensor, is_shifted: bool) -> Answers:
 
     Args:
         logits: shape (n, positions, vocabulary).
-        labels: shape (n, positions); -100 where no token of the answer is.
+        labels: shape (n, positions); -100 at positions outside the answer.
         is_shifted: whether the logits at a position are those of the next token, as in a causal model.
 
     Returns:
-        Likelihoods over the whole vocabulary; single ones in float32 or wider, their sums in float64.
+        Likelihoods over the whole vocabulary, computed in float32 or wider and summed in float64.
 
     Raises:
-        ValueError: shapes that do not fit, or an example without an answer.
+        ValueError: shapes do not fit, or an example has no answer.
     """
     if labels.dim() != 2 or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(
@@ -59,7 +59,7 @@ def answers(logits: Tensor, labels: Tensor, is_shifted: bool) -> Answers:
         raise ValueError(
             f"example {int((tokens == 0).nonzero()[0])} of a batch has no answer: its labels are all -100"
         )
-    chosen, targets = logits[is_answer], labels[is_answer]  # before anything is made of a whole vocabulary
+    chosen, targets = logits[is_answer], labels[is_answer]  # first, because a whole vocabulary is large
     wide = torch.promote_types(chosen.dtype, torch.float32)
     of_token = F.cross_entropy(chosen.to(wide), targets, reduction="none").cpu().double()
     rows = is_answer.nonzero()[:, 0].cpu()
@@ -71,16 +71,16 @@ def answers(logits: Tensor, labels: Tensor, is_shifted: bool) -> Answers:
 
 
 def posterior(nll: Tensor, tokens: Tensor, temper: float | None = None, floor: float = FLOOR) -> Tensor:
-    """The probability of each adapter given the answers, if one of them made them all: softmax_n(-sum_i NLL_n(i)).
+    """The probability of each adapter given the answers, if one adapter produced them all: softmax_n(-sum_i NLL_n(i)).
 
-    Tokens of one answer tell much the same of an adapter. So the log-likelihood of a longer answer is divided by the
-    number of its tokens: an answer counts as one token, however long it is.
+    The tokens of one answer give similar evidence. The log-likelihood of an answer is therefore divided by the number
+    of its tokens, so that every answer counts as one token.
 
     Args:
-        nll: minus the log-likelihoods of the answers, shape (examples, adapters).
-        tokens: their numbers of tokens, shape (examples,).
-        temper: what log-likelihoods are multiplied by in place of that; 1 counts every token.
-        floor: the least weight.
+        nll: negative log-likelihoods of the answers, shape (examples, adapters).
+        tokens: numbers of tokens of the answers, shape (examples,).
+        temper: factor for log-likelihoods, used instead of dividing by the number of tokens; 1 counts every token.
+        floor: the smallest weight.
 
     Returns:
         Weights, shape (adapters,), float64, sum 1.

@@ -1,7 +1,6 @@
-"""Leave-one-out scores of features: how well the class means of the other examples name the class of each example.
+"""Leave-one-out scores of features: how well the class means of the other examples predict the class of each example.
 
-Pure functions on tensors. How features come out of a model is in `passes.py`, how scores become weights in
-`weights.py`.
+Pure functions on tensors. Features are computed in `passes.py`; `weights.py` turns scores into weights.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from torch import Tensor
 
 
 BETAS = torch.logspace(math.log10(0.16), math.log10(48.0), 13, dtype=torch.float64)
-"""How sharp the predictions of class means may be: 13 values, equally far apart in their logarithm."""
+"""Possible sharpness of the predictions of class means: 13 values, equally spaced on a logarithmic scale."""
 
 
 class LeftOut(NamedTuple):
-    """What is known of the examples that can be left out: those that are not the only one of their class.
+    """Distances of the examples that can be left out, because they are not the only ones of their class.
 
     Attributes:
-        distances: squared distance of each such example to every class mean, its own class's without the example
-            itself, shape (m, C), float64.
-        labels: which column is its own, shape (m,).
-        rows: which examples they are, shape (m,).
+        distances: squared distance of each example to every class mean, for its own class without the example itself,
+            shape (m, C), float64.
+        labels: the column of each example's own class, shape (m,).
+        rows: the indices of the examples, shape (m,).
     """
 
     distances: Tensor
@@ -33,20 +32,20 @@ class LeftOut(NamedTuple):
 
 
 def leave_one_out_distances(features: Tensor, labels: Tensor) -> LeftOut:
-    """Squared distances to the class means, where no example has a part in the mean that it is compared with.
+    """Squared distances to the class means, where the mean of an example's own class excludes the example.
 
-    With mu_y the mean of a class of k examples, x_i among them, the mean of the others lies k / (k - 1) times as far
-    from x_i: its squared distance is (k / (k - 1))^2 |x_i - mu_y|^2. So one pass over the examples is enough.
+    Let mu_y be the mean of a class of k examples that contains x_i. The mean of the others is k / (k - 1) times as far
+    from x_i: its squared distance is (k / (k - 1))^2 |x_i - mu_y|^2. One pass over the examples is therefore enough.
 
     Args:
-        features: shape (n, d), any real dtype; computed with in float64.
+        features: shape (n, d), any real dtype; the computation is in float64.
         labels: classes, shape (n,), any integers.
 
     Returns:
-        Distances, columns in the order of the sorted labels.
+        The distances, with columns in the order of the sorted labels.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, fewer than two classes, or no class with two
+        ValueError: shapes do not fit, values are not finite, there are fewer than two classes, or no class has two
             examples.
     """
     if features.dim() != 2 or labels.shape != features.shape[:1]:
@@ -57,13 +56,13 @@ def leave_one_out_distances(features: Tensor, labels: Tensor) -> LeftOut:
     wide = _wide(features)
     classes, own, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
     if len(classes) < 2:
-        raise ValueError(f"there is one class among {len(labels)} examples: nothing can be told apart")
+        raise ValueError(f"all {len(labels)} examples have the same class; give examples of at least two classes")
     if int(counts.max()) < 2:
-        raise ValueError(f"each of the {len(classes)} classes has one example: nothing can be left out")
+        raise ValueError(f"each of the {len(classes)} classes has only one example; give at least two of one class")
     own, counts = own.to(wide.device), counts.to(wide.device)
     sums = torch.zeros(len(classes), wide.shape[1], dtype=wide.dtype, device=wide.device).index_add_(0, own, wide)
     rows = (counts[own] > 1).nonzero().flatten()
-    # Differences and not inner products: features that share a large mean would lose their digits.
+    # Differences, not inner products, which would lose digits for features with a large common mean.
     distances = torch.cdist(wide[rows], sums / counts[:, None], compute_mode="donot_use_mm_for_euclid_dist").square()
     labels_left, k = own[rows], counts[own[rows]].to(wide.dtype)
     place = torch.arange(len(rows), device=wide.device), labels_left
@@ -72,13 +71,13 @@ def leave_one_out_distances(features: Tensor, labels: Tensor) -> LeftOut:
 
 
 def margins(left: LeftOut) -> Tensor:
-    """How much nearer an example is to its own class than to the next: (o - g) / (o + g), between -1 and 1.
+    """How much nearer an example is to its own class than to the nearest other class: (o - g) / (o + g), in -1 to 1.
 
-    g is the distance to the own class and o the least one to another; above 0 the class is named rightly. An example
-    that is at no distance of both gets 0.
+    g is the distance to the own class and o the smallest distance to another class; above 0 the prediction is correct.
+    If both distances are 0, the result is 0.
 
     Args:
-        left: of `leave_one_out_distances`.
+        left: the result of `leave_one_out_distances`.
 
     Returns:
         Shape (m,), float64.
@@ -90,14 +89,14 @@ def margins(left: LeftOut) -> Tensor:
 
 
 def log_likelihoods(left: LeftOut, betas: Tensor = BETAS) -> Tensor:
-    """Logarithm of the probability that class means give to the class of each example, for the best of the betas.
+    """Log-probability that class means assign to the class of each example, with the best beta.
 
-    p_ic is proportional to exp(-beta g_ic / s^2), with s^2 the mean distance to the own class, and beta the value
-    with the largest likelihood of all examples that were left out.
+    p_ic is proportional to exp(-beta g_ic / s^2), where s^2 is the mean distance to the own class and beta is the
+    value with the largest likelihood over all left-out examples.
 
     Args:
-        left: of `leave_one_out_distances`.
-        betas: to choose from.
+        left: the result of `leave_one_out_distances`.
+        betas: the values of beta to choose from.
 
     Returns:
         Shape (m,), float64.
@@ -110,12 +109,12 @@ def log_likelihoods(left: LeftOut, betas: Tensor = BETAS) -> Tensor:
 
 
 def bayesian_bootstrap(examples: int, draws: int, seed: int) -> Tensor:
-    """Weights of examples for `draws` bootstraps, Dirichlet(1, ..., 1) each (Rubin 1981).
+    """Weights of examples for `draws` bootstraps, each from Dirichlet(1, ..., 1) (Rubin 1981).
 
     Args:
-        examples: how many.
-        draws: how many bootstraps.
-        seed: the same seed gives the same weights on every device.
+        examples: number of examples.
+        draws: number of bootstraps.
+        seed: the random seed; it gives the same weights on every device.
 
     Returns:
         Shape (draws, examples), float64, on the CPU; rows sum to 1.
@@ -130,7 +129,7 @@ def interval(values: Tensor, bootstraps: Tensor) -> tuple[float, float]:
 
     Args:
         values: shape (m,).
-        bootstraps: shape (draws, m), of `bayesian_bootstrap`.
+        bootstraps: the result of `bayesian_bootstrap`, shape (draws, m).
     """
     low, high = torch.quantile(bootstraps @ values.to("cpu", torch.float64), torch.tensor([0.025, 0.975]).double())
     return float(low), float(high)

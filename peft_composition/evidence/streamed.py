@@ -1,4 +1,4 @@
-"""Adapters that are read one after the other: one is in memory at a time, however many there are to score."""
+"""Reads adapters one after the other, so that only one is in memory, however many are scored."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .passes import Candidate
 
 
 def read_in_turn(base: nn.Module, adapters: Sequence[Any]) -> list[Candidate]:
-    """Each adapter alone on a base model, and last that model as it is; nothing is read before its turn comes.
+    """Candidates for each adapter alone on a base model, then for the base model; each is read when it is scored.
 
     Args:
         base: a model without adapters.
-        adapters: as `CompositionConfig` takes them.
+        adapters: the adapters, as in `CompositionConfig`.
 
     Raises:
-        ValueError: the model has adapters already, or an entry is no reference to one.
+        ValueError: the model already has adapters, or an entry does not refer to an adapter.
     """
     if isinstance(base, PeftModel) or any(True for _ in composition_layers(base)):
         raise ValueError(
-            f"This model ({type(base).__name__}) has adapters already. Pass the base model to score adapters from "
+            f"This model ({type(base).__name__}) already has adapters. Pass the base model to score adapters from "
             "files, or leave out adapters=... to score those of its composition."
         )
     config = CompositionConfig(adapters=list(adapters), mixing="uniform")
@@ -38,12 +38,12 @@ def read_in_turn(base: nn.Module, adapters: Sequence[Any]) -> list[Candidate]:
 
 @contextmanager
 def _alone(base: nn.Module, reference: Any) -> Iterator[None]:
-    """The base model with one adapter, read now; as before afterwards."""
+    """A context with one adapter on the base model; afterwards the model is as before."""
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     try:
         with warnings.catch_warnings():
-            # That the heads of adapters are not used goes without saying here: features are scored.
-            warnings.filterwarnings("ignore", message="These entries of the upstream adapters")
+            # Features are scored, so the adapters' heads are not needed.
+            warnings.filterwarnings("ignore", message="These tensors of the upstream adapters")
             model = get_peft_model(base, CompositionConfig(adapters=[reference], mixing="uniform"))
         try:
             yield
