@@ -1,6 +1,7 @@
 """The command line: arguments and help texts. What the commands do is in `peft_composition/cli.py`.
 
-Outside the package, because importing that loads torch and PEFT: help, completion and mistyped arguments are quick.
+It is outside the package, because importing the package loads torch and PEFT: help, completion and errors about
+arguments are fast.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ HEATMAP_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of thos
 
 
 class Mixing(StrEnum):
-    """Where the weights of a composition come from that is not trained."""
+    """Where the weights of an untrained composition come from."""
 
     uniform = "uniform"
     fixed = "fixed"
@@ -62,7 +63,7 @@ class Task(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of the weights that are written."""
+    """Dtypes of the saved weights."""
 
     float64 = "float64"
     float32 = "float32"
@@ -79,7 +80,7 @@ class Part(StrEnum):
 
 
 class _Command(TyperCommand):
-    """A command whose complaints about arguments do not begin with the name of an exception."""
+    """A command whose errors about arguments do not begin with the name of an exception."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -92,8 +93,8 @@ class _Command(TyperCommand):
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Mix trained LoRA adapters into one adapter. Exit codes: 0 fine, 1 something failed or cannot be composed, "
-    "2 wrong arguments.",
+    help="Mix trained LoRA adapters into one adapter. Exit codes: 0 success, 1 an error or adapters that cannot be "
+    "composed, 2 wrong arguments.",
 )
 
 _has_tracebacks = False
@@ -116,15 +117,15 @@ def _version_of(name: str) -> str:
 @app.callback()
 def _set(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and stop.", is_eager=True, callback=_show_version)
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
     global _has_tracebacks
     _has_tracebacks = traceback
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
 ]
@@ -138,7 +139,7 @@ ForTask = Annotated[
 ]
 AsDtype = Annotated[
     Optional[Dtype],  # noqa: UP045
-    typer.Option("--dtype", help="Of the weights. Default: as they are.", show_default=False),
+    typer.Option("--dtype", help="Dtype of the saved weights. Default: unchanged.", show_default=False),
 ]
 
 
@@ -146,7 +147,7 @@ CheckBase = Annotated[
     bool,
     typer.Option(
         "--check-base/--no-check-base",
-        help="Whether adapters are refused that name another base model. Modules and shapes are always compared.",
+        help="Refuse adapters that name another base model. Modules and shapes are always compared.",
     ),
 ]
 
@@ -157,8 +158,8 @@ def inspect(
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Base model, Hub id or folder: checks modules and shapes against its config. Without it the adapters "
-            "are compared with each other.",
+            help="Base model, Hub id or folder. The adapters' modules and shapes are checked against its config. "
+            "Without it, the adapters are compared with each other.",
             show_default=False,
         ),
     ] = None,
@@ -166,7 +167,7 @@ def inspect(
     check_base: CheckBase = True,
     as_json: AsJson = False,
 ) -> None:
-    """Show what adapters are and whether they can be composed and, if not, why."""
+    """Show adapters and whether they can be composed, and if not, why."""
     with _reported():
         from peft_composition import cli
 
@@ -180,7 +181,7 @@ def compose(
     base: Annotated[str, typer.Option(help="Base model, Hub id or folder.")],
     adapters: Adapters,
     out: Out,
-    mixing: Annotated[Mixing, typer.Option(help="1/N each, or --weights.")] = Mixing.uniform,
+    mixing: Annotated[Mixing, typer.Option(help="uniform: 1/N each. fixed: --weights.")] = Mixing.uniform,
     weights: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -188,32 +189,32 @@ def compose(
         ),
     ] = None,
     normalization: Annotated[
-        Normalization, typer.Option(help="Weights that are positive with sum 1, or free weights (none).")
+        Normalization, typer.Option(help="softmax: weights are positive and sum to 1. none: free weights.")
     ] = Normalization.softmax,
     task: ForTask = None,
     num_labels: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
             min=1,
-            help="Write a new, untrained head for so many labels, where the base has no trained one of this size. "
-            "Default: no head is written unless the base has one.",
+            help="Save a new, untrained head for this number of labels, unless the base has a trained one of this "
+            "size. Default: save a head only if the base has one.",
             show_default=False,
         ),
     ] = None,
     save_adapters: Annotated[
-        bool, typer.Option(help="Whether the upstream factors are saved, or only their names and hashes.")
+        bool, typer.Option(help="Save the upstream factors, or only the adapters' names and hashes.")
     ] = True,
     lora: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(
             "--lora/--no-lora",
-            help="Whether a plain LoRA for stock PEFT is written to OUT/lora. Default: with --save-adapters.",
+            help="Also save a plain LoRA, which needs no plugin, in OUT/lora. Default: with --save-adapters.",
             show_default=False,
         ),
     ] = None,
     push: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="REPO", help="Push it to this repository of the Hub.", show_default=False),
+        typer.Option(metavar="REPO", help="Push the result to this Hub repository.", show_default=False),
     ] = None,
     check_base: CheckBase = True,
     as_json: AsJson = False,
@@ -254,28 +255,28 @@ def export(
     out: Out,
     rank: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Highest rank per module. Default: exact.", show_default=False),
+        typer.Option(min=1, help="Largest rank per module. Default: exact.", show_default=False),
     ] = None,
     energy: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Instead of --rank: share of the squared norm that is kept, up to 1.", show_default=False),
+        typer.Option(help="Instead of --rank: share of the squared norm to keep, up to 1.", show_default=False),
     ] = None,
     round_rank: Annotated[
-        bool, typer.Option("--round-rank", help="Round the rank up to one that vLLM accepts.")
+        bool, typer.Option("--round-rank", help="Round the rank up to a rank that vLLM accepts.")
     ] = False,
     own_ranks: Annotated[
         bool,
         typer.Option(
-            "--own-ranks", help="Every module keeps its own rank: smaller, but wrong in llama.cpp and diffusers."
+            "--own-ranks", help="Keep a rank per module: smaller, but llama.cpp and diffusers read it wrongly."
         ),
     ] = False,
-    head: Annotated[Head, typer.Option(help="Whether the trained head goes with it, or into a file of its own.")] = (
+    head: Annotated[Head, typer.Option(help="Save the trained head with it, not at all, or in a separate file.")] = (
         Head.included
     ),
     dtype: AsDtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a saved composition as a plain LoRA that needs no plugin."""
+    """Export a saved composition as a plain LoRA that needs no plugin."""
     if rank is not None and energy is not None:
         raise typer.BadParameter("Give --rank or --energy, not both.")
     if energy is not None and not 0 < energy <= 1:
@@ -304,12 +305,12 @@ def weights(
     folder: Saved,
     png: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Draw a heatmap, too, into this file.", dir_okay=False, show_default=False),
+        typer.Option(metavar="FILE", help="Also save a heatmap in this file.", dir_okay=False, show_default=False),
     ] = None,
     by: Annotated[Part, typer.Option(help="Rows of the second table and of the heatmap.")] = Part.block,
     as_json: AsJson = False,
 ) -> None:
-    """Show the mixing weights of a saved composition as tables and, if asked for, as a heatmap."""
+    """Show the mixing weights of a saved composition as tables and, with --png, as a heatmap."""
     if png is not None and png.suffix.lower() not in HEATMAP_SUFFIXES:
         suffixes = ", ".join(HEATMAP_SUFFIXES)
         raise typer.BadParameter(f"{png} must end with one of {suffixes}.", param_hint="'--png'")
@@ -325,7 +326,7 @@ def merge(
     out: Out,
     base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Base model, Hub id or folder. Default: the recorded one.", show_default=False),
+        typer.Option(help="Base model, Hub id or folder. Default: as recorded.", show_default=False),
     ] = None,
     task: Annotated[
         Optional[Task],  # noqa: UP045
@@ -334,7 +335,7 @@ def merge(
     dtype: AsDtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the base model with a saved composition merged into it, and its tokenizer or processor."""
+    """Save the base model with a composition merged into it, and its tokenizer or processor."""
     _require_empty(out)
     with _reported():
         from peft_composition import cli
@@ -343,7 +344,7 @@ def merge(
 
 
 def _numbers(weights: str | None, adapters: Sequence[str]) -> list[float]:
-    """The numbers of `--weights`, which commas separate."""
+    """The comma-separated numbers of `--weights`."""
     if weights is None:
         return []
     strays = [adapter for adapter in adapters if _is_number(adapter) and not Path(adapter).exists()]
@@ -365,13 +366,13 @@ def _is_number(text: str) -> bool:
 
 
 def _require_good_weights(weights: Sequence[float], normalization: Normalization) -> None:
-    """What `CompositionConfig` would say of the weights, before anything slow."""
+    """Check the weights like `CompositionConfig`, before anything slow."""
     problem = None
     if not all(map(math.isfinite, weights)):
         problem = f"must be finite numbers, got {_joined(weights)}"
     elif normalization is Normalization.softmax and weights:
         if min(weights) < 0:
-            problem = f"must not be negative, got {_joined(weights)}; free weights: --normalization none"
+            problem = f"must not be negative, got {_joined(weights)}; for free weights use --normalization none"
         elif math.fsum(weights) > 1 + SUM_TOLERANCE:
             problem = f"must sum to 1 or less, got {math.fsum(weights):g}; free weights: --normalization none"
     if problem:
@@ -383,18 +384,18 @@ def _joined(weights: Sequence[float]) -> str:
 
 
 def _require_empty(out: Path) -> None:
-    """A composition, an adapter or a model that is there already must not be overwritten."""
+    """Refuse to overwrite an existing composition, adapter or model."""
     if out.is_dir() and any(out.iterdir()):
         raise typer.BadParameter(f"{out} is not empty; give a new folder.", param_hint="--out")
 
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Errors and warnings are a line each on stderr; an error is exit code 1, and `--traceback` shows its place."""
+    """Print errors and warnings as one line each on stderr; errors exit with code 1, `--traceback` shows more."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            for category in (FutureWarning, DeprecationWarning):  # of libraries, to those who program with them
+            for category in (FutureWarning, DeprecationWarning):  # meant for programmers who use the libraries
                 warnings.simplefilter("ignore", category)
             yield
     except Exception as error:  # the Hub's HTTP client has errors of its own, in a package that changes
@@ -412,7 +413,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _complain(text: str) -> None:
     try:
         from peft_composition.text import LONG, one_line
-    except ImportError:  # the error that is to be shown: PEFT or torch is not there, or too old
+    except ImportError:  # the error to show: PEFT or torch is missing or too old
         typer.echo(" ".join(text.split()), err=True)
     else:
         typer.echo(one_line(text, LONG), err=True)

@@ -32,7 +32,7 @@ from .upstream.errors import AdapterError  # noqa: E402
 
 
 register_method(CompositionConfig, CompositionModel)
-# What builds on the config and has its part in reading and writing it.
+# Modules that build on the config and take part in reading and writing it.
 CompositionConfig.when_loaded = (require_weights_in,)
 CompositionConfig.when_saved = (complete_card,)
 

@@ -1,4 +1,4 @@
-"""The fields of a config as they were when a model was built from it: they are saved, whatever is edited in place."""
+"""Keeps the fields of a config as they were when a model was built from it, so that later edits are not saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .text import shown
 
 
-# The fields that say what is composed and how.
+# The fields that define what is composed and how.
 DEFINING = (
     "adapters",
     "mixing",
@@ -26,18 +26,18 @@ _RECORD = ("composed_modules", "biased_modules", "layer_sizes", "lora_layout", "
 
 
 class AsBuilt:
-    """What a model was built with.
+    """The values that a model was built with.
 
     Args:
         config: the config, at the end of building.
     """
 
     def __init__(self, config: object) -> None:
-        # As a pickle, which is several times faster than a deep copy of a record of many modules.
+        # As a pickle, which is several times faster than a deep copy if the record has many modules.
         self._fields = pickle.dumps({name: getattr(config, name) for name in (*DEFINING, *_RECORD)})
 
     def restore(self, config: object) -> None:
-        """Undo edits of a config, with a warning: they changed nothing in the model."""
+        """Undo edits of a config, with a warning, because they did not change the model."""
         fields: dict[str, Any] = pickle.loads(self._fields)
         for name, built in fields.items():
             now = getattr(config, name)

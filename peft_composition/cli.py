@@ -37,7 +37,7 @@ from .upstream.files import locate_one
 from .upstream.keys import HEADS
 
 
-# One of these is there where a tokenizer, an image processor, a feature extractor or a processor of several is.
+# A repository with a tokenizer, an image processor, a feature extractor or a combined processor has one of these.
 PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -79,15 +79,15 @@ def compose(
     as_json: bool,
     check_base: bool = True,
 ) -> None:
-    """Build a composition, save it, and push it where that is asked for."""
+    """Build a composition, save it, and push it if a repository is given."""
     references = _references(adapters)
     task, loader = _task_and_loader(references, task, base_config(base), check_base, is_strict=True)
     if num_labels is not None and not loader.is_classifier:
-        raise ValueError(f"--num-labels is for models that classify, not for a {loader.builds.__name__}")
+        raise ValueError(f"--num-labels is for classifiers, but the model is a {loader.builds.__name__}; leave it out")
     base_model, new = loader.from_pretrained(
         base,
         num_labels=num_labels,
-        is_reported=not loader.is_classifier,  # of classifiers it is told below
+        is_reported=not loader.is_classifier,  # for classifiers it is reported below
     )
     has_new_head = loader.is_classifier and any(new)
     is_headless = has_new_head and num_labels is None
@@ -96,7 +96,7 @@ def compose(
         mixing=mixing,  # type: ignore[arg-type]  # the config refuses others
         weights=weights,
         normalization=normalization,  # type: ignore[arg-type]
-        task_type=None if is_headless else task,  # with one, PEFT takes the head for a trained one
+        task_type=None if is_headless else task,  # with a task type, PEFT would save the head as a trained one
         modules_to_save=_new_modules(new, task) if has_new_head and not is_headless else None,
         save_adapters=save_adapters,
         check_base_model=check_base,
@@ -111,7 +111,7 @@ def compose(
     model.save_pretrained(str(out))
     if lora is not None:
         lora.save_beside(out, LORA_SUBFOLDER)
-        write_model_card(out)  # once more: it tells of the export
+        write_model_card(out)  # again: the card mentions the export
     commit = _push(model, push, with_lora, out) if push else None
     mixed = model.mixing_weights()
     means = {row.adapter: row.mean for row in weights_table(mixed)}
@@ -132,7 +132,7 @@ def compose(
     shares = ", ".join(f"{one_line(name)} {weight:.3g}" for name, weight in means.items())
     say(f"Composed {len(means)} adapters in {len(mixed)} modules ({shares}): {out}")
     if is_headless:
-        say(f"No head is in it: {base} has none that is trained ({', '.join(new)}). --num-labels writes a new one.")
+        say(f"It has no head: {base} has no trained one ({', '.join(new)}). To add a new one, use --num-labels.")
     elif has_new_head:
         say(f"Its head for {num_labels} labels is new and untrained ({', '.join(new)}): train it before use.")
     if lora is not None:
@@ -156,7 +156,7 @@ def export(folder: Path, out: Path, head: str, dtype: str | None, as_json: bool,
 
 
 def weights(folder: Path, png: Path | None, by: Part, as_json: bool) -> None:
-    """Print the mixing weights of a saved composition and, where that is asked for, draw them."""
+    """Print the mixing weights of a saved composition and, if a file is given, plot them."""
     mixed = saved_mixing_weights(folder)
     names = SavedComposition.opened(folder).config.adapter_names
     whole, parts = weights_table(mixed, adapters=names), weights_table(mixed, by, names)
@@ -182,7 +182,7 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
     config = composition.config
     base = base or config.base_model_name_or_path
     if not base:
-        raise ValueError(f"{folder} does not say what its base model is; give --base")
+        raise ValueError(f"{folder} does not name its base model; give --base")
     revision = config.revision if base == config.base_model_name_or_path else None
     loader = _recorded_loader(config, task, base_config(base, revision))
     base_model, new = loader.from_pretrained(
@@ -196,9 +196,9 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
     dropped = _without_place(head, base_model)
     if dropped and not is_untrained:
         raise ValueError(
-            f"a {type(base_model).__name__} has no place for the trained {', '.join(map(one_line, dropped))} of "
+            f"a {type(base_model).__name__} has no module for the trained {', '.join(map(one_line, dropped))} of "
             f"{one_line(folder)}, which would be lost; "
-            + (f"leave out --task {task}, or export it" if task else "give the --task that it was trained for")
+            + (f"leave out --task {task}, or use export" if task else "give the --task that it was trained for")
         )
     untrained = [module for module in head if module not in dropped] if is_untrained else []
     saved = tuple(config.modules_to_save or ())
@@ -218,31 +218,31 @@ def merge(folder: Path, out: Path, base: str | None, task: str | None, dtype: st
     beside = "with" if has_processor else "the base has no"
     say(f"Merged into a {kind} ({stored}, {beside} tokenizer or processor): {out}")
     if new:
-        say(f"Neither {base} nor the composition has weights for {', '.join(new)}: they are new and untrained.")
+        say(f"Neither {base} nor the composition has weights for {', '.join(new)}: these are new and untrained.")
     if untrained:
         say(f"Its head ({', '.join(untrained)}) was saved as new and untrained: train it before use.")
     if dropped:
-        say(f"Left out, since it is untrained and a {kind} has no place for it: {', '.join(dropped)}.")
+        say(f"Left out, because it is untrained and a {kind} has no such module: {', '.join(dropped)}.")
 
 
 def _push(model: PeftModel, repo_id: str, with_lora: bool, out: Path) -> CommitInfo:
-    """Push what has been saved; an error says that it has been."""
+    """Push a saved composition; an error says that it was saved."""
     try:
         return push_to_hub(model, repo_id, lora=with_lora)
-    except Exception as error:  # of the Hub, its HTTP client or the network
+    except Exception as error:  # errors of the Hub, its HTTP client or the network
         lora = "" if with_lora else ", lora=False"
         raise RuntimeError(
-            f"{out} is written completely, but could not be pushed to {one_line(repo_id)}: "
+            f"{out} was saved completely, but pushing it to {one_line(repo_id)} failed: "
             f"{one_line(error, LONG // 2) or type(error).__name__} To push it later, load it as its README.md shows "
             f"and call peft_composition.push_to_hub(model, {in_python(repo_id)}{lora})"
         ) from error
 
 
-# What goes in
+# Inputs of the commands
 
 
 def _references(adapters: Sequence[str]) -> list[AdapterReference]:
-    """The adapters as dicts with names; `id@revision` is a revision of a repository on the Hub."""
+    """The adapters as dicts with names; `id@revision` means a revision of a Hub repository."""
     entries: list[str | Path | AdapterReference] = []
     for adapter in adapters:
         path, at, revision = adapter.rpartition("@")
@@ -258,20 +258,20 @@ def _task_and_loader(
     check_base: bool,
     is_strict: bool,
 ) -> tuple[str | None, Loader]:
-    """The task type and the class that loads the base model, from the base's config and what the adapters state.
+    """The task type and the class that loads the base model, from the configs of the base model and the adapters.
 
     Args:
         references: the adapters.
-        task: as asked for; None: what the adapters state.
-        base_config: of the base model.
-        check_base: whether an adapter that names another base fits none.
-        is_strict: refuse adapters that cannot be read or differ. Otherwise what most of them state is taken.
+        task: the requested task type. None: the one that the adapters state.
+        base_config: the config of the base model.
+        check_base: whether to reject adapters that name another base model.
+        is_strict: whether to refuse adapters that cannot be read or that differ. Otherwise the majority decides.
     """
     configs = []
     for reference in references:
         try:
             configs.append(read_config(locate_one(reference, with_card=False)))
-        except Exception:  # whatever it is, the report tells it
+        except Exception:  # the report shows any error
             if is_strict:
                 raise
     stated = None
@@ -289,10 +289,10 @@ def _task_and_loader(
 
 
 def _fits_one_of(references: Sequence[AdapterReference], task: str | None, check_base: bool, model: nn.Module) -> bool:
-    """Whether the first of the adapters that can be read fits a model."""
+    """Whether the first readable adapter fits a model."""
     for reference in references:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is read once more, to be composed
+            warnings.simplefilter("ignore")  # composing reads it again, with its warnings
             try:
                 (adapter,) = read_adapters([locate_one(reference, with_card=False)], [None])
             except Exception:
@@ -320,7 +320,7 @@ def _recorded_loader(config: CompositionConfig, task: str | None, base_config: P
 
 
 def _without_place(modules: Sequence[str], model: nn.Module) -> list[str]:
-    """Those that a model does not have, whatever comes before its names and theirs."""
+    """The modules that a model does not have, whatever prefixes either side has."""
     names = {name for name, _ in model.named_modules()} - {""}
     suffixes = {name[start:] for name in names for start in _starts(name)}
     return [
@@ -335,7 +335,7 @@ def _starts(name: str) -> list[int]:
 
 
 def _new_modules(new: Sequence[str], task: str | None) -> list[str] | None:
-    """Those of the new modules that PEFT does not take for heads of the task by itself."""
+    """The new modules that PEFT does not recognise as heads of the task."""
     heads = HEADS.get(task or "", [])
     return [module for module in new if not any(part in heads for part in module.split("."))] or None
 
@@ -345,5 +345,5 @@ def _dtype(name: str | None) -> torch.dtype | None:
         return None
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is not known; give float32, bfloat16 or float16")
+        raise ValueError(f"dtype {name!r} is unknown; give float32, bfloat16 or float16")
     return dtype

@@ -1,6 +1,6 @@
-"""Everything private or version-dependent of PyTorch, PEFT, transformers and huggingface_hub, under names of our own.
+"""Collects everything private or version-dependent of PyTorch, PEFT, transformers and huggingface_hub.
 
-No other module of the package imports a name with an underscore from them, or a module that only some versions have.
+No other module of the package imports private names from them, or modules that only some versions have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def has_global_hooks() -> bool:
-    """Whether something waits for the calls of every module."""
+    """Whether global hooks for the calls of all modules are registered."""
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
@@ -44,19 +44,19 @@ def has_global_hooks() -> bool:
 
 
 def default_store() -> dist.Store | None:
-    """What the processes of the default group share; None for groups that have no store."""
+    """The store that the processes of the default group share; None for groups without a store."""
     return cast("dist.Store | None", dist.distributed_c10d._get_default_store())
 
 
 def key_renamer(model: PreTrainedModel, weights: dict[str, bool]) -> Callable[[str], str]:
-    """From keys of checkpoints that older transformers wrote, or of the model with or without its head, to today's.
+    """A function that maps keys of older transformers, or of the model with or without its head, to the model's keys.
 
     Args:
-        model: whose renamings count.
-        weights: the keys that the model has, each with True.
+        model: the model.
+        weights: the model's keys, each with True.
 
     Returns:
-        The function; it asks transformers for the renamings at its first call.
+        The function; it gets the renamings from transformers when it is first called.
     """
 
     @cache
@@ -64,7 +64,7 @@ def key_renamer(model: PreTrainedModel, weights: dict[str, bool]) -> Callable[[s
         return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
     def renamed(key: str) -> str:
-        # By position: the last two had other names in some versions.
+        # By position: in some versions the last two had other names.
         return rename_source_key(key, renamings(), [], model.base_model_prefix, weights)[0]
 
     return renamed

@@ -1,4 +1,4 @@
-"""`CompositionConfig`: which adapters are mixed and how, and the record a checkpoint needs to be built again."""
+"""`CompositionConfig`: which adapters are mixed and how, and the record that a checkpoint needs for loading."""
 
 from __future__ import annotations
 
@@ -44,45 +44,47 @@ class CompositionConfig(PeftConfig):
             `path` and optionally `revision`, `subfolder`, `name` and `local_files_only`. Required.
         mixing: `"learned"` (default; one trainable vector per module, starts at the uniform composition),
             `"uniform"` (1/N, nothing trainable) or `"fixed"` (`weights`, nothing trainable).
-        weights: one weight per adapter, for `"fixed"`, or where `"learned"` starts. Default: 1/N each. With
-            `normalization="softmax"` they are non-negative and sum to 1, or to less: the rest is the base model's
-            share, as if it were an adapter without an update, and where weights are learned it grows and shrinks with
-            them. A learned weight that starts at zero stays zero.
-        normalization: `"softmax"` (default; weights positive, sum 1) or `"none"` (free weights, may be negative).
-        gain: inner factor of the mixing logits, `v = v0 + gain * theta` with theta trained. Adam moves theta by about
-            the learning rate per step, so the gain decides how far the weights come in a few-shot run. Default: 40
-            for `"softmax"`, 10 for `"none"`.
-        weight_sharing: one weight vector per `"module"` (default, the paper's), per `"block"` (the modules of one
-            transformer block share) or per `"model"`.
-        target_modules: as in PEFT, a list of names, a regex or `"all-linear"`; narrows what is composed. Parameters
-            that adapters touch by themselves (PEFT's `target_parameters`) go by their own names and by those of their
+        weights: one weight per adapter: the weights for `"fixed"`, or the start for `"learned"`. Default: 1/N each.
+            With `normalization="softmax"` they must be non-negative with a sum of at most 1. If the sum is below 1,
+            the rest is the base model's share, like an adapter without an update; if weights are learned, this share
+            changes with them. A learned weight that starts at zero stays zero.
+        normalization: `"softmax"` (default; weights are positive and sum to 1) or `"none"` (free weights, which may be
+            negative).
+        gain: factor inside the mixing logits, `v = v0 + gain * theta`, where theta is trained. Adam changes theta by
+            about the learning rate per step, so the gain decides how far the weights move in a few-shot run.
+            Default: 40 for `"softmax"`, 10 for `"none"`.
+        weight_sharing: one weight vector per `"module"` (default, as in the paper), per `"block"` (shared by the
+            modules of a transformer block) or per `"model"`.
+        target_modules: the modules to compose, as in PEFT a list of names, a regex or `"all-linear"`. Parameters that
+            adapters target directly (PEFT's `target_parameters`) are selected by their own names or those of their
             modules. Default: everything that any upstream adapter touches.
-        exclude_modules: as in PEFT, names or a regex of modules to leave alone. Default: none.
-        layers_to_transform: as in PEFT, indices of the layers to compose. Default: all.
+        exclude_modules: the modules to leave out, as in PEFT names or a regex. Default: none.
+        layers_to_transform: as in PEFT, the indices of the layers to compose. Default: all.
         layers_pattern: as in PEFT, the name of the module list that `layers_to_transform` counts in.
-        modules_to_save: as in PEFT, modules trained in full and saved: the new task's head. Default: PEFT's for the
-            task type.
-        save_adapters: whether a checkpoint carries the upstream factors and stands alone (default), or only their
-            names, commits and hashes, to be fetched again on loading.
-        check_base_model: whether adapters are refused that say they were trained on another model of the Hub
-            (default). Copies of the same weights, such as `org/model-bnb-4bit`, are let in with a warning. `False`
-            leaves names aside; modules and shapes are compared in any case.
+        modules_to_save: as in PEFT, modules that are trained in full and saved, such as the new task's head. Default:
+            PEFT's default for the task type.
+        save_adapters: whether a checkpoint contains the upstream factors and needs no other files (default), or only
+            their names, commits and hashes, so that loading downloads them again.
+        check_base_model: whether to refuse adapters whose config names another base model on the Hub (default: True).
+            Copies of the same weights, such as `org/model-bnb-4bit`, are accepted with a warning. With False, names
+            are ignored; modules and shapes are always compared.
         composed_modules: record, written when the composition is built: for each composed module, by its full name,
-            the rank of every adapter there (0: untouched). Not for users.
-        biased_modules: record: the composed modules where an adapter brings a LoRA bias. Not for users.
+            the rank of every adapter (0 if it does not touch the module). Not for users.
+        biased_modules: record: the composed modules where an adapter has a LoRA bias. Not for users.
         layer_sizes: record: out, in (and kernel) of every composed module in the base model. Not for users.
-        lora_layout: record: what an export to a plain LoRA needs to know of the base model. Not for users.
-        provenance: record: name, path, commit, sha256, base and license of every upstream adapter. Not for users.
-        num_labels: record: number of classes of the base model's head, if it classifies. Not for users.
-        untrained_head: record: hash of a head that was written untrained; it differs once that is trained. Not for
+        lora_layout: record: properties of the base model that an export to a plain LoRA needs. Not for users.
+        provenance: record: name, path, commit, sha256, base model and license of every upstream adapter. Not for
             users.
-        peft_composition_version: record: version of this package that the composition was made with. Not for users.
+        num_labels: record: number of classes of the base model's head, for classifiers. Not for users.
+        untrained_head: record: hash of a head that was saved untrained; after training, the head has another hash.
+            Not for users.
+        peft_composition_version: record: the version of this package that built the composition. Not for users.
 
     Raises:
-        ValueError: a field has a value that is not listed above; the message names the field and the value.
+        ValueError: a field has an invalid value; the message names the field and the value.
     """
 
-    # Who builds on this class adds what must be done when a config is read from a folder, or written into one.
+    # Callbacks of modules that build on this class, for when a config is read from a folder or written to one.
     when_loaded: ClassVar[tuple[Callable[[Path, CompositionConfig], None], ...]] = ()
     when_saved: ClassVar[tuple[Callable[[Path], None], ...]] = ()
 
@@ -93,20 +95,20 @@ class CompositionConfig(PeftConfig):
         default="learned", metadata={"help": "Whether the mixing weights are learned, uniform or fixed."}
     )
     weights: list[float] | None = field(
-        default=None, metadata={"help": "The fixed weights, or where the learned ones start. Default: 1/N each."}
+        default=None, metadata={"help": "The fixed weights, or the start of the learned ones. Default: 1/N each."}
     )
     normalization: Literal["softmax", "none"] = field(
-        default="softmax", metadata={"help": "Weights that are positive and sum to 1, or free weights."}
+        default="softmax", metadata={"help": "softmax: weights are positive and sum to 1. none: free weights."}
     )
-    gain: float | None = field(default=None, metadata={"help": "Inner factor of the mixing logits."})
+    gain: float | None = field(default=None, metadata={"help": "Factor inside the mixing logits."})
     weight_sharing: Literal["module", "block", "model"] = field(
         default="module", metadata={"help": "Which modules share one weight vector."}
     )
     target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Narrows what is composed. Default: all modules the adapters touch."}
+        default=None, metadata={"help": "Modules to compose. Default: all that the adapters touch."}
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules that are left alone, names or a regex."}
+        default=None, metadata={"help": "Modules to leave out, names or a regex."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to compose. Default: all."}
@@ -117,33 +119,33 @@ class CompositionConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved, such as the new task's head."}
     )
-    save_adapters: bool = field(default=True, metadata={"help": "Whether checkpoints carry the upstream factors."})
+    save_adapters: bool = field(default=True, metadata={"help": "Whether checkpoints contain the upstream factors."})
     check_base_model: bool = field(
-        default=True, metadata={"help": "Whether adapters that name another base model are refused."}
+        default=True, metadata={"help": "Whether to refuse adapters that name another base model."}
     )
     composed_modules: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Record: ranks of every adapter, by module."}
     )
     biased_modules: list[str] | None = field(
-        default=None, metadata={"help": "Record: modules where an adapter brings a bias."}
+        default=None, metadata={"help": "Record: modules where an adapter has a bias."}
     )
     layer_sizes: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Record: sizes of the composed modules in the base model."}
     )
     provenance: list[Provenance] | None = field(
-        default=None, metadata={"help": "Record: what every upstream adapter was when it was read."}
+        default=None, metadata={"help": "Record: origin, hash and license of every upstream adapter."}
     )
     lora_layout: LoraLayout | None = field(
-        default=None, metadata={"help": "Record: what an export to a plain LoRA needs to know of the base model."}
+        default=None, metadata={"help": "Record: properties of the base model that an export needs."}
     )
     num_labels: int | None = field(
         default=None, metadata={"help": "Record: number of classes of the base model's head."}
     )
     untrained_head: str | None = field(
-        default=None, metadata={"help": "Record: hash of a head that was written untrained."}
+        default=None, metadata={"help": "Record: hash of a head that was saved untrained."}
     )
     peft_composition_version: str | None = field(
-        default=None, metadata={"help": "Record: version of this package that the composition was made with."}
+        default=None, metadata={"help": "Record: the version of this package that built the composition."}
     )
 
     def __post_init__(self) -> None:
@@ -165,26 +167,26 @@ class CompositionConfig(PeftConfig):
             self.summary_as_read = json.loads(json.dumps(summary(self)))  # far faster than a deep copy
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; one that says what is composed can no longer change when a model was built by it."""
+        """Set a field; fields that define the composition can no longer change once a model was built from them."""
         state = self.__dict__
         if name in DEFINING and state.get("_is_built") and not state["_is_building"]:
             known = self.requested_target_modules if name == "target_modules" else state[name]
             if type(value) is type(known) and value == known:
                 return
             raise ValueError(
-                f"{name} cannot become {as_text(value)}: a model was built with {as_text(known)}, and would go on "
-                "computing with that. Build another from a new config: dataclasses.replace(config, "
+                f"{name} cannot become {as_text(value)}: a model was built with {as_text(known)} and keeps using it. "
+                "Build another model from a new config: dataclasses.replace(config, "
                 f"composed_modules=None, {name}=...)"
             )
         super().__setattr__(name, value)
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """While a model is built from this config, which replaces `target_modules` by what is found.
+        """Context in which a model is built from this config; building replaces `target_modules` by the modules found.
 
         Raises:
-            ValueError: a field was set to a value that it cannot have, or differs from the saved composition that
-                this config was loaded with.
+            ValueError: a field has an invalid value, or differs from the saved composition that this config was
+                loaded with.
         """
         self._is_building = True
         try:
@@ -194,7 +196,7 @@ class CompositionConfig(PeftConfig):
                     if now != self._as_loaded[name]:
                         raise ValueError(
                             f"{name} is {as_text(now)}, but the saved composition that this config describes has "
-                            f"{as_text(self._as_loaded[name])}. To compose the adapters anew: "
+                            f"{as_text(self._as_loaded[name])}. To build a new composition of the adapters, use "
                             "dataclasses.replace(config, composed_modules=None)"
                         )
             self._request = self.requested_target_modules
@@ -207,17 +209,17 @@ class CompositionConfig(PeftConfig):
 
     @property
     def requested_target_modules(self) -> list[str] | set[str] | str | None:
-        """`target_modules` as the user gave them, also when building has replaced them."""
+        """`target_modules` as given by the user, even after building has replaced them."""
         return self._request if self._is_built else self.target_modules
 
     def _definition(self) -> dict[str, Any]:
-        """What a saved composition is computed from; adapters by their names, for folders may move."""
+        """The fields that a saved composition is computed from; adapters by name, because folders may move."""
         replaced = {"adapters": self.adapter_names, "target_modules": copy.copy(self.requested_target_modules)}
         fields = {name: copy.deepcopy(getattr(self, name)) for name in DEFINING if name not in replaced}
         return {**fields, **replaced}
 
     def _check(self) -> None:
-        """Complete and check the fields; done again before a model is built, for they can be set."""
+        """Complete and check the fields; repeated before a model is built, because fields can be set."""
         self.adapters = named_references(self.adapters)
         _require("mixing", self.mixing, MIXINGS)
         _require("normalization", self.normalization, NORMALIZATIONS)
@@ -230,7 +232,7 @@ class CompositionConfig(PeftConfig):
         self.layers_to_transform = layer_indices("layers_to_transform", self.layers_to_transform)
         self.layers_pattern = layer_lists("layers_pattern", self.layers_pattern)
         self.modules_to_save = saved_modules("modules_to_save", self.modules_to_save)
-        weights = self._checked_weights()  # of weights that it returned before, the sum may be off by a last bit
+        weights = self._checked_weights()  # the sum of weights that it returned before may be off by one bit
         if weights is None or not isinstance(self.weights, list) or self.weights != self._known_weights:
             self.weights = self._known_weights = weights
         if self.gain is None or self.gain == self._filled_in_gain:
@@ -238,14 +240,14 @@ class CompositionConfig(PeftConfig):
         gain = as_float(self.gain)
         if gain is None or not SMALLEST_FLOAT32 <= gain <= LARGEST_FLOAT32:
             raise ValueError(
-                f"gain must be a positive number that float32 holds ({SMALLEST_FLOAT32:.2g} to "
+                f"gain must be a positive number in the range of float32 ({SMALLEST_FLOAT32:.2g} to "
                 f"{LARGEST_FLOAT32:.2g}), got {as_text(self.gain)}"
             )
         self.gain = gain
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform needs target_modules as a list of names (or none), not a regex")
+            raise ValueError("layers_to_transform needs target_modules as a list of names (or None), not as a regex")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern means nothing without layers_to_transform")
+            raise ValueError("layers_pattern has no effect without layers_to_transform; set both or neither")
 
     @property
     def adapter_names(self) -> list[str]:
@@ -257,31 +259,31 @@ class CompositionConfig(PeftConfig):
         """The upstream adapters as dicts with `path`, `name`, `revision` and `subfolder`."""
         adapters = self.adapters
         if not adapters or not all(isinstance(entry, dict) and "name" in entry for entry in adapters):
-            return named_references(adapters)  # they were set since
+            return named_references(adapters)  # they were set after the check
         return adapters  # type: ignore[return-value]
 
     @property
     def is_restored(self) -> bool:
-        """Whether this config came with the record of a built composition, and so describes a checkpoint.
+        """Whether this config was loaded with the record of a built composition, and so describes a checkpoint.
 
-        A config that recorded its modules while a model was built from it is not restored: it can be used again for
-        a new model.
+        False for a config that recorded its modules while a model was built from it: it can be used for another
+        model.
         """
         return self._read_from_checkpoint and self.composed_modules is not None
 
     def record(
         self, composed_modules: dict[str, list[int]], biased_modules: list[str], provenance: list[Provenance]
     ) -> None:
-        """Write down what was composed, for the checkpoint."""
+        """Record what was composed, for the checkpoint."""
         self.composed_modules = composed_modules
         self.biased_modules = biased_modules
         self.provenance = provenance
 
     def follow(self, weights: list[float]) -> None:
-        """Write down weights that a built model was given since, for its checkpoint.
+        """Record weights that a built model was given later, for its checkpoint.
 
         Raises:
-            ValueError: this composition cannot have them; it stays as it was.
+            ValueError: the weights are invalid for this composition, which stays unchanged.
         """
         self.undo_edits()
         own, before = self.__dict__, self.weights
@@ -302,12 +304,12 @@ class CompositionConfig(PeftConfig):
         return twin
 
     def undo_edits(self) -> None:
-        """Put back what was edited in place after a model was built from this config, with a warning."""
+        """Undo edits that were made in place after a model was built from this config, with a warning."""
         if self._as_built is not None and not self._is_building:
             self._as_built.restore(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dict, as they are saved, with `target_modules` as requested."""
+        """The fields as a dict, as they are saved, with `target_modules` as given by the user."""
         self.undo_edits()
         return {**super().to_dict(), "target_modules": self.requested_target_modules}
 
@@ -315,12 +317,12 @@ class CompositionConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read `adapter_config.json`; in a local folder the weights beside it must be those that it describes.
+        """Read `adapter_config.json`; in a local folder, check that it belongs to the weights beside it.
 
         Args:
             pretrained_model_name_or_path: a local folder or a Hub id.
-            subfolder: where in it.
-            **kwargs: passed to PEFT's own `from_pretrained`.
+            subfolder: the folder of the config in it. Default: its root.
+            **kwargs: passed to PEFT's `from_pretrained`.
 
         Raises:
             ValueError: the record is damaged, or belongs to other weights.
@@ -333,16 +335,16 @@ class CompositionConfig(PeftConfig):
         return cast(PeftConfig, config)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save as `adapter_config.json`; a save that is cut short leaves an earlier file as it was.
+        """Save as `adapter_config.json`; an interrupted save leaves an earlier file unchanged.
 
-        Of a built composition that carries its factors, absolute paths of local adapters are saved by their last part
-        alone: others cannot use the rest, and it tells them whose machine it was.
+        If a built composition contains its factors, absolute paths of local adapters are shortened to their last part:
+        others cannot use the rest, and it would reveal details of your machine.
 
-        Within `PeftModel.save_pretrained`, which saves the config last, it also completes the model card.
+        When called by `PeftModel.save_pretrained`, which saves the config last, it also completes the model card.
 
         Args:
-            save_directory: folder, made where it does not exist.
-            **kwargs: passed to PEFT's own `save_pretrained`.
+            save_directory: the folder; created if it does not exist.
+            **kwargs: passed to PEFT's `save_pretrained`.
         """
         folder = Path(save_directory)
         with draft_in(folder, CONFIG_DRAFT) as draft:
@@ -351,14 +353,14 @@ class CompositionConfig(PeftConfig):
             fields = without_local_paths(fields)
             (draft / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
             os.replace(draft / CONFIG_NAME, folder / CONFIG_NAME)
-        # So calls PEFT, which has written weights and card by now; transformers saves the config first.
+        # PEFT calls it this way, after it has written weights and card; transformers saves the config first.
         if "auto_mapping_dict" in kwargs:
             _remove_outdated_weights(folder)
             for complete in CompositionConfig.when_saved:
                 complete(folder)
 
     def _checked_weights(self) -> list[float] | None:
-        """`weights` as floats, for softmax with sum exactly 1 or less."""
+        """`weights` as floats; for softmax they sum to exactly 1, or to less."""
         if self.weights is None:
             if self.mixing == "fixed":
                 raise ValueError('mixing="fixed" needs weights, one per adapter')
@@ -369,7 +371,7 @@ class CompositionConfig(PeftConfig):
 
 
 def _remove_outdated_weights(folder: Path) -> None:
-    """After a save as a pickle, remove older safetensors: PEFT would go on loading them."""
+    """After saving a pickle, remove older safetensors, which PEFT would otherwise keep loading."""
     old, new = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
     if old.is_file() and new.is_file() and old.stat().st_mtime_ns < new.stat().st_mtime_ns:
         old.unlink()

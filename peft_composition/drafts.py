@@ -1,7 +1,7 @@
-"""Drafts: hidden folders in which files are written in full before they take the places of older ones.
+"""Drafts: hidden folders in which files are written completely before they replace older ones.
 
-A draft is locked as long as its process lives, so that the next save knows which ones a kill has left, and clears them
-away without touching those of a save that goes on beside it.
+A draft is locked while its process lives. The next save can therefore remove drafts that a killed process left,
+without touching those of another save that is still running.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONFIG_DRAFT, CARD_DRAFT, LORA_DRAFT = _PREFIXES = ".adapter_config-", ".card-", ".lora-"
-# Where folders cannot be locked (Windows, some network file systems), no save takes longer than that: seconds.
+# Seconds after which a draft counts as abandoned if folders cannot be locked (Windows, some network file systems).
 _LONGEST_SAVE = 24 * 60 * 60
 
 
 @contextmanager
 def draft_in(folder: Path, prefix: str) -> Iterator[Path]:
-    """A new hidden folder, gone at the end with whatever is still in it; clears away what kills have left.
+    """A new hidden folder that is removed at the end with its content; also removes drafts of killed processes.
 
     Args:
-        folder: where to; made where it does not exist.
+        folder: the parent folder; created if it does not exist.
         prefix: one of `CONFIG_DRAFT`, `CARD_DRAFT` and `LORA_DRAFT`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def draft_in(folder: Path, prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other saves from making drafts in a folder, and from taking their places in it, where it can be locked."""
+    """Keep other saves from creating and publishing drafts in a folder, if it can be locked."""
     lock = _lock(folder, waits=True)
     try:
         yield
@@ -60,7 +60,7 @@ def _clear_away(folder: Path) -> None:
         if draft.name.startswith(_PREFIXES) and draft.is_dir() and not draft.is_symlink():
             try:
                 lock = _lock(draft, waits=False)
-            except (BlockingIOError, FileNotFoundError):  # its process lives, or has just removed it
+            except (BlockingIOError, FileNotFoundError):  # its process is alive, or has just removed it
                 continue
             if lock is not None or _is_old(draft):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -75,11 +75,11 @@ def _is_old(draft: Path) -> bool:
 
 
 def _lock(folder: Path, waits: bool) -> int | None:
-    """A lock on a folder, which ends with the process at the latest; None where folders cannot be locked.
+    """A lock on a folder, released when the process ends at the latest; None if folders cannot be locked.
 
     Raises:
-        BlockingIOError: another process or thread has it, and `waits` is false.
-        FileNotFoundError: the folder is gone.
+        BlockingIOError: another process or thread holds it, and `waits` is False.
+        FileNotFoundError: the folder does not exist.
     """
     if fcntl is None:
         return None

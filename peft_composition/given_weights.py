@@ -1,4 +1,4 @@
-"""Mixing weights that somebody gives for a composition: which are refused, and how they are scaled."""
+"""Checks and scales mixing weights that users give for a composition."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SUM_TOLERANCE = 2e-3
 
 
 def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> list[float]:
-    """Weights as floats, for softmax with sum exactly 1, or less where they leave a share to the base model.
+    """Weights as floats; for softmax they sum to exactly 1, or to less if they leave a share to the base model.
 
     Args:
-        weights: as given, one for each adapter.
-        names: of the adapters.
+        weights: the given weights, one per adapter.
+        names: the names of the adapters.
         normalization: `"softmax"` or `"none"`.
 
     Raises:
-        ValueError: they are no such list; the message names the adapter and the value.
+        ValueError: they are not a list of valid weights; the message names the adapter and the value.
     """
     given = as_list(weights)
     if given is None:
@@ -36,13 +36,13 @@ def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> l
             raise ValueError(f"weights: the weight of adapter {name!r} must be a finite number, got {as_text(entry)}")
         if abs(weight) > LARGEST_FLOAT32:
             raise ValueError(
-                f"weights: the weight of adapter {name!r} is {as_text(entry)}; float32, in which weights are "
-                f"kept, ends at {LARGEST_FLOAT32:.2g}"
+                f"weights: the weight of adapter {name!r} is {as_text(entry)}; weights are stored in float32, "
+                f"which ends at {LARGEST_FLOAT32:.2g}"
             )
         found.append(weight)
         if normalization == "softmax" and weight < 0:
             raise ValueError(
-                f'the weight of adapter {name!r} is {weight}; normalization="softmax" keeps weights non-negative, '
+                f'the weight of adapter {name!r} is {weight}; normalization="softmax" needs non-negative weights, '
                 'use normalization="none" for free weights'
             )
     if normalization == "none":
@@ -60,5 +60,5 @@ def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> l
         )
     if total < 1 - SUM_TOLERANCE:
         return found
-    # Once divided they stay what they are, however often they are saved and read.
+    # Dividing again leaves them unchanged, however often they are saved and loaded.
     return found if math.isclose(total, 1, rel_tol=1e-12) else [weight / total for weight in found]

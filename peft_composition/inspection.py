@@ -1,4 +1,4 @@
-"""`inspect_adapters` where users look for it; it lives in `analysis.inspection`."""
+"""Another import path of `analysis.inspection.inspect_adapters`."""
 
 from .analysis.inspection import AdapterReport, inspect_adapters
 

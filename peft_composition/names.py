@@ -1,4 +1,4 @@
-"""Names of modules: which block a module belongs to, and what composed parameters are called. No torch in here."""
+"""Names of modules: the block that a module belongs to, and the names of composed parameters. No torch in here."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# Where a wrapper keeps its compositions: part of the keys of a checkpoint.
+# The part of a checkpoint's keys where a wrapper stores its compositions.
 CONTAINER = "composed_parameters"
 
 
 def name_in_base(path: str, wrappers: list[str]) -> str:
-    """The name that a composed module or parameter has in the base model.
+    """The name of a composed module or parameter in the base model.
 
     Args:
         path: its path in the model.
-        wrappers: paths of the wrappers there, outer before inner.
+        wrappers: the paths of its wrappers in the model, outer before inner.
     """
     for wrapper in reversed(wrappers):
         for child in ("base_layer", CONTAINER):
@@ -26,11 +26,11 @@ def name_in_base(path: str, wrappers: list[str]) -> str:
 
 
 def name_in_checkpoint(path: str, composed: Mapping[str, Any]) -> str:
-    """The same from a key of a checkpoint, without the model.
+    """The name of a composed module or parameter in the base model, from a key of a checkpoint.
 
     Args:
-        path: what a key says before `.composition_`.
-        composed: the composed modules that the checkpoint records, by name.
+        path: the part of the key before `.composition_`.
+        composed: the names of the composed modules that the checkpoint records.
     """
     if path in composed:
         return path
@@ -38,7 +38,7 @@ def name_in_checkpoint(path: str, composed: Mapping[str, Any]) -> str:
 
 
 def without_outer_adapters(path: str) -> str:
-    """The path of a composed layer as if no adapter of another method lay around it."""
+    """The path of a composed layer without the wrappers of other adapter methods."""
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
@@ -49,7 +49,7 @@ _BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.")
 
 
 def block_of(module: str, layers_pattern: list[str] | str | None = None) -> str | None:
-    """The transformer block that a module is in, by name; None for a module outside any block.
+    """The name of the transformer block that a module is in; None for a module outside all blocks.
 
     Args:
         module: name of the module.
@@ -64,5 +64,5 @@ def block_of(module: str, layers_pattern: list[str] | str | None = None) -> str 
     return found["block"] if found else None
 
 
-# Where a saved composition keeps its export as a plain LoRA.
+# The folder of a saved composition that holds its export as a plain LoRA.
 LORA_SUBFOLDER = "lora"

@@ -1,4 +1,4 @@
-"""What of a saved composition others can use: the paths of folders on this machine stay on it."""
+"""Removes local paths from a saved composition before others can read it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .references import is_hub_id
 
 
 def without_local_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a composition's config as they are saved: of local folders only the last part of an absolute path.
+    """The fields of a composition's config as they are saved, with absolute paths of folders cut to their last part.
 
-    Names, hashes, Hub ids, commits and relative paths stay, and so does what a checkpoint without factors needs to
-    find its adapters again.
+    Names, hashes, Hub ids, commits and relative paths stay, and so do the paths that a checkpoint without factors
+    needs to find its adapters.
 
     Args:
-        fields: of a config.
+        fields: the fields of a config.
 
     Returns:
-        The same fields; `"/home/me/loras/first"` has become `"./first"`.
+        The same fields; `"/home/me/loras/first"` becomes `"./first"`.
     """
     result = dict(fields)
-    if not fields.get("composed_modules"):  # a request, which says where the adapters are
+    if not fields.get("composed_modules"):  # not built yet: the paths say where the adapters are
         return result
     if fields.get("save_adapters"):
         result["adapters"] = [{**entry, "path": _shortened(entry["path"])} for entry in fields["adapters"]]
@@ -44,12 +44,12 @@ def without_local_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def publish(folder: Path) -> None:
-    """Before a folder is uploaded: take the base model out of configs where it is a local folder.
+    """Prepare a folder for upload: remove the base model from configs if it is a local folder.
 
-    What the adapters say of their base model stays; nothing tells whether the folder holds the same weights.
+    The base models that the adapters state stay; it is unknown whether the folder holds the same weights.
 
     Args:
-        folder: with an `adapter_config.json`, and maybe that of a plain LoRA in the folder below.
+        folder: a folder with an `adapter_config.json`, and possibly that of a plain LoRA in a subfolder.
     """
     for path in (folder / CONFIG_NAME, folder / LORA_SUBFOLDER / CONFIG_NAME):
         if not path.is_file():

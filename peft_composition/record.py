@@ -1,4 +1,4 @@
-"""The record of a built composition in its config: what it must look like."""
+"""Checks the record of a built composition in its config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Recorded(Protocol):
-    """What is read of a `CompositionConfig` here; it has a record once its composition is built."""
+    """The fields of a `CompositionConfig` that are used here; they are set once its composition is built."""
 
     mixing: Literal["learned", "uniform", "fixed"]
     weights: list[float] | None
@@ -38,9 +38,9 @@ class Recorded(Protocol):
 
 
 def summary(config: Recorded) -> dict[str, Any]:
-    """What a config says of its weights, in types that JSON has.
+    """The fields of a config that describe its weights, in types of JSON.
 
-    Paths are not in it, since a checkpoint can move and its adapters, too; nor is what follows from the base model.
+    Paths are left out, because checkpoints and adapters can move; so is everything that follows from the base model.
     """
     return {
         "adapters": [entry["name"] for entry in config.provenance or ()],
@@ -78,7 +78,7 @@ def require_valid_record(config: Recorded) -> None:
                     f"the rank of adapter {quoted(name)} in module {quoted(module)} must be 0 or more", rank
                 )
         if not any(ranks):
-            raise _refusal(f"no adapter touches module {quoted(module)}, by its ranks in composed_modules", ranks)
+            raise _refusal(f"composed_modules must have a rank above 0 for module {quoted(module)}", ranks)
     _require_modules("biased_modules", config.biased_modules, composed)
     if config.layer_sizes is not None:
         _require_modules("layer_sizes", config.layer_sizes, composed)
@@ -98,12 +98,14 @@ def _require_modules(field: str, modules: object, composed: Mapping[str, Any]) -
 
 
 def _require_provenance(provenance: object, names: list[str]) -> None:
-    """Without the hashes, adapters that are fetched again could be any others."""
+    """Require the hashes, without which adapters that are downloaded again could be any others."""
     if not isinstance(provenance, list) or len(provenance) != len(names):
         raise _refusal(f"provenance must have an entry for each of the {len(names)} adapters", provenance)
     for name, entry in zip(names, provenance):
         if not isinstance(entry, dict) or entry.get("name") != name:
-            raise _refusal(f"provenance must have an entry for adapter {quoted(name)} in its place", entry)
+            raise _refusal(
+                f"provenance must have the entry for adapter {quoted(name)} at the adapter's position", entry
+            )
         if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
             raise _refusal(f"provenance must have the sha256 of adapter {quoted(name)}", entry.get("sha256"))
         for key in ("path", "subfolder", "commit", "base_model_name_or_path", "license"):
@@ -114,5 +116,5 @@ def _require_provenance(provenance: object, names: list[str]) -> None:
 def _refusal(what: str, value: object) -> ValueError:
     return ValueError(
         f"The record of the saved composition is damaged: {what}, got {one_line(repr(value))}. Save the composition "
-        "again; to compose its adapters anew, clear the record: dataclasses.replace(config, composed_modules=None)."
+        "again, or build a new one of its adapters: dataclasses.replace(config, composed_modules=None)."
     )

@@ -1,4 +1,4 @@
-"""How users name an upstream adapter, and what is recorded of it and of its base: before any file is read."""
+"""How users refer to an upstream adapter, and what is recorded about it and its base model; no file is read here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .text import shown
 
 
 def is_local(path: str) -> bool:
-    """Whether there is a folder of this path."""
+    """Whether a folder with this path exists."""
     return os.path.isdir(path)
 
 
 def looks_like_path(path: str) -> bool:
-    """Whether text is meant as a path rather than as a Hub id."""
+    """Whether a text looks like a path rather than a Hub id."""
     return (
         os.path.isabs(path)
         or path.startswith((".", "~"))
@@ -30,7 +30,7 @@ def looks_like_path(path: str) -> bool:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name is that of a repository on the Hub and not a folder, as far as can be told without asking."""
+    """Whether a name is a Hub id and not a folder, as far as can be told without asking the Hub."""
     if not name or name != name.strip() or is_local(name) or looks_like_path(name):
         return False
     try:
@@ -41,14 +41,14 @@ def is_hub_id(name: str | None) -> bool:
 
 
 class AdapterReference(TypedDict, total=False):
-    """Where one upstream adapter is found and what it is called.
+    """The location and the name of one upstream adapter.
 
     Attributes:
         path: Hub id or local folder. Required.
-        name: what it is called in the composition. Default: the shortest end of its path that tells it from others.
+        name: its name in the composition. Default: the shortest suffix of its path that distinguishes it from others.
         revision: branch, tag or commit on the Hub. Default: the main branch.
-        subfolder: folder of the adapter within the repository or folder. Default: its root.
-        local_files_only: take it from the cache, without asking the Hub. Default: False.
+        subfolder: folder of the adapter within the repository or folder. Default: the root.
+        local_files_only: whether to use the cache only and not ask the Hub. Default: False.
     """
 
     path: str
@@ -59,7 +59,7 @@ class AdapterReference(TypedDict, total=False):
 
 
 class Provenance(TypedDict):
-    """What one upstream adapter turned out to be when it was read."""
+    """What is recorded about one upstream adapter when it is read."""
 
     name: str
     path: str
@@ -77,12 +77,12 @@ class _LayoutOfLayers(TypedDict):
 
 
 class LoraLayout(_LayoutOfLayers, total=False):
-    """What a plain LoRA must say of the base model that its factors do not show.
+    """Properties of the base model that a plain LoRA must state because its factors do not show them.
 
-    `target_modules` select the composed modules and no others, as PEFT selects; `embeddings` lists those that are
-    embeddings; `fan_in_fan_out` says whether any is transformers' `Conv1D`. Where there are such: `attentions` lists
-    those that are `nn.MultiheadAttention`; `target_parameters` select the composed parameters, and `parameters` lists
-    them by the module they belong to, in its order.
+    `target_modules` selects exactly the composed modules, by PEFT's rules. `embeddings` lists the embeddings among
+    them. `fan_in_fan_out` is True if any of them is transformers' `Conv1D`. Two more are optional: `attentions` lists
+    the modules that are `nn.MultiheadAttention`; `target_parameters` selects the composed parameters, and `parameters`
+    lists them by their module, in its order.
     """
 
     attentions: list[str]
@@ -91,9 +91,9 @@ class LoraLayout(_LayoutOfLayers, total=False):
 
 
 def named_references(adapters: object) -> list[Any]:
-    """Every entry as a dict with all keys, and a name of its own."""
+    """Every entry as a dict with all keys and a unique name."""
     if isinstance(adapters, (str, Path, Mapping)):
-        raise ValueError(f"adapters must be a list of adapters, got a single one: {adapters!r}")
+        raise ValueError(f"adapters must be a list, got a single adapter: {adapters!r}")
     if not isinstance(adapters, Sequence) or not adapters:
         raise ValueError("adapters must name at least one trained LoRA adapter (a Hub id, a local folder or a dict)")
     references = [_reference(entry) for entry in adapters]
@@ -147,7 +147,7 @@ def _location(reference: AdapterReference) -> str:
 
 
 def _parts(reference: AdapterReference) -> tuple[str, ...]:
-    """The parts of a location; of one such as "." or "..", which is no name, those of its full path."""
+    """The parts of a location; for "." and "..", which are no names, the parts of the full path."""
     parts = Path(_location(reference)).parts
     if parts and parts[-1] != "..":
         return parts
@@ -155,7 +155,7 @@ def _parts(reference: AdapterReference) -> tuple[str, ...]:
 
 
 def _fill_in_names(references: list[AdapterReference]) -> None:
-    """Name the unnamed by the shortest end of their path that tells them apart."""
+    """Name the adapters without a name by the shortest suffixes of their paths that distinguish them."""
     unnamed = [reference for reference in references if "name" not in reference]
     taken = {reference["name"] for reference in references if "name" in reference}
     parts = [_parts(reference) for reference in unnamed]

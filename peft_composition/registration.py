@@ -1,6 +1,6 @@
 """Makes `COMPOSITION` a PEFT method: a member of `PeftType` and an entry in PEFT's tables of configs and tuners.
 
-PEFT has no hook for methods from outside and `PeftType` is a closed enum; everything that has to know so is here.
+PEFT has no hook for external methods, and `PeftType` is a closed enum; everything that works around that is here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ METHOD = "COMPOSITION"
 def add_peft_type() -> PeftType:
     """Add the member `COMPOSITION` to `PeftType`, once.
 
-    The member is entered in every table that `enum` looks at, so that lookup by value, name and attribute,
-    iteration, `isinstance`, pickle and copies treat it like PEFT's own.
+    The member is added to every table that `enum` uses, so that lookup by value, name and attribute, iteration,
+    `isinstance`, pickle and copies treat it like PEFT's own members.
 
     Returns:
-        The member; on later calls the same object.
+        The member; later calls return the same object.
     """
     from peft.utils import PeftType
 
@@ -45,14 +45,14 @@ def add_peft_type() -> PeftType:
 
 
 def register_method(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Enter the config and the tuner of the method in PEFT's tables; a second call changes nothing.
+    """Add the config and the tuner of the method to PEFT's tables; a second call changes nothing.
 
     Args:
-        config_cls: the config that `adapter_config.json` files of the method are read into.
+        config_cls: the config class for `adapter_config.json` files of the method.
         model_cls: the tuner that `get_peft_model` builds for it.
 
     Raises:
-        ImportError: PEFT, or another plugin, already has a method of this name.
+        ImportError: PEFT or another plugin already has a method of this name.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
@@ -63,7 +63,7 @@ def register_method(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) ->
         return
     if registered is not None:
         raise ImportError(
-            f"The PEFT method {METHOD} is already taken by {registered.__module__}.{registered.__qualname__}; "
-            "peft-composition cannot be used beside it. If it came with a newer PEFT, use that one or pin an older."
+            f"The PEFT method {METHOD} is already taken by {registered.__module__}.{registered.__qualname__}, so "
+            "peft-composition cannot be used. If a newer PEFT brought it, use that method or install an older PEFT."
         )
     register_peft_method(name=METHOD.lower(), config_cls=config_cls, model_cls=model_cls)

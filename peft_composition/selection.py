@@ -1,4 +1,4 @@
-"""The fields of a config that select modules, as users or checkpoints give them: types, and that they compile."""
+"""Checks the fields of a config that select modules: their types, and that regular expressions compile."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAME = re.compile(r"[\w.-]+")
 
 
 def names_or_expression(field: str, value: Any) -> Any:
-    """`value` of `target_modules` or `exclude_modules`: names, or one regular expression.
+    """The `value` of `target_modules` or `exclude_modules`: names, or one regular expression.
 
     Raises:
-        ValueError: it is neither; names the field and the value.
+        ValueError: it is neither; the message names the field and the value.
     """
     if isinstance(value, str):
         _require_expression(field, value)
@@ -27,7 +27,7 @@ def names_or_expression(field: str, value: Any) -> Any:
 
 
 def saved_modules(field: str, value: Any) -> list[str] | None:
-    """`value` of `modules_to_save`: a list of names, which PEFT takes as regular expressions, too."""
+    """The `value` of `modules_to_save`: a list of names, which PEFT also treats as regular expressions."""
     if value is None:
         return None
     hint = f"; write [{value!r}]" if isinstance(value, str) and _NAME.fullmatch(value) else ""
@@ -38,32 +38,32 @@ def saved_modules(field: str, value: Any) -> list[str] | None:
 
 
 def layer_indices(field: str, value: Any) -> list[int] | int | None:
-    """`value` of `layers_to_transform`: the number of a layer, or a list of such."""
+    """The `value` of `layers_to_transform`: the index of a layer, or a list of indices."""
     if value is None or _is_index(value):
         return value if value is None else int(value)
     indices = [*value] if isinstance(value, (Set, range)) else as_list(value)
     if indices is None or not all(map(_is_index, indices)):
-        raise ValueError(f"{field} must be the number of a layer or a list of such, from 0 on, got {shown(value)}")
+        raise ValueError(f"{field} must be the index of a layer, or a list of indices from 0 on, got {shown(value)}")
     return [*map(int, indices)]
 
 
 def layer_lists(field: str, value: Any) -> list[str] | str | None:
-    """`value` of `layers_pattern`: the name of a list of layers, or several.
+    """The `value` of `layers_pattern`: one or more names of module lists.
 
-    PEFT takes them as parts of a regular expression. Here they are names, so that the pattern of a stranger's
-    checkpoint cannot be one that never ends.
+    PEFT treats them as parts of a regular expression. Here they must be names, so that a stranger's checkpoint cannot
+    contain a pattern that takes forever to match.
     """
     if value is None:
         return None
-    names = [value] if isinstance(value, str) else _names(field, value, "the name of a list of layers, or several")
+    names = [value] if isinstance(value, str) else _names(field, value, "one or more names of module lists")
     for name in names:
         if name and not _NAME.fullmatch(name):
-            raise ValueError(f"{field} must be the name of a list of layers, such as 'layers', got {shown(name)}")
+            raise ValueError(f"{field} must be the name of a module list, such as 'layers', got {shown(name)}")
     return value if isinstance(value, str) else [*names]
 
 
 def _names(field: str, value: Any, words: str, hint: str = "") -> Any:
-    """Names as given, in a list or a set."""
+    """The names of a list or a set."""
     entries = [*value] if isinstance(value, Set) else as_list(value)
     if entries is None or not all(isinstance(entry, str) and entry for entry in entries):
         raise ValueError(f"{field} must be {words}, got {shown(value)}{hint}")

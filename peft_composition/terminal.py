@@ -1,6 +1,6 @@
-"""What the commands of `peft-composition` print: lines, tables for people, JSON for machines.
+"""Prints the output of `peft-composition`: lines, tables for people, and JSON for machines.
 
-Names, licenses and reasons come from others: nothing of theirs is markup or a control sequence.
+Names, licenses and reasons come from others; they are never printed as markup or control sequences.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .checkpoint.export import LoraExport
 from .text import LONG, one_line
 
 
-MOST_COLUMNS = 6  # of adapters in a table by parts: beside a name of a block there is no room for more
-MOST_NAMES = 6  # of adapters that a note is about
+MOST_COLUMNS = 6  # adapters in a table by parts: there is no room for more beside the name of a block
+MOST_NAMES = 6  # names of adapters in a note
 
 
 def say(text: str) -> None:
@@ -28,12 +28,12 @@ def say(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one document; what a terminal could take for more than text stands there escaped."""
+    """Print one JSON document; control characters are escaped."""
     print(json.dumps(value, indent=2))
 
 
 def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
-    """A row for every adapter; below, in the full width, why some cannot be composed and what else there is to say."""
+    """Print a row per adapter, and below in full width why some cannot be composed, and notes."""
     title = _plain(f"{len(reports)} adapter{'s' * (len(reports) != 1)}" + (f" for {base}" if base else ""))
     table = Table(title=title, show_lines=True, show_edge=False, pad_edge=False)
     table.add_column("adapter, base, targets, license", overflow="fold")
@@ -61,7 +61,7 @@ def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
 
 
 def print_errors(lora: LoraExport) -> None:
-    """What the truncation of an export cost, module by module."""
+    """Print the error of an export's truncation, module by module."""
     table = Table(title="Relative error of the truncation")
     table.add_column("module", overflow="fold")
     table.add_column("rank", justify="right")
@@ -72,7 +72,7 @@ def print_errors(lora: LoraExport) -> None:
 
 
 def print_means(rows: Sequence[WeightRow]) -> None:
-    """The mixing weights of every adapter over the whole model."""
+    """Print the mixing weights of every adapter over the whole model."""
     table = Table(title="Mixing weights")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("adapter", overflow="fold")
@@ -85,15 +85,15 @@ def print_means(rows: Sequence[WeightRow]) -> None:
 
 
 def print_parts(rows: Sequence[WeightRow], whole: Sequence[WeightRow], by: Part) -> None:
-    """Parts down and adapters across; of many adapters those with the largest weights."""
+    """Print a row per part and a column per adapter; of many adapters only those with the largest weights."""
     largest = sorted(whole, key=lambda row: -abs(row.mean))[:MOST_COLUMNS]
     shown = [row.adapter for row in whole if row in largest]
-    few = f"the {len(shown)} of {len(whole)} adapters with the largest weights; all with --json"
+    few = f"the {len(shown)} of {len(whole)} adapters with the largest weights; --json prints all"
     console = Console()
     headings = [one_line(adapter) for adapter in shown]
     parts = [*dict.fromkeys(row.part for row in rows)]
     labels, common = parts, ""
-    if _width(labels, headings) > console.width:  # names would be broken: the numbers are those of the table before
+    if _width(labels, headings) > console.width:  # names would be broken: use the numbers of the previous table
         headings = [f"({number})" for number, row in enumerate(whole, 1) if row in largest]
     if _width(labels, headings) > console.width:
         labels, common = short_labels(parts)
@@ -109,12 +109,12 @@ def print_parts(rows: Sequence[WeightRow], whole: Sequence[WeightRow], by: Part)
 
 
 def _width(labels: Sequence[str], headings: Sequence[str]) -> int:
-    """Of a table with columns of numbers, in characters."""
+    """The width in characters of a table with columns of numbers."""
     return sum(max(len(heading), 5) + 3 for heading in headings) + max(map(len, map(one_line, labels))) + 4
 
 
 def _plain(text: str) -> Text:
-    """Text for a cell: a string would be read as markup."""
+    """Text for a cell; rich would read a plain string as markup."""
     return Text(one_line(text))
 
 
@@ -126,7 +126,7 @@ def _described(report: AdapterReport) -> Text:
 
 
 def _by_note(reports: Sequence[AdapterReport]) -> dict[str, list[str]]:
-    """Every note with the names of those it is about: many adapters of one kind have the same."""
+    """Every note with the names of its adapters: many adapters of one kind have the same notes."""
     found: dict[str, list[str]] = {}
     for report in reports:
         for note in report.notes:

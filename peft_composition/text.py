@@ -1,6 +1,6 @@
-"""Text that others wrote (names, licenses, module names, keys) as one short line that cannot act on what shows it.
+"""Makes foreign text (names, licenses, module names, keys) safe to show: one short line without control sequences.
 
-`one_line` and `quoted` are for terminals, logs and error messages, the others for model cards.
+`one_line` and `quoted` are for terminals, logs and error messages, the other functions for model cards.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import reprlib
 
 
 SHORT = 160  # characters of a name
-LONG = 4000  # of a whole message with several names in it
+LONG = 4000  # characters of a message with several names
 
 _WHITESPACE = re.compile(r"\s+")
 # What Markdown or HTML could read as markup within a line, or make a link of. An underscore inside a
 # word is none.
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$#!{}\"'@]|:(?=//)|(?<=www)\.|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE)
-# And what they read as markup at the beginning of one: headings and lists.
+# Characters that they read as markup at the beginning of a line: headings and lists.
 _FIRST = re.compile(r"^[-+=:]|^(\d+)[.)]")
 _HARMLESS_CODE = re.compile(r"[^\\`<>&|$]+")
 _BRIEF = reprlib.Repr()
@@ -26,22 +26,22 @@ _BRIEF.maxstring = _BRIEF.maxother = 120
 def one_line(text: object, limit: int = SHORT) -> str:
     r"""Foreign text for a terminal, a log or an error message.
 
-    Line breaks and tabs become spaces. All else that does not print becomes an escape as in Python's own `repr`:
-    control characters and with them the sequences that begin with ESC, marks that turn the direction of writing, lone
-    surrogates. Of longer text the middle is left out.
+    Line breaks and tabs become spaces. All other unprintable characters are escaped as in Python's `repr`: control
+    characters (and so all sequences that begin with ESC), marks that change the writing direction, lone surrogates.
+    Longer text loses its middle.
 
     Args:
         text: anything; its `str` is shown.
-        limit: the most characters of the result.
+        limit: the maximal length of the result, in characters.
 
     Returns:
-        The line; it can be encoded as UTF-8. Empty for text of nothing but spaces.
+        The line; it can be encoded as UTF-8. Empty if the text is only spaces.
 
     Example:
         >>> one_line("evil\x1b[2J\nname")
         'evil\\x1b[2J name'
     """
-    # What will be left out anyway is left out first, so that megabytes cost nothing.
+    # Cut long text first, so that megabytes cost nothing.
     raw = str(text)
     cut = _shortened(raw, 2 * limit) if len(raw) > 4 * limit else raw
     line = _WHITESPACE.sub(" ", cut).strip()
@@ -49,21 +49,21 @@ def one_line(text: object, limit: int = SHORT) -> str:
 
 
 def quoted(text: object, limit: int = SHORT) -> str:
-    """As `one_line`, in quotes and with line breaks as escapes: the `repr` of a name that may be long."""
+    """Like `one_line`, but in quotes and with escaped line breaks: the `repr` of a name that may be long."""
     return _shortened(repr(_shortened(str(text), limit)), limit)
 
 
 def shown(value: object) -> str:
-    """A value of a config for a message: short, and one line."""
+    """A value of a config for a message, as one short line."""
     return one_line(_BRIEF.repr(value))
 
 
 def in_markdown(text: object, limit: int = SHORT) -> str:
-    """Foreign text within Markdown: a paragraph, a heading or the cell of a table shows it and nothing else.
+    """Foreign text for a paragraph, a heading or a table cell in Markdown, where it shows as plain text.
 
     Args:
-        text: anything; its `str` is shown as `one_line` shows it.
-        limit: the most characters of what a reader sees.
+        text: anything; its `str` is shown, as by `one_line`.
+        limit: the maximal length of the visible text, in characters.
 
     Returns:
         Markdown. What could be markup stands there as a numeric character reference, which no reader of Markdown takes
@@ -74,7 +74,7 @@ def in_markdown(text: object, limit: int = SHORT) -> str:
 
 
 def in_code(text: object, limit: int = SHORT) -> str:
-    """As `in_markdown`, set as code."""
+    """Like `in_markdown`, formatted as code."""
     line = one_line(text, limit)
     if _HARMLESS_CODE.fullmatch(line):
         return f"`{line}`"
@@ -82,8 +82,8 @@ def in_code(text: object, limit: int = SHORT) -> str:
 
 
 def in_python(text: str) -> str:
-    """Foreign text as a literal of Python that stands in a card: a whole one, in double quotes, on one line."""
-    marks = {"\\": r"\\", '"': r"\"", "<": r"\x3c"}  # without "<" no mark of our own, no HTML
+    """Foreign text as a Python string literal for a card, in double quotes and on one line."""
+    marks = {"\\": r"\\", '"': r"\"", "<": r"\x3c"}  # without "<" there is no HTML and no marker of this package
     return '"' + "".join(marks.get(character) or _printable(character) for character in text) + '"'
 
 
@@ -95,7 +95,7 @@ def _shortened(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     kept = max(limit - 3, 0)
-    head = kept - kept // 3  # the ends of paths and names tell them apart, too
+    head = kept - kept // 3  # keep the suffix, too, which distinguishes paths and names
     return f"{text[:head]}...{text[len(text) - kept // 3 :]}"
 
 

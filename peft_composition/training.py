@@ -1,7 +1,7 @@
 """Small optional helpers for transformers' `Trainer`.
 
-Learning rates of their own for mixing weights and head, a warm-up of the head, logs of the mixing weights, and the
-last checkpoint that was written to its end.
+Separate learning rates for mixing weights and head, a warm-up of the head, logs of the mixing weights, and the last
+complete checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .config import CompositionConfig
 from .tuner.locating import composition_layers
 
 
-if TYPE_CHECKING:  # the Trainer is slow to import, and not everybody trains
+if TYPE_CHECKING:  # importing the Trainer is slow, and not everybody trains
     from torch.optim import Optimizer
     from transformers import Trainer, TrainingArguments
 
@@ -33,23 +33,23 @@ if TYPE_CHECKING:  # the Trainer is slow to import, and not everybody trains
 def parameter_groups(
     model: nn.Module, *, mixing_lr: float | None = None, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for an optimizer: mixing weights, then the head and all else that trains.
+    """Group the trainable parameters for an optimizer: first the mixing weights, then the head and everything else.
 
-    Mixing weights never decay; of the rest decays what the Trainer would let decay, which are no biases and no norms.
-    The schedulers of torch and transformers scale the learning rate of every group alike; the `learning_rate` that the
-    Trainer logs is that of the first group.
+    Weight decay is never applied to mixing weights. Of the rest, it applies to the parameters that the Trainer would
+    decay, which excludes biases and norms. The schedulers of torch and transformers scale the learning rates of all
+    groups alike; the Trainer logs the `learning_rate` of the first group.
 
     Args:
         model: a model with a composition; may be wrapped by DDP, FSDP or `torch.compile`.
         mixing_lr: learning rate of the mixing weights. Default: the optimizer's.
         head_lr: learning rate of the rest. Default: the optimizer's.
-        weight_decay: of the rest. Default: 0.
+        weight_decay: weight decay of the rest. Default: 0.
 
     Returns:
-        Groups that are not empty, with `params`, `weight_decay` and, where given, `lr`.
+        The groups that are not empty, with `params`, `weight_decay` and, if given, `lr`.
 
     Raises:
-        ValueError: nothing trains.
+        ValueError: no parameter is trainable.
 
     Example:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, mixing_lr=1e-2, head_lr=1e-3))
@@ -67,7 +67,7 @@ def parameter_groups(
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("The model has no parameter that requires a gradient.")
+        raise ValueError("The model has no trainable parameter: none has requires_grad=True.")
     return groups
 
 
@@ -79,7 +79,7 @@ def _group(parameters: list[nn.Parameter], lr: float | None, weight_decay: float
 def _trainable(model: nn.Module, mixing: bool) -> Iterator[tuple[str, nn.Parameter]]:
     """The trainable mixing weights of a model, or all its other trainable parameters.
 
-    By a part of their name: wrappers add parts to it, and FSDP may put a flat parameter in the place of the module's.
+    They are recognised by a part of their name: wrappers add other parts, and FSDP may use a flat parameter instead.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("composition_mixing" in name.split(".")) is mixing:
@@ -89,21 +89,21 @@ def _trainable(model: nn.Module, mixing: bool) -> Iterator[tuple[str, nn.Paramet
 def composition_optimizer(
     args: TrainingArguments, *, mixing_lr: float | None = None, head_lr: float | None = None
 ) -> tuple[type[Any], dict[str, Any]]:
-    """The optimizer that `args` asks for, with the groups of `parameter_groups`; for the Trainer to build.
+    """The optimizer that `args` selects, with the groups of `parameter_groups`, for the Trainer to build.
 
-    The Trainer builds it when the parameters are there that train, under FSDP too, where it refuses `optimizers=`; and
-    anew for every trial of a hyperparameter search.
+    The Trainer builds it when the trainable parameters exist. It therefore works under FSDP, where the Trainer refuses
+    `optimizers=`, and is built again for every trial of a hyperparameter search.
 
     Args:
-        args: of the Trainer; gives `optim`, its settings, `weight_decay` and the default learning rate.
+        args: the Trainer's arguments, which give `optim`, its settings, `weight_decay` and the default learning rate.
         mixing_lr: learning rate of the mixing weights. Default: `args.learning_rate`.
         head_lr: learning rate of the rest. Default: `args.learning_rate`.
 
     Returns:
-        What the Trainer takes as `optimizer_cls_and_kwargs`.
+        A value for the Trainer's argument `optimizer_cls_and_kwargs`.
 
     Raises:
-        ValueError: when the Trainer builds it: nothing trains, or `optim` groups the parameters itself.
+        ValueError: when the Trainer builds it: no parameter is trainable, or `optim` groups the parameters itself.
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=composition_optimizer(args, mixing_lr=1e-2), ...)
@@ -112,7 +112,7 @@ def composition_optimizer(
 
 
 class _OptimizerFactory:
-    """What the Trainer makes an instance of and calls, because it is not a class of optimizers."""
+    """Instantiated and called by the Trainer, because it is not an optimizer class."""
 
     def __call__(
         self, model: nn.Module, args: TrainingArguments, mixing_lr: float | None, head_lr: float | None
@@ -123,63 +123,64 @@ class _OptimizerFactory:
         takes_groups = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)
         if not takes_groups or {"params", "model", "optimizer_dict"} & kwargs.keys():
             raise ValueError(
-                f"optim={str(args.optim)!r} groups the parameters itself, so that mixing_lr and head_lr mean nothing "
-                "to it. Choose another, or leave out composition_optimizer."
+                f"optim={str(args.optim)!r} groups the parameters itself and ignores mixing_lr and head_lr. Choose "
+                "another optimizer, or leave out composition_optimizer."
             )
         groups = parameter_groups(model, mixing_lr=mixing_lr, head_lr=head_lr, weight_decay=args.weight_decay)
         return optimizer_cls(groups, **kwargs)
 
 
 class HeadWarmupCallback(TrainerCallback):
-    """Trains the head alone at first: the mixing weights stay bit for bit as they are, whatever the optimizer does.
+    """Trains only the head at first; during this warm-up the mixing weights stay unchanged, bit for bit.
 
-    In the paper the classifier trains for 50 epochs before the mixing weights move (arXiv 2402.15414). Afterwards the
-    optimizer starts afresh with the mixing weights; the learning rate's schedule has gone on in the meantime.
+    In the paper the classifier trains for 50 epochs before the mixing weights move (arXiv 2402.15414). After the
+    warm-up the optimizer starts with fresh states for the mixing weights; the learning rate schedule continues
+    throughout.
 
-    The mixing weights require gradients all the time, because DDP and FSDP look at that only when they wrap a model.
-    They are put back after every step of the optimizer, which knows nothing of it and keeps the same states in every
-    phase, as FSDP needs them to resume; at the end of the warm-up their states are dropped. So the gradient norm that
-    is clipped and logged is always that of head and mixing weights. The end of the warm-up follows from the Trainer's
-    count of steps, so that a resumed training goes on where it was.
+    The mixing weights require gradients all the time, because DDP and FSDP check that only when they wrap a model.
+    They are restored after every optimizer step. The optimizer keeps the same states in both phases, as FSDP needs
+    them for resuming; at the end of the warm-up the states of the mixing weights are dropped. The gradient norm that
+    is clipped and logged is therefore always that of head and mixing weights together. The end of the warm-up is
+    computed from the Trainer's step count, so that a resumed training continues correctly.
 
     Args:
-        epochs: length of the warm-up in epochs, to the nearest step.
-        steps: or in steps of the optimizer.
+        epochs: length of the warm-up in epochs, rounded to the nearest step.
+        steps: length of the warm-up in optimizer steps. Give either `epochs` or `steps`.
 
     Raises:
-        ValueError: not exactly one of both is given, or it is not positive. When training begins: no mixing weights or
-            nothing else trains; or the warm-up is as long as the whole training, so that the mixing weights would
-            never move; or `epochs` is given and the data set has no length; or with DeepSpeed, whose optimizers step
-            on copies of the parameters.
+        ValueError: both or none of the arguments are given, or the value is not positive. When training begins: no
+            mixing weights or nothing else is trainable; or the warm-up is as long as the whole training, so that the
+            mixing weights would never move; or `epochs` is given and the data set has no length; or DeepSpeed is used,
+            whose optimizers update copies of the parameters.
     """
 
     def __init__(self, *, epochs: float | None = None, steps: int | None = None) -> None:
         if (epochs is None) == (steps is None):
             raise ValueError(f"Give either epochs or steps of the warm-up, got epochs={epochs} and steps={steps}.")
         if not cast(float, epochs if steps is None else steps) > 0:
-            raise ValueError(f"The warm-up must be longer than nothing, got epochs={epochs} and steps={steps}.")
+            raise ValueError(f"The warm-up must be longer than 0, got epochs={epochs} and steps={steps}.")
         self.epochs = epochs
         self.steps = steps
-        self._end = 0  # in steps of the optimizer
+        self._end = 0  # in optimizer steps
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the warm-up can do its work, and find its last step."""
+        """Check that the warm-up is possible, and compute its last step."""
         model = kwargs["model"]
         if args.deepspeed_plugin is not None:
-            raise ValueError("HeadWarmupCallback does not work with DeepSpeed: its optimizers step on copies.")
+            raise ValueError("HeadWarmupCallback does not work with DeepSpeed, whose optimizers update copies.")
         if not any(_trainable(model, mixing=True)):
-            raise ValueError("HeadWarmupCallback: the model has no mixing weights that train.")
+            raise ValueError("HeadWarmupCallback: the model has no trainable mixing weights.")
         if not any(_trainable(model, mixing=False)):
-            raise ValueError("HeadWarmupCallback: nothing but mixing weights trains; is modules_to_save missing?")
+            raise ValueError("HeadWarmupCallback: only mixing weights are trainable; is modules_to_save missing?")
         self._end = self._last_step(args, kwargs["train_dataloader"])
         if self._end >= state.max_steps > 0:
             length = f"{self.epochs:g} epochs, {self._end} steps" if self.steps is None else f"{self._end} steps"
             raise ValueError(
                 f"HeadWarmupCallback: the warm-up of the head ({length}) takes the whole training of "
-                f"{state.max_steps} steps, and the mixing weights would never move. Make the warm-up shorter, or the "
+                f"{state.max_steps} steps, so the mixing weights would never move. Make the warm-up shorter or the "
                 f"training longer (num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps})."
             )
 
@@ -187,13 +188,13 @@ class HeadWarmupCallback(TrainerCallback):
         if self.steps is not None:
             return self.steps
         if not has_length(dataloader):
-            raise ValueError("HeadWarmupCallback: the data set has no length; give steps in place of epochs.")
+            raise ValueError("HeadWarmupCallback: the data set has no length; give steps instead of epochs.")
         return max(1, round(cast(float, self.epochs) * math.ceil(len(dataloader) / args.gradient_accumulation_steps)))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the mixing weights within the warm-up; after it drop what the optimizer knows of them."""
+        """During the warm-up remember the mixing weights; after it drop their optimizer states."""
         if state.global_step < self._end:
             self._kept = [(theta, theta.detach().clone()) for _, theta in _trainable(kwargs["model"], mixing=True)]
         elif state.global_step == self._end:
@@ -203,7 +204,7 @@ class HeadWarmupCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the kept mixing weights back."""
+        """Restore the mixing weights."""
         with torch.no_grad():
             for theta, value in self._kept:
                 theta.copy_(value)
@@ -212,33 +213,33 @@ class HeadWarmupCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn if training ended within the warm-up."""
+        """Warn if training ended during the warm-up."""
         if state.global_step <= self._end and state.is_world_process_zero:
             warnings.warn(
-                f"Training ended at step {state.global_step}, within the warm-up of the head ({self._end} steps): the "
-                "mixing weights have not moved.",
+                f"Training ended at step {state.global_step}, during the warm-up of the head ({self._end} steps): the "
+                "mixing weights were not trained.",
                 stacklevel=2,
             )
 
 
 class MixingWeightsCallback(TrainerCallback):
-    """Adds the mixing weights to the Trainer's own logs, for everything that it reports to and for `log_history`.
+    """Adds the mixing weights to the Trainer's logs, so that they reach `log_history` and all reporting integrations.
 
-    Beside every training loss, for the active compositions:
+    With every training loss it logs for the active compositions:
 
     - `mixing_weight/<adapter>`: its weight, mean over the composed modules;
     - `mixing_entropy`: entropy of the weights, as parts of their sum, divided by ln N, mean over the modules: 1 is
       uniform, 0 is one adapter alone. Not where N is 1, nor for free weights (`normalization="none"`);
     - `mixing_max_change`: largest change of any weight since the last log, or since training began or was resumed.
 
-    With several active compositions their names are put in: `mixing_weight/<composition>/<adapter>`. In the names all
-    but letters, digits, `.`, `_` and `-` becomes `_`.
+    With several active compositions, their names are included: `mixing_weight/<composition>/<adapter>`. In names, all
+    characters except letters, digits, `.`, `_` and `-` are replaced by `_`.
 
     Args:
-        trainer: the Trainer that it is added to. Among its callbacks it goes before those that report.
+        trainer: the Trainer that the callback is added to. It moves before the reporting callbacks.
 
     Raises:
-        ValueError: when training begins: it was added to another Trainer.
+        ValueError: when training begins, if it was added to another Trainer.
 
     Example:
         >>> trainer.add_callback(MixingWeightsCallback(trainer))
@@ -251,19 +252,19 @@ class MixingWeightsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go before the callbacks that report, so that they report these values, too."""
+        """Move before the reporting callbacks, so that they also report these values."""
         handler = self._trainer.callback_handler
         if self not in handler.callbacks:
-            raise ValueError("MixingWeightsCallback was made for another Trainer than the one that it was added to.")
-        # A new list: the Trainer is going through the old one.
+            raise ValueError("MixingWeightsCallback(trainer) was added to another Trainer than its argument.")
+        # A new list: the Trainer is iterating over the old one.
         handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
         self._last = {}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the weights of before the first step."""
-        if not self._last:  # not when training begins: FSDP can be asked for weights only after a forward pass
+        """Remember the weights before the first step."""
+        if not self._last:  # not when training begins: FSDP can only return weights after a forward pass
             self._last = _weights_by_composition(kwargs["model"])
 
     def on_log(
@@ -277,7 +278,7 @@ class MixingWeightsCallback(TrainerCallback):
         """Add the values to a log of the training loss."""
         if logs is None or "loss" not in logs:
             return
-        # In every process: to read weights that FSDP has sharded takes all of them.
+        # In every process, because reading sharded weights needs all of them.
         weights = _weights_by_composition(kwargs["model"])
         values = _summary(weights, self._last, _configs(kwargs["model"]))
         self._last = weights
@@ -316,30 +317,31 @@ def _summary(
             shares = table / table.sum(1, keepdim=True).clamp_min(torch.finfo(table.dtype).tiny)
             entropy = torch.special.entr(shares).sum(1).mean().item()
             values[f"mixing_entropy{infix}"] = entropy / math.log(count)
-        if composition in before:  # it may have become active just now
+        if composition in before:  # it may have just become active
             values[f"mixing_max_change{infix}"] = (table - before[composition]).abs().max().item()
     return values
 
 
 def _tags(names: list[str]) -> dict[str, str]:
-    """Names as all reporters take them; where two become the same, with their number."""
+    """Names that all reporters accept; if two become equal, with their number."""
     tags = {name: re.sub(r"[^\w.-]", "_", name) for name in names}
     seen = Counter(tags.values())
     return {name: tag if seen[tag] == 1 else f"{tag}-{n}" for n, (name, tag) in enumerate(tags.items())}
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The last checkpoint of a Trainer that was written to its end.
+    """The last complete checkpoint of a Trainer.
 
-    A training that is killed while it writes a checkpoint leaves half of one, on which
-    `train(resume_from_checkpoint=True)` fails. The Trainer writes `trainer_state.json` last: a folder without it, or
-    with half of it, is passed over.
+    A training that is killed while it writes a checkpoint leaves an incomplete one, with which
+    `train(resume_from_checkpoint=True)` fails. The Trainer writes `trainer_state.json` last: folders without it, or
+    with an incomplete one, are skipped.
 
     Args:
-        output_dir: of the Trainer; need not exist.
+        output_dir: the Trainer's output folder; it need not exist.
 
     Returns:
-        The folder, for `trainer.train(resume_from_checkpoint=...)`; None where there is none, which starts anew.
+        The folder, for `trainer.train(resume_from_checkpoint=...)`. None if there is none, which starts a new
+        training.
     """
     found = {
         int(number): folder

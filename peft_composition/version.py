@@ -1,3 +1,3 @@
-"""The version of this package, without anything else of it."""
+"""The version of this package; importing it imports nothing else."""
 
 __version__ = "0.1.0"

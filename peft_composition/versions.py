@@ -1,4 +1,4 @@
-"""The oldest versions of other packages that this one works with; what is older is refused at import, by name."""
+"""The oldest supported versions of other packages; older ones are refused at import, with their names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.metadata
 from packaging.version import Version
 
 
-# As in setup.cfg, which a copy of the sources on PYTHONPATH does not bring along.
+# As in setup.cfg, which is missing when the sources are used from PYTHONPATH.
 MINIMUM = {
     "torch": "2.8",
     "peft": "0.21.0",
@@ -19,12 +19,12 @@ MINIMUM = {
 
 
 def require_supported_versions() -> None:
-    """Refuse packages that are missing or too old, all at once.
+    """Refuse packages that are missing or too old, all in one error.
 
-    Only the release counts: vendors' builds of PyTorch have versions such as 2.8.0a0+34c6371d24.
+    Only the release counts: vendor builds of PyTorch have versions such as 2.8.0a0+34c6371d24.
 
     Raises:
-        ImportError: names each package with the version that is installed and says what to install.
+        ImportError: the message names each package with its installed version and says what to install.
     """
     faults, needed = [], []
     for name, minimum in MINIMUM.items():
@@ -38,15 +38,13 @@ def require_supported_versions() -> None:
         faults.append(f"{name} {minimum} or newer but {found}" if installed else f"{name}, which {found}")
         needed.append(f'"{name}>={minimum}"')
     if faults:
-        raise ImportError(
-            f"peft-composition needs {', and '.join(faults)}; install what fits with: pip install {' '.join(needed)}"
-        )
+        raise ImportError(f"peft-composition needs {', and '.join(faults)}; run: pip install {' '.join(needed)}")
 
 
 def unknown_versions(error: ImportError) -> ImportError:
-    """What to say where a package is recent enough and yet lacks something that this one is built on."""
+    """The error if a package is recent enough but lacks something that this package needs."""
     installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in MINIMUM)
     return ImportError(
         f"peft-composition does not work with these versions: {error}. Installed are {installed}. If one of them is "
-        "newer than this package: pip install --upgrade peft-composition, or install the release before it."
+        "newer than this package, run: pip install --upgrade peft-composition, or install an older release of it."
     )

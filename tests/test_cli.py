@@ -144,7 +144,7 @@ def ten_adapters(folder: Path, base: nn.Module, hub: HubServer) -> list[tuple[st
         (str(pickled), None),
         (str(corrupt), "not a readable safetensors file"),
         (str(nan), "1 of 64 values are NaN or infinite"),
-        ("me/private", "a private one needs a token"),
+        ("me/private", "for a private one, log in"),
         (str(nothing), f"it has no {CONFIG}"),
     ]
 
@@ -450,11 +450,11 @@ def test_a_folder_without_a_composition_is_refused(tmp_path: Path, loras: list[P
     for command in (["export", "--out", tmp_path / "o"], ["weights"], ["merge", "--out", tmp_path / "o"]):
         result = run(command[0], loras[0], *command[1:])
         assert result.exit_code == 1, result.output
-        assert f"{loras[0]} is no saved composition: it is a plain LoRA, not a composition" in result.stderr
+        assert f"{loras[0]} is not a saved composition: it is a plain LoRA" in result.stderr
         (tmp_path / "empty").mkdir(exist_ok=True)
         result = run(command[0], tmp_path / "empty", *command[1:])
         assert result.exit_code == 1, result.output
-        assert "empty is no saved composition: it has no adapter_config.json" in result.stderr
+        assert "empty is not a saved composition: it has no adapter_config.json" in result.stderr
 
 
 def test_of_the_export_beside_a_composition_the_composition_is_named(
@@ -462,14 +462,12 @@ def test_of_the_export_beside_a_composition_the_composition_is_named(
 ) -> None:
     run_json("compose", "--base", base_folder, "--adapters", *loras, "--out", tmp_path / "mix")
     result = run("weights", tmp_path / "mix" / "lora")
-    assert f"not a composition; the composition beside it is {tmp_path / 'mix'}" in result.stderr
+    assert f"it is a plain LoRA; the composition beside it is {tmp_path / 'mix'}" in result.stderr
     (tmp_path / "mix" / WEIGHTS).unlink()
     for command in (["weights"], ["export", "--out", tmp_path / "o"], ["merge", "--out", tmp_path / "o"]):
         result = run(command[0], tmp_path / "mix", *command[1:])
         assert result.exit_code == 1, result.output
-        expected = (
-            f"Error: {tmp_path / 'mix'} is no saved composition: its weights are missing, it has neither {WEIGHTS} nor"
-        )
+        expected = f"Error: {tmp_path / 'mix'} is not a saved composition: its weights are missing, it has neither"
         assert result.stderr.splitlines()[-1].startswith(expected), result.stderr
 
 
@@ -480,7 +478,7 @@ def test_a_push_that_fails_says_what_is_there(tmp_path: Path, loras: list[Path],
     result = run("compose", *options)
     assert result.exit_code == 1
     error = result.stderr.strip().splitlines()[-1]
-    assert error.startswith(f"Error: {out} is written completely, but could not be pushed to me/mix: ")
+    assert error.startswith(f"Error: {out} was saved completely, but pushing it to me/mix failed: ")
     assert 'call peft_composition.push_to_hub(model, "me/mix", lora=False)' in error
     assert run("weights", out).exit_code == 0
 

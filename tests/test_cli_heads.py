@@ -58,7 +58,7 @@ def test_without_a_number_of_labels_there_is_no_head(tmp_path: Path, encoder: Pa
     out = tmp_path / "mix"
     result = run("compose", "--base", encoder, "--adapters", *loras, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "No head is in it" in result.stdout
+    assert "It has no head" in result.stdout
     assert "--num-labels" in result.stdout
     assert heads(out) == heads(out / "lora") == {}
     saved = json.loads((out / CONFIG).read_text())
@@ -143,7 +143,7 @@ def test_labels_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
         "compose", "--base", tmp_path / "base", "--adapters", lora, "--num-labels", 2, "--out", tmp_path / "o"
     )
     assert result.exit_code == 1
-    assert "--num-labels is for models that classify, not for a LlamaForCausalLM" in result.stderr
+    assert "--num-labels is for classifiers, not for a LlamaForCausalLM" in result.stderr
     assert not (tmp_path / "o").exists()
 
 
@@ -163,7 +163,7 @@ def test_merge_does_not_lose_a_trained_head(tmp_path: Path, encoder: Path, loras
     assert "Its head (classifier) was saved as new and untrained: train it before use." in merged.stdout
     dropped = run("merge", out, "--task", "CAUSAL_LM", "--out", tmp_path / "language")
     assert dropped.exit_code == 0, dropped.output
-    assert "a BertLMHeadModel has no place for it: classifier." in dropped.stdout
+    assert "a BertLMHeadModel has no such module: classifier." in dropped.stdout
 
     model = PeftModel.from_pretrained(
         BertForSequenceClassification.from_pretrained(encoder, num_labels=4), str(out), is_trainable=True
@@ -173,7 +173,7 @@ def test_merge_does_not_lose_a_trained_head(tmp_path: Path, encoder: Path, loras
     model.save_pretrained(str(tmp_path / "trained"))
     refused = run("merge", tmp_path / "trained", "--task", "CAUSAL_LM", "--out", tmp_path / "lost")
     assert refused.exit_code == 1
-    assert "a BertLMHeadModel has no place for the trained classifier of" in refused.stderr
+    assert "a BertLMHeadModel has no module for the trained classifier of" in refused.stderr
     assert "leave out --task CAUSAL_LM" in refused.stderr
     assert not (tmp_path / "lost").exists()
     told = run_json("merge", tmp_path / "trained", "--out", tmp_path / "kept")

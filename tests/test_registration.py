@@ -176,7 +176,7 @@ def test_what_is_too_old_is_refused_at_import(tmp_path: Path, name: str, old: st
     minimum = MINIMUM[name]
     assert error == (
         f"ImportError: peft-composition needs {name} {minimum} or newer but {old} is installed; "
-        f'install what fits with: pip install "{name}>={minimum}"'
+        f'run: pip install "{name}>={minimum}"'
     )
 
 

@@ -167,7 +167,7 @@ def compose(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario, **
 def _without_talk_of_heads() -> Iterator[None]:
     with warnings.catch_warnings():
         # That the upstream heads are not used is what we want here: the new task gets a head of its own.
-        warnings.filterwarnings("ignore", message="These entries of the upstream adapters")
+        warnings.filterwarnings("ignore", message="These tensors of the upstream adapters")
         yield
 
 

@@ -124,5 +124,5 @@ def _composition(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenari
     config = CompositionConfig(adapters=adapters, mixing=mixing, **peft_options(scenario), **options)
     with warnings.catch_warnings():
         # That the upstream heads are not used is what we want here: the new task gets a head of its own.
-        warnings.filterwarnings("ignore", message="These entries of the upstream adapters")
+        warnings.filterwarnings("ignore", message="These tensors of the upstream adapters")
         return get_peft_model(base, config)

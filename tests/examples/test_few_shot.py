@@ -62,7 +62,7 @@ def train(model: nn.Module, examples: list[Example], tokenizer: Any, folder: Pat
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.filterwarnings("ignore:These entries of the upstream adapters:UserWarning")
+@pytest.mark.filterwarnings("ignore:These tensors of the upstream adapters:UserWarning")
 def test_weights_find_the_relevant_adapter_within_100_steps(tokenizer: Any, tmp_path: Path) -> None:
     reviews = random.Random(0).sample(load_domain("amazon"), 1000)
     upstream = get_peft_model(
