@@ -143,7 +143,7 @@ def test_labels_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
         "compose", "--base", tmp_path / "base", "--adapters", lora, "--num-labels", 2, "--out", tmp_path / "o"
     )
     assert result.exit_code == 1
-    assert "--num-labels is for classifiers, not for a LlamaForCausalLM" in result.stderr
+    assert "--num-labels is for classifiers, but the model is a LlamaForCausalLM" in result.stderr
     assert not (tmp_path / "o").exists()
 
 
@@ -151,7 +151,7 @@ def test_merge_says_what_nobody_has_trained(tmp_path: Path, encoder: Path, loras
     run_json("compose", "--base", encoder, "--adapters", *loras, "--out", tmp_path / "mix")
     result = run("merge", tmp_path / "mix", "--out", tmp_path / "merged")
     assert result.exit_code == 0, result.output
-    assert "has weights for classifier: they are new and untrained." in result.stdout
+    assert "has weights for classifier: these are new and untrained." in result.stdout
     assert load_base(tmp_path / "merged").config.num_labels == 2
 
 

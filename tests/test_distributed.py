@@ -267,7 +267,7 @@ def test_weights_that_are_only_partly_here_are_refused() -> None:
     """As FSDP1 leaves those that several modules share; a process group would have to be torn down to see it."""
     mixing = Mixing(CompositionConfig(adapters=["a", "b"]), torch.float32)
     mixing.weight = nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"Of 2 mixing weights only 1 .* use FSDP2"):
+    with pytest.raises(RuntimeError, match=r"only 1 of 2 mixing weights: .* use FSDP2"):
         mixing()
 
 

@@ -41,7 +41,7 @@ def test_a_report_breaks_no_word(adapters: list[Path], columns: int) -> None:
     cells = {cell.strip() for line in lines for cell in line.split("│")}
     assert {"amazon-reviews-sentiment", "tweets", BASE, "query, value", "apache-2.0", "yes", "no"} <= cells
     below = " ".join(" ".join(lines).split())
-    assert "tweets: it is a DoRA adapter, whose update is not the product B A; convert it first, with " in below
+    assert "tweets: it is a DoRA adapter, whose update is not the product B A; convert it first with " in below
     assert "amazon-reviews-sentiment: not LoRA factors, not mixed: classifier.bias, classifier.weight" in below
     assert lines[-1] == "1 of 2 can be composed."
 

@@ -350,7 +350,7 @@ def refused(model: Any, data: Any, message: str, **options: Any) -> None:
         (points(), {"method": "posterior"}, "needs the tokens of answers"),
         (points(), {"method": "best"}, "'auto', 'likelihood-vote', 'vote', 'stacking', 'posterior', got 'best'"),
         (points(), {"head": "nothing"}, "called 'nothing': there is none.*head=..."),
-        (points(), {"head": nn.Linear(2, 2)}, "no module of the model"),
+        (points(), {"head": nn.Linear(2, 2)}, "is not a module of the model"),
     ],
 )
 def test_data_that_cannot_be_scored(data, options, message, pair) -> None:

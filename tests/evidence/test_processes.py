@@ -57,7 +57,7 @@ def test_an_error_of_one_process_is_raised_in_both(results) -> None:
 def test_a_loader_that_accelerate_prepared_is_refused(results) -> None:
     _, found = results
     for of_rank in found:
-        assert "as it was before accelerate prepared it" in of_rank["prepared"]["error"]
+        assert "the DataLoader before accelerate prepared it" in of_rank["prepared"]["error"]
 
 
 def test_a_sharded_model_gives_the_same(results) -> None:

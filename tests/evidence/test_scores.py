@@ -115,7 +115,7 @@ def test_classes_without_spread_are_told_apart_for_sure() -> None:
 @pytest.mark.parametrize(
     ("features", "labels", "message"),
     [
-        (torch.ones(3, 2), [0, 1, 2], "each of the 3 classes has one example"),
+        (torch.ones(3, 2), [0, 1, 2], "each of the 3 classes has only one example"),
         (torch.ones(3, 2), [4, 4, 4], "all 3 examples have the same class"),
         (torch.tensor([[1.0], [math.nan], [math.inf], [0.0]]), [0, 0, 1, 1], "2 of 4 features are NaN or infinite"),
         (torch.ones(3, 2, 2), [0, 0, 1], r"got \(3, 2, 2\) and \(3,\)"),
