@@ -12,12 +12,12 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,8 +25,7 @@ from ..config import CompositionConfig
 from ..names import name_in_checkpoint
 from ..record import summary
 from ..text import one_line, quoted
-from ..upstream.errors import AdapterError
-from ..upstream.weights import WeightsFile
+from ..upstream.weights import Entry, opened
 
 
 # In a checkpoint, it follows the path of the module that carries it. transformers, like PyTorch, passes a key with
@@ -221,8 +220,8 @@ def forget_awaited(layers: Iterable[nn.Module], adapter_name: str) -> None:
 def require_weights_in(folder: Path, config: CompositionConfig) -> None:
     """Compare a config with the weights beside it, before a model is built from it.
 
-    Unreadable files are not reported here but when they are loaded; the same holds for pickles, which must be read as
-    a whole.
+    Only its header and the fingerprint are read. Unreadable files are not reported here but when they are loaded; the
+    same holds for pickles, which must be read as a whole.
 
     Raises:
         ValueError: as in `checked_weights`.
@@ -230,22 +229,20 @@ def require_weights_in(folder: Path, config: CompositionConfig) -> None:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return
-    with suppress(AdapterError):
-        file = WeightsFile(folder.name, path)
-        state_dict = {key: file.read(key) for key in file if _INFIX in key}
-        checked_weights(config, state_dict, warns=False)
+    try:
+        entries, fingerprints = opened(path, is_fingerprint)
+    except (SafetensorError, OSError, MemoryError, TypeError):
+        return
+    weights = {key: entry for key, entry in entries.items() if key not in fingerprints}
+    _require_fitting_weights(config, fingerprints.values(), weights)
 
 
-def checked_weights(
-    config: CompositionConfig, state_dict: Mapping[str, Tensor], warns: bool = True
-) -> dict[str, Tensor]:
+def checked_weights(config: CompositionConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Compare the weights of a saved composition with its config, before any of them is used.
 
     Args:
         config: the composition's config.
-        state_dict: its weights by the keys of a checkpoint. They may be views of a file, because only the mixing
-            weights and the fingerprint are read.
-        warns: whether to warn about weights without a fingerprint.
+        state_dict: its weights by the keys of a checkpoint.
 
     Returns:
         The weights without the fingerprint.
@@ -253,22 +250,10 @@ def checked_weights(
     Raises:
         ValueError: they do not belong together, or are damaged; the message names the module and both values.
     """
-    fingerprints = [key for key in state_dict if is_fingerprint(key)]
+    fingerprints = {key: tensor for key, tensor in state_dict.items() if is_fingerprint(key)}
     weights = {key: tensor for key, tensor in state_dict.items() if key not in fingerprints}
-    for key in fingerprints:
-        require_same(config, state_dict[key])
-    composed = config.composed_modules or {}
-    ours = [key for key in weights if _INFIX in key]
-    for key in ours:
-        path, _, part = key.removeprefix(_PREFIX).partition(_INFIX)
-        module = name_in_checkpoint(path, composed)
-        if module not in composed:
-            raise ValueError(
-                f"The saved composition has weights for module {quoted(module)}, which is not in its {_FILE}: the two "
-                "files do not belong together. Use two files from the same save."
-            )
-        _require_fitting_tensor(config, module, part, weights[key])
-    if warns and ours and not fingerprints:
+    _require_fitting_weights(config, list(fingerprints.values()), weights)
+    if not fingerprints and any(_INFIX in key for key in weights):
         warnings.warn(
             "The saved composition has no fingerprint, so it is unknown whether its weights and its "
             f"{_FILE} come from the same save. An older version of peft-composition saved it; save it again.",
@@ -277,9 +262,26 @@ def checked_weights(
     return weights
 
 
-def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, tensor: Tensor) -> None:
+def _require_fitting_weights(
+    config: CompositionConfig, fingerprints: Iterable[Tensor], weights: Mapping[str, Tensor] | Mapping[str, Entry]
+) -> None:
+    for fingerprint in fingerprints:
+        require_same(config, fingerprint)
+    composed = config.composed_modules or {}
+    for key in [key for key in weights if _INFIX in key]:
+        path, _, part = key.removeprefix(_PREFIX).partition(_INFIX)
+        module = name_in_checkpoint(path, composed)
+        if module not in composed:
+            raise ValueError(
+                f"The saved composition has weights for module {quoted(module)}, which is not in its {_FILE}: the two "
+                "files do not belong together. Use two files from the same save."
+            )
+        _require_fitting_tensor(config, module, part, weights[key])
+
+
+def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, tensor: Tensor | Entry) -> None:
     assert config.composed_modules is not None
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() if isinstance(tensor, Tensor) else tensor.is_floating_point):
         raise ValueError(
             f"module {quoted(module)}: {quoted(part)} of the saved composition has dtype {tensor.dtype}, but must "
             "have a floating-point dtype"
@@ -291,7 +293,8 @@ def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, t
                 f"module {quoted(module)}: the saved mixing weights have shape {shape}, but the config has "
                 f"{len(ranks)} adapters"
             )
-        require_finite(module, tensor)
+        if isinstance(tensor, Tensor):
+            require_finite(module, tensor)
         return
     owner, _, name = module.rpartition(".")
     parameters = {} if config.lora_layout is None else config.lora_layout.get("parameters", {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -32,7 +32,7 @@ _REAL_NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F
 _NOT_REAL = tuple(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """What is known of a tensor before its values are read."""
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class WeightsFile:
         self._path = path
         self._is_pickled = path.suffix != ".safetensors"
         self._pickled: dict[str, Tensor] | None = None
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._opened: safe_open | None = None
         self._version: tuple[int, ...] | None = None
         try:
@@ -59,12 +59,12 @@ class WeightsFile:
             if self._is_pickled:
                 self.nbytes = pickled.content_nbytes(path)
                 self._entries = {
-                    key: _Entry(shape, str(dtype), dtype.is_floating_point and dtype not in _NOT_REAL)
+                    key: Entry(shape, str(dtype), dtype.is_floating_point and dtype not in _NOT_REAL)
                     for key, (shape, dtype) in pickled.index(path).items()
                 }
             else:
                 self.nbytes = path.stat().st_size
-                self._entries = _entries(path)
+                self._entries, _ = opened(path, lambda key: False)
         except pickled.UnreadablePickleError as error:
             raise AdapterError(name, f"{path} {error}") from error
         except (SafetensorError, OSError, MemoryError) as error:
@@ -120,15 +120,26 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _entries(path: Path) -> dict[str, _Entry]:
-    """Shapes and dtypes of a safetensors file by key, in alphabetical order."""
+def opened(path: Path, is_read: Callable[[str], bool]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+    """What the header of a safetensors file says, by key in alphabetical order, and the values of a few tensors.
+
+    Args:
+        path: the file.
+        is_read: which tensors are read; they must have a dtype that NumPy has.
+
+    Raises:
+        SafetensorError, OSError, MemoryError: the file cannot be read.
+        TypeError: NumPy does not have the dtype.
+    """
     # Not as "pt": that asks for memory of the size of the file, which a sparse file of terabytes has, too.
     with safe_open(path, framework="numpy") as file:
         views = {key: file.get_slice(key) for key in sorted(file.keys())}
-    return {
-        key: _Entry(tuple(view.get_shape()), view.get_dtype(), view.get_dtype() in _REAL_NUMBERS)
+        values = {key: torch.from_numpy(file.get_tensor(key)) for key in views if is_read(key)}
+    entries = {
+        key: Entry(tuple(view.get_shape()), view.get_dtype(), view.get_dtype() in _REAL_NUMBERS)
         for key, view in views.items()
     }
+    return entries, values
 
 
 def keys_of(path: Path) -> list[str]:
