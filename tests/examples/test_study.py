@@ -34,6 +34,7 @@ from torch import nn
 from peft_composition.training import last_complete_checkpoint
 
 from .. import warm
+from .digits import DIGITS
 
 
 ROOT = Path(__file__).parents[2]
@@ -388,24 +389,9 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
         assert f"({plot})" in page
 
 
-TINY = """
-title: Digits
-scale: offline
-shift: label
-model:
-  kind: image
-  target_modules: [q_proj, v_proj]
-  pretraining:
-    {data: digits, classes: [6-9], hidden_size: 16, layers: 2, heads: 2, patch_size: 7, steps: 4, batch_size: 8}
-data:
-  digits: {source: mnist, variant: digits}
-tasks:
-  low: {data: digits, classes: [0-1]}
-  middle: {data: digits, classes: [2-3]}
-  new: {data: digits, classes: [4-5]}
-rounds:
-  - {target: new, upstream: [low, middle]}
-methods: [classifier, lora, learned, lorahub]
+TINY = (
+    DIGITS
+    + """methods: [classifier, lora, learned, lorahub]
 upstream: {max_steps: 4, batch_size: 8}
 downstream:
   shots: [3]
@@ -418,6 +404,7 @@ downstream:
   lorahub_budget: 6
 similarity: {examples: 20}
 """
+)
 
 
 def test_two_processes_share_the_work_and_one_writes(tmp_path: Path) -> None:

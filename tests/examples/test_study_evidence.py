@@ -21,6 +21,8 @@ from torch import Tensor
 
 from peft_composition.evidence.scores import leave_one_out_distances
 
+from .digits import DIGITS
+
 
 DRAWS = Path(__file__).parents[2] / "docs" / "study" / "evidence"
 
@@ -135,26 +137,12 @@ def test_training_finds_the_adapter_and_keeps_still_without_a_gain_or_within_the
 # A real task, small
 
 
-TINY = """
-title: Digits
-scale: offline
-shift: label
-model:
-  kind: image
-  target_modules: [q_proj, v_proj]
-  pretraining:
-    {data: digits, classes: [6-9], hidden_size: 16, layers: 2, heads: 2, patch_size: 7, steps: 4, batch_size: 8}
-data:
-  digits: {source: mnist, variant: digits}
-tasks:
-  low: {data: digits, classes: [0-1]}
-  middle: {data: digits, classes: [2-3]}
-  new: {data: digits, classes: [4-5]}
-rounds:
-  - {target: new, upstream: [low, middle]}
-upstream: {max_steps: 4, batch_size: 8, learning_rate: 0.05}
+TINY = (
+    DIGITS
+    + """upstream: {max_steps: 4, batch_size: 8, learning_rate: 0.05}
 downstream: {shots: [3], seeds: 2, warmup_epochs: 2, epochs: 2, batch_size: 4, validation_size: 9, test_size: 21}
 """
+)
 
 
 def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_path: Path) -> None:
