@@ -64,6 +64,10 @@ LONGEST_FIRST = (
 )
 
 
+# One thread, so that two workers share two cores; with more, sums are taken in another order.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
@@ -77,7 +81,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_warning()  # programs that ran in this process before may have silenced it
 
