@@ -1,13 +1,16 @@
 """Opens the weights file of an adapter, gives shapes first and values later, and hashes it.
 
-safetensors reads its own files: a reader of ours over `mmap` loaded 20 and 64 adapters no faster (medians within 2 %).
+Values are views of a mapped file: with safetensors' own reader, composing 20 LoRAs of ViT-B took 50 ms in place of 38
+(medians on two idle cores), and the `load` benchmark 1.3 to 1.4 times as long.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -25,23 +28,51 @@ from .schema import read_bytes
 PARALLEL_HASHES = 2
 HASHED_AT_ONCE = 32 << 20
 MAX_KEY = 1000  # characters of a tensor's name
-# Dtypes whose elements are one real number each, as safetensors names them. F8_E8M0 and F4 are missing: they hold
-# powers of two and pairs of values, which scale and pack other tensors.
-_REAL_NUMBERS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-# The same two in PyTorch, as far as this version has them.
-_NOT_REAL = tuple(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
+# Values of these types lie in a safetensors file as PyTorch has them in memory; safetensors itself reads all others.
+_MAPPED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+}
+# No real numbers each: powers of two and pairs of values, which scale and pack other tensors.
+_NO_NUMBERS = tuple(getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name))
 
 
 class Entry(NamedTuple):
-    """What is known of a tensor before its values are read."""
+    """One tensor of a weights file; `start` is its first byte, None where it cannot be taken from there."""
 
     shape: tuple[int, ...]
-    dtype: str
-    is_floating_point: bool
+    dtype: torch.dtype | None
+    start: int | None
+    dtype_name: str
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether each element is one real floating-point number."""
+        return self.dtype is not None and self.dtype.is_floating_point and self.dtype not in _NO_NUMBERS
 
 
 class WeightsFile:
-    """The tensors of a weights file by key; their shapes are known before their values are read."""
+    """The tensors of a weights file by key; their shapes are known before their values are read.
+
+    safetensors checks a file; then it is mapped into memory.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
         self._name = name
@@ -49,7 +80,7 @@ class WeightsFile:
         self._is_pickled = path.suffix != ".safetensors"
         self._pickled: dict[str, Tensor] | None = None
         self._entries: dict[str, Entry] = {}
-        self._opened: safe_open | None = None
+        self._mapping: mmap.mmap | None = None
         self._version: tuple[int, ...] | None = None
         try:
             self._version = _version(path.stat())
@@ -58,10 +89,7 @@ class WeightsFile:
                 raise AdapterError(name, f"{path} {placeholder}")
             if self._is_pickled:
                 self.nbytes = pickled.content_nbytes(path)
-                self._entries = {
-                    key: Entry(shape, str(dtype), dtype.is_floating_point and dtype not in _NOT_REAL)
-                    for key, (shape, dtype) in pickled.index(path).items()
-                }
+                self._entries = {key: Entry(*entry, None, str(entry[1])) for key, entry in pickled.index(path).items()}
             else:
                 self.nbytes = path.stat().st_size
                 self._entries, _ = opened(path, lambda key: False)
@@ -81,8 +109,8 @@ class WeightsFile:
         return self._entries[key].shape
 
     def dtype(self, key: str) -> str:
-        """The dtype as the file names it: "F32" in safetensors, "torch.float32" in a pickle."""
-        return self._entries[key].dtype
+        """The dtype by its name in PyTorch or, where that has none, in the file."""
+        return self._entries[key].dtype_name
 
     def is_floating_point(self, key: str) -> bool:
         """Whether each element is one real floating-point number."""
@@ -92,18 +120,18 @@ class WeightsFile:
         """The values of one tensor: a private view of the mapped file."""
         if self._is_pickled:
             return self._unpickled()[key]
+        shape, dtype, start, _ = self._entries[key]
         try:
-            if self._opened is None:
-                self._opened = safe_open(self._path, framework="pt", device="cpu")
-                if _version(self._path.stat()) != self._version:
-                    raise OSError("another process replaced it meanwhile; try again")
-            return self._opened.get_tensor(key)
-        except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            if dtype is None or start is None or 0 in shape:
+                with safe_open(self._path, framework="pt", device="cpu") as file:
+                    return file.get_tensor(key)
+            return torch.frombuffer(self._mapped(), dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
             raise AdapterError(self._name, f"{self._path} cannot be read at {key!r}: {error}") from error
 
     def unmap(self) -> None:
         """Release the mapped file; its memory is freed once the tensors that were read are gone, too."""
-        self._opened = None
+        self._mapping = None
         self._pickled = None
 
     def _unpickled(self) -> dict[str, Tensor]:
@@ -114,6 +142,14 @@ class WeightsFile:
                 raise AdapterError(self._name, f"{self._path} {error}") from error
         return self._pickled
 
+    def _mapped(self) -> mmap.mmap:
+        if self._mapping is None:
+            with self._path.open("rb") as file:
+                if _version(os.fstat(file.fileno())) != self._version:
+                    raise OSError("another process replaced it meanwhile; try again")
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._mapping
+
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
     """Changes whenever the file is replaced."""
@@ -122,6 +158,9 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 def opened(path: Path, is_read: Callable[[str], bool]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """What the header of a safetensors file says, by key in alphabetical order, and the values of a few tensors.
+
+    Where a tensor starts follows from the sizes of those behind it: on opening, safetensors makes sure that they
+    fill the file to its end without holes.
 
     Args:
         path: the file.
@@ -133,13 +172,17 @@ def opened(path: Path, is_read: Callable[[str], bool]) -> tuple[dict[str, Entry]
     """
     # Not as "pt": that asks for memory of the size of the file, which a sparse file of terabytes has, too.
     with safe_open(path, framework="numpy") as file:
-        views = {key: file.get_slice(key) for key in sorted(file.keys())}
+        views = {key: file.get_slice(key) for key in file.offset_keys()}
         values = {key: torch.from_numpy(file.get_tensor(key)) for key in views if is_read(key)}
-    entries = {
-        key: Entry(tuple(view.get_shape()), view.get_dtype(), view.get_dtype() in _REAL_NUMBERS)
-        for key, view in views.items()
-    }
-    return entries, values
+    is_native = sys.byteorder == "little"
+    end: int | None = path.stat().st_size
+    entries: dict[str, Entry] = {}
+    for key, view in reversed(views.items()):
+        stored = view.get_dtype()
+        shape, dtype = tuple(view.get_shape()), _MAPPED_DTYPES.get(stored)
+        end = None if end is None or dtype is None else end - math.prod(shape) * dtype.itemsize
+        entries[key] = Entry(shape, dtype, end if is_native else None, str(dtype or stored))
+    return dict(sorted(entries.items())), values
 
 
 def keys_of(path: Path) -> list[str]:

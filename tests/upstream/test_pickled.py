@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -257,12 +256,9 @@ def test_factors_that_are_no_floating_point_numbers(
     dtype: torch.dtype, key: str, in_pickle: bool, good: Path, bad: Path
 ) -> None:
     edit_pickle(bad, lambda state: state.update({key: state[key].abs().to(dtype)}))
-    stated: object = dtype
     if not in_pickle:
         save_file(torch.load(bad / "adapter_model.bin"), bad / "adapter_model.safetensors")
-        with safe_open(bad / "adapter_model.safetensors", "pt") as file:
-            stated = file.get_slice(key).get_dtype()
-    message = f"module 'lin0': tensor {key!r} has dtype {stated}; LoRA factors are real floating-point numbers"
+    message = f"module 'lin0': tensor {key!r} has dtype {dtype}; LoRA factors are real floating-point numbers"
     refuse(tiny.build("mlp"), good, bad, message=message)
 
 
