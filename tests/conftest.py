@@ -1,4 +1,4 @@
-"""Runs every test offline and on one thread, with a fixed seed."""
+"""Runs every test offline, with a fixed seed, and on one thread where OMP_NUM_THREADS does not say otherwise."""
 
 from __future__ import annotations
 

@@ -61,6 +61,7 @@ def evidence(
     from . import evidence as measuring
     from . import scenario
     from .gains import gains
+    from .records import read
 
     be_quiet()
     spec = scenario.load(scenario_name)
@@ -70,9 +71,9 @@ def evidence(
     many = {20: seeds if seeds_at_20 is None else seeds_at_20}
     draws = [(k, seed) for k in map(int, shots.split(",")) for seed in range(many.get(k, seeds))]
     for bench in measuring.open_benches(spec, output, target):
-        known = measuring.read(path) if path.is_file() else []
+        known = read(path, key="method")
         measuring.append(measuring.compare(bench, draws, chosen, recipes, known), path)
-    typer.echo(gains(measuring.read(path), [*chosen, measuring.FIXED, *recipes]))
+    typer.echo(gains(read(path, key="method"), [*chosen, measuring.FIXED, *recipes]))
 
 
 @app.command("gains")
@@ -82,10 +83,10 @@ def tabulate(
     tasks: Annotated[bool, typer.Option(help="Each task, too, not only their means.")] = True,
 ) -> None:
     """What methods gain on the uniform mix, task by task and on average, as Markdown."""
-    from .evidence import read
     from .gains import CONTROLS, gains, means
+    from .records import read
 
-    records = [record for path in files for record in read(path)]
+    records = [record for path in files for record in read(path, key="method")]
     found = dict.fromkeys(record["method"] for record in records)
     default = [name for name in found if name not in ("single", "uniform", *CONTROLS)]
     chosen = default if methods is None else methods.split(";")

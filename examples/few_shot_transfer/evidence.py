@@ -17,27 +17,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_composition.evidence.scores import (
-    LeftOut,
-    bayesian_bootstrap,
-    leave_one_out_distances,
-    log_likelihoods,
-    margins,
-)
-from peft_composition.evidence.weights import spread_uniform, stack, vote
+from peft_composition.evidence.fit import weights_by
+from peft_composition.evidence.scores import leave_one_out_distances
 
 from .bench import BASE, UNIFORM, Bench, Draw
 from .data import Tasks
 from .gains import NOT_MIXED
 from .models import Classifier
-from .records import Record
+from .records import Record, cut_torn_line, write_line
 from .scenario import Scenario, Setting
 from .stand_in import Corners, Recipe, train
 from .training import fit_features
 from .upstream import foundation, train_adapter
 
 
-BOOTSTRAPS = 500
 METHODS = ("likelihood-vote", "vote", "stacking")
 FIXED = "evidence, stand-in"
 TRAINED = {  # where the weights start, and how head and weights are trained
@@ -186,16 +179,6 @@ def _by_name(bench: Bench, weights: Sequence[float]) -> dict[str, float]:
     return {name: round(weight, 4) for name, weight in zip(bench.names, weights)}
 
 
-def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
-    """Mixing weights from distances of each adapter alone, of their uniform mix and, last, of the bare model."""
-    if method == "stacking":
-        return spread_uniform(stack(torch.stack([log_likelihoods(own) for own in left], dim=1)))
-    measure = margins if method == "vote" else log_likelihoods
-    values = torch.stack([measure(own) for own in left], dim=1)
-    bootstraps = bayesian_bootstrap(len(values), BOOTSTRAPS, seed)
-    return spread_uniform(vote(values, bootstraps, reference=len(left) - 2))
-
-
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return round(100 * float((logits.argmax(-1) == labels).double().mean()), 4)
 
@@ -205,14 +188,8 @@ def _named(accuracy: Mapping[str, float]) -> dict[str, Any]:
 
 
 def append(records: Iterator[Record], path: Path) -> None:
-    """Write records to a file of JSON lines as they come."""
+    """Write records to a file of JSON lines as they come; a torn last line is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, sort_keys=True) + "\n")
-            file.flush()
-
-
-def read(path: Path) -> list[Record]:
-    """Read them."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    cut_torn_line(path)
+    for record in records:
+        write_line(path, json.dumps(record, sort_keys=True))

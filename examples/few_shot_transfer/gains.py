@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from .markdown import table
 from .records import Record
 
 
@@ -15,27 +17,57 @@ BEST = "best single (by test)"
 CONTROLS = (BEST, NOT_MIXED, "base")
 
 
+Draws = Mapping[tuple[int, int], float]  # accuracies by K and seed
+
+
+class Gain(NamedTuple):
+    """A mean difference in points, with the ends of its 95% interval over draws (t)."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Draws, uniform: Draws, k: int) -> Gain | None:
+        """What one method gains on the uniform mix, paired by draw; None with fewer than two draws."""
+        pairs = [value - uniform[key] for key, value in values.items() if key[0] == k and key in uniform]
+        if len(pairs) < 2:
+            return None
+        mean, error = float(np.mean(pairs)), float(stats.sem(pairs))
+        if error == 0:
+            return cls(mean, mean, mean)
+        low, high = stats.t.interval(0.95, len(pairs) - 1, mean, error)
+        return cls(mean, float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f}" + (f" [{self.low:+.1f}, {self.high:+.1f}]" if self.low < self.high else "")
+
+
 def gains(records: Sequence[Record], methods: Sequence[str]) -> str:
     """Points of accuracy against the uniform mix, paired by draw, with 95% intervals, as Markdown."""
-    tasks = dict.fromkeys((record["scenario"], record["target"]) for record in records)
-    shots = sorted({record["k"] for record in records})
-    rows = [*CONTROLS, *methods]
-    lines = []
-    for task in tasks:
-        own = [record for record in records if (record["scenario"], record["target"]) == task]
-        uniform = {(r["k"], r["seed"]): r["accuracy"] for r in own if r["method"] == "uniform"}
-        lines += [
-            "",
-            f"| `{task[0]}`, {task[1]} | " + " | ".join(f"K = {k}" for k in shots) + " |",
-            "| --- |" + " ---: |" * len(shots),
-            "| uniform, % | " + " | ".join(_mean(uniform, k) for k in shots) + " |",
-        ]
-        for row in rows:
-            values = values_of(own, row)
-            cells = [_difference(values, uniform, k) for k in shots]
-            if any(cell != "-" for cell in cells):
-                lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip()
+    shots = _shots(records)
+
+    def of_task(task: tuple[str, str], own: Sequence[Record]) -> str:
+        uniform = values_of(own, "uniform")
+        rows = _rows(methods, shots, lambda row, k: str(Gain.of(values_of(own, row), uniform, k) or "-"))
+        first = ["uniform, %", *(_mean(uniform, k) for k in shots)]
+        return table([f"`{task[0]}`, {task[1]}", *(f"K = {k}" for k in shots)], [first, *rows])
+
+    return "\n\n".join(of_task(task, own) for task, own in _by_task(records).items())
+
+
+def means(records: Sequence[Record], methods: Sequence[str]) -> str:
+    """Gains averaged over tasks, each with as many draws as it has, and how many tasks lie wholly below uniform.
+
+    In brackets: tasks whose 95% interval over draws is wholly below, and wholly above.
+    """
+    tasks, shots = _by_task(records), _shots(records)
+
+    def cell(row: str, k: int) -> str:
+        found = [Gain.of(values_of(own, row), values_of(own, "uniform"), k) for own in tasks.values()]
+        return _over_tasks([gain for gain in found if gain is not None])
+
+    return table(["mean over tasks", *(f"K = {k}" for k in shots)], _rows(methods, shots, cell))
 
 
 def values_of(records: Sequence[Record], row: str) -> dict[tuple[int, int], float]:
@@ -52,62 +84,30 @@ def values_of(records: Sequence[Record], row: str) -> dict[tuple[int, int], floa
     return {(r["k"], r["seed"]): r["accuracy"] for r in singles if r["adapter"] == best[r["k"]]}
 
 
-def _mean(values: Mapping[tuple[int, int], float], k: int) -> str:
+def _by_task(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    tasks: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        tasks.setdefault((record["scenario"], record["target"]), []).append(record)
+    return tasks
+
+
+def _shots(records: Sequence[Record]) -> list[int]:
+    return sorted({record["k"] for record in records})
+
+
+def _rows(methods: Sequence[str], shots: Sequence[int], cell: Callable[[str, int], str]) -> list[list[str]]:
+    """The rows that have a figure."""
+    rows = [[row, *(cell(row, k) for k in shots)] for row in (*CONTROLS, *methods)]
+    return [row for row in rows if any(own != "-" for own in row[1:])]
+
+
+def _mean(values: Draws, k: int) -> str:
     found = [value for (own, _), value in values.items() if own == k]
     return f"{float(np.mean(found)):.1f}" if found else "-"
 
 
-def _difference(values: Mapping[tuple[int, int], float], uniform: Mapping[tuple[int, int], float], k: int) -> str:
-    pairs = [value - uniform[key] for key, value in values.items() if key[0] == k and key in uniform]
-    if len(pairs) < 2:
-        return "-"
-    mean, error = float(np.mean(pairs)), float(stats.sem(pairs))
-    if error == 0:
-        return f"{mean:+.1f}"
-    low, high = stats.t.interval(0.95, len(pairs) - 1, mean, error)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def means(records: Sequence[Record], methods: Sequence[str]) -> str:
-    """Gains averaged over tasks, each with as many draws as it has, and how many tasks lie wholly below uniform.
-
-    In brackets: tasks whose 95% interval over draws is wholly below, and wholly above.
-    """
-    shots = sorted({record["k"] for record in records})
-    tasks = dict.fromkeys((record["scenario"], record["target"]) for record in records)
-    lines = [
-        "| mean over tasks | " + " | ".join(f"K = {k}" for k in shots) + " |",
-        "| --- |" + " ---: |" * len(shots),
-    ]
-    for row in (*CONTROLS, *methods):
-        cells = []
-        for k in shots:
-            found = []
-            for task in tasks:
-                own = [r for r in records if (r["scenario"], r["target"], r["k"]) == (*task, k)]
-                uniform = {(r["k"], r["seed"]): r["accuracy"] for r in own if r["method"] == "uniform"}
-                values = values_of(own, row)
-                pairs = [value - uniform[key] for key, value in values.items() if key in uniform]
-                if len(pairs) > 1:
-                    found.append(pairs)
-            cells.append(_over_tasks(found))
-        if any(cell != "-" for cell in cells):
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _over_tasks(found: Sequence[Sequence[float]]) -> str:
+def _over_tasks(found: Sequence[Gain]) -> str:
     if not found:
         return "-"
-    centers = [float(np.mean(pairs)) for pairs in found]
-    low, high = zip(*(_interval(pairs) for pairs in found))
-    signs = f"{sum(end < 0 for end in high)} below, {sum(end > 0 for end in low)} above of {len(found)}"
-    return f"{float(np.mean(centers)):+.1f} ({signs})"
-
-
-def _interval(pairs: Sequence[float]) -> tuple[float, float]:
-    mean, error = float(np.mean(pairs)), float(stats.sem(pairs))
-    if error == 0:
-        return mean, mean
-    low, high = stats.t.interval(0.95, len(pairs) - 1, mean, error)
-    return float(low), float(high)
+    signs = f"{sum(own.high < 0 for own in found)} below, {sum(own.low > 0 for own in found)} above of {len(found)}"
+    return f"{float(np.mean([own.mean for own in found])):+.1f} ({signs})"

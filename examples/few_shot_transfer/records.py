@@ -26,18 +26,42 @@ def identity(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, key: str = ID) -> list[Record]:
     """Reads the finished runs of a results file; none if there is no file.
 
     A last line without its newline is what a killed process left: it does not count.
 
+    Args:
+        path: the file.
+        key: what every run has.
+
     Raises:
-        ValueError: if any other line is not a JSON object with an id; the message names file and line.
+        ValueError: if any other line is not a JSON object with the key; the message names file and line.
     """
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [_parsed(line, f"{path}:{number}", key) for number, line in enumerate(lines, start=1)]
+
+
+def write_line(path: Path, text: str) -> None:
+    """Adds one line; when this returns, it is on disk."""
+    with path.open("ab", buffering=0) as file:
+        _write_all(file, f"{text}\n".encode())
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(path: Path) -> None:
+    """Takes off what a killed process left of its last line, so that the next one stands by itself."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class Results:
@@ -56,7 +80,7 @@ class Results:
         for record in read(path):
             self._keep(record)
         if writes:
-            self._cut_torn_line()
+            cut_torn_line(path)
 
     def __contains__(self, run: str) -> bool:
         return run in self.by_id
@@ -75,11 +99,9 @@ class Results:
         """
         if record[ID] in self.by_id:
             raise ValueError(f"run {record[ID]} is already in {self.path}")
-        line = json.dumps(record, allow_nan=False) + "\n"
+        line = json.dumps(record, allow_nan=False)
         if self.writes:
-            with self.path.open("ab", buffering=0) as file:
-                _write_all(file, line.encode("utf-8"))
-                os.fsync(file.fileno())
+            write_line(self.path, line)
         self._keep(json.loads(line))  # the same whether it was read or run
 
     def _keep(self, record: Record) -> None:
@@ -87,25 +109,14 @@ class Results:
         if OUTCOME in record:
             self.by_outcome[record[OUTCOME]] = record
 
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("r+b") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                file.truncate(whole)
-                file.flush()
-                os.fsync(file.fileno())
 
-
-def _parsed(line: bytes, where: str) -> Record:
+def _parsed(line: bytes, where: str, key: str) -> Record:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error}); remove the line to run it again") from error
-    if not isinstance(record, dict) or ID not in record:
-        raise ValueError(f"{where}: not a run, which is an object with {ID!r}")
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f"{where}: not a run, which is an object with {key!r}")
     return record
 
 

@@ -106,7 +106,10 @@ def fit_mixing_weights(
         mixes = candidates(composition, _MIXES.get(chosen, ALL_KINDS))
         passed = passes(composition.model, mixes, examples, mixed_precision)
         scores = tabulate(mixes, passed, len(examples), seed)
-        weights = _WEIGHTS[chosen](mixes, passed, seed).tolist()
+        if chosen == "posterior":
+            weights = _by_posterior(mixes, passed).tolist()
+        else:
+            weights = weights_by(chosen, [cast(LeftOut, own.found) for own in passed], seed).tolist()
     put_weights(composition, weights)
     return EvidenceReport(chosen, dict(zip(names, weights)), reason, scores, time.perf_counter() - started)
 
@@ -149,32 +152,25 @@ def _choose(method: Method, labels: Tensor | None) -> tuple[str, str]:
     ), f"{least if least == most else f'{least} to {most}'} of a class"
 
 
-def _by_stacking(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
-    found = [log_likelihoods(cast(LeftOut, own.found)) for own in passed]
-    return spread_uniform(stack(torch.stack(found, dim=1)))
+def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
+    """Mixing weights of a classifier's adapters.
+
+    Args:
+        method: `"likelihood-vote"`, `"vote"` or `"stacking"`.
+        left: leave-one-out distances of each adapter alone, of their uniform mix and, last, of the base model.
+        seed: of the bootstraps.
+
+    Returns:
+        Shape (N,), float64; what the sum lacks of 1 is the base model's.
+    """
+    measure = margins if method == "vote" else log_likelihoods
+    values = torch.stack([measure(own) for own in left], dim=1)
+    if method == "stacking":
+        return spread_uniform(stack(values))
+    uniform = ALL_KINDS.index("uniform") - len(ALL_KINDS)
+    return spread_uniform(vote(values, bayesian_bootstrap(len(values), DRAWS, seed), reference=uniform))
 
 
-def _by_vote(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
-    return _elected([margins(cast(LeftOut, own.found)) for own in passed], seed)
-
-
-def _by_likelihood_vote(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
-    return _elected([log_likelihoods(cast(LeftOut, own.found)) for own in passed], seed)
-
-
-def _elected(values: Sequence[Tensor], seed: int) -> Tensor:
-    bootstraps = bayesian_bootstrap(len(values[0]), DRAWS, seed)
-    return spread_uniform(vote(torch.stack(list(values), dim=1), bootstraps, reference=len(values) - 2))
-
-
-def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed], seed: int) -> Tensor:
+def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed]) -> Tensor:
     adapters = [cast(Answers, own.found) for candidate, own in zip(mixes, passed) if candidate.kind == "adapter"]
     return posterior(torch.stack([own.nll for own in adapters], dim=1), adapters[0].tokens)
-
-
-_WEIGHTS = {
-    "likelihood-vote": _by_likelihood_vote,
-    "vote": _by_vote,
-    "stacking": _by_stacking,
-    "posterior": _by_posterior,
-}

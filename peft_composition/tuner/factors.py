@@ -120,9 +120,7 @@ class Factors(nn.Module):
         if self._places is None:
             return None
         if self._places_here is None or self._places_here.device != device:
-            with torch.inference_mode(
-                False
-            ):  # training will use it, which is impossible with tensors of inference mode
+            with torch.inference_mode(False):  # training will use it, but no tensors made in inference mode
                 self._places_here = torch.tensor(self._places, dtype=torch.int64, device=device)
         return self._places_here
 

@@ -70,9 +70,7 @@ class Mixing(nn.Module):
 
     def _start_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if self._start is None or self._start.device != device or self._start.dtype != dtype:
-            with torch.inference_mode(
-                False
-            ):  # training may use it, which is impossible with tensors of inference mode
+            with torch.inference_mode(False):  # training may use it, but no tensors made in inference mode
                 self._start = torch.tensor(self.start, dtype=dtype, device=device)
         return self._start
 

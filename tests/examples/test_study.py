@@ -34,7 +34,7 @@ from torch import nn
 from peft_composition.training import last_complete_checkpoint
 
 from .. import warm
-from .digits import DIGITS
+from .digits import digits
 
 
 ROOT = Path(__file__).parents[2]
@@ -390,7 +390,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 TINY = (
-    DIGITS
+    digits()
     + """methods: [classifier, lora, learned, lorahub]
 upstream: {max_steps: 4, batch_size: 8}
 downstream:

@@ -20,26 +20,13 @@ from few_shot_transfer.study import Study
 from few_shot_transfer.training import GroupedTrainer, HeadOnFeatures
 from typer.testing import CliRunner
 
+from .digits import digits
+
 
 VIT = scenarios.load("split-cifar100").model
-DIGITS = """
-title: Digits
-scale: offline
-shift: label
-model:
-  kind: image
-  target_modules: [q_proj, v_proj]
-  pretraining:
-    {data: digits, classes: [6-9], hidden_size: 16, layers: 1, heads: 2, patch_size: 7, steps: 3, batch_size: 8}
-data:
-  digits: {source: mnist, variant: digits}
-tasks:
-  low: {data: digits, classes: [0-1]}
-  middle: {data: digits, classes: [2-3]}
-  new: {data: digits, classes: [4-5]}
-rounds:
-  - {target: new, upstream: [low, middle], subsets: true}
-methods: [classifier, lora, uniform, learned, single, lorahub]
+DIGITS = (
+    digits(layers=1, steps=3, of_round=", subsets: true")
+    + """methods: [classifier, lora, uniform, learned, single, lorahub]
 upstream: {max_steps: 2, batch_size: 8}
 downstream:
   shots: [3]
@@ -54,6 +41,7 @@ downstream:
   test_size: 21
   lorahub_budget: 4
 """
+)
 
 
 @pytest.mark.parametrize("name", scenarios.names())

@@ -12,6 +12,7 @@ from few_shot_transfer import evidence
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.bench import features_of
 from few_shot_transfer.gains import gains, means
+from few_shot_transfer.records import read
 from few_shot_transfer.scenario import DownstreamSpec
 from few_shot_transfer.stand_in import Corners, Recipe, train
 from few_shot_transfer.training import fit_features
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from peft_composition.evidence.scores import leave_one_out_distances
 
-from .digits import DIGITS
+from .digits import digits
 
 
 DRAWS = Path(__file__).parents[2] / "docs" / "study" / "evidence"
@@ -138,7 +139,7 @@ def test_training_finds_the_adapter_and_keeps_still_without_a_gain_or_within_the
 
 
 TINY = (
-    DIGITS
+    digits()
     + """upstream: {max_steps: 4, batch_size: 8, learning_rate: 0.05}
 downstream: {shots: [3], seeds: 2, warmup_epochs: 2, epochs: 2, batch_size: 4, validation_size: 9, test_size: 21}
 """
@@ -152,7 +153,7 @@ def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_
     draws, path = [(k, seed) for k in (1, 3) for seed in (0, 1)], tmp_path / "records.jsonl"
     trained = list(evidence.TRAINED)
     evidence.append(evidence.compare(bench, draws, ["likelihood-vote"], trained, progress=False), path)
-    records = evidence.read(path)
+    records = read(path, key="method")
     assert len(records) == 4 * (2 + 3) + 2 + 4 * (1 + len(trained))
     assert list(evidence.compare(bench, draws, ["likelihood-vote"], trained, records, progress=False)) == []
     more = list(evidence.compare(bench, [*draws, (3, 2)], ["vote"], [], records, progress=False))
@@ -178,7 +179,7 @@ def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_
 
 @pytest.mark.parametrize("path", sorted(DRAWS.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_the_committed_draws_are_whole(path: Path) -> None:
-    records = evidence.read(path)
+    records = read(path, key="method")
     for target in {own["target"] for own in records}:
         for k in (2, 5, 20):
             seeds = sorted(
@@ -189,7 +190,17 @@ def test_the_committed_draws_are_whole(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((DRAWS.parent / "recipes").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_every_committed_recipe_has_its_uniform_mix_once(path: Path) -> None:
-    records = evidence.read(path)
+    records = read(path, key="method")
     draws = [(own["target"], own["k"], own["seed"]) for own in records if own["method"] == "uniform"]
     assert len(set(draws)) == len(draws) >= 10
     assert {(own["target"], own["k"], own["seed"]) for own in records} == set(draws)
+
+
+def test_a_torn_last_line_is_cut_off_before_the_next_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "draws.jsonl"
+    evidence.append(iter([record("uniform", 0, 50.0)]), path)
+    with path.open("a") as file:
+        file.write('{"method": "uni')
+    assert read(path, key="method") == [record("uniform", 0, 50.0)]
+    evidence.append(iter([record("uniform", 1, 60.0)]), path)
+    assert read(path, key="method") == [record("uniform", 0, 50.0), record("uniform", 1, 60.0)]
