@@ -1,0 +1,133 @@
+"""From paired differences to a verdict in words: helps, equivalent, harms, or cannot tell. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .differences import Differences, _t
+
+
+Word = Literal["helps", "equivalent", "harms", "cannot tell"]
+ROPE = 0.01
+"""Differences of accuracy up to this are no difference in practice."""
+LEVEL = 0.95
+DRAWS = 20_000
+MOST_MORE = 100_000  # examples; to ask for more is to say that nothing will tell
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the examples say of one method against the best of the others.
+
+    Attributes:
+        word: "helps", "equivalent", "harms" or "cannot tell".
+        judged: the method.
+        against: the other with the highest score.
+        difference: of their scores.
+        low: lower end of the interval of the difference to the best of the others, whichever that is.
+        high: upper end.
+        helps: probability that the method is better than every other by more than the region of practical equivalence.
+        equivalent: that it is as good as the best.
+        harms: that it is worse than the best by more than that region.
+        rope: half the width of the region.
+        level: probability that a word but "cannot tell" needs.
+        more: about how many more examples would tell, if the difference stayed as it is; None where they tell now or
+            where it would be more than 100,000.
+    """
+
+    word: Word
+    judged: str
+    against: str
+    difference: float
+    low: float
+    high: float
+    helps: float
+    equivalent: float
+    harms: float
+    rope: float
+    level: float
+    more: int | None
+
+    def __str__(self) -> str:
+        points = f"{100 * self.difference:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        chances = (
+            f"helps {100 * self.helps:.0f}%, equivalent {100 * self.equivalent:.0f}%, harms {100 * self.harms:.0f}%"
+        )
+        text = {
+            "helps": f"{self.judged} helps: it is better than {self.against}, the best without adapters",
+            "equivalent": f"{self.judged} is equivalent to {self.against}, the best without adapters, in practice",
+            "harms": f"{self.judged} harms: it is worse than {self.against}, the best without adapters",
+            "cannot tell": f"cannot tell whether {self.judged} is better or worse than {self.against}",
+        }[self.word]
+        end = ""
+        if self.word == "cannot tell":
+            end = (
+                f" About {self.more:,} more examples would tell, if the difference stays as it is."
+                if self.more is not None
+                else " More examples of a difference this small would not tell."
+            )
+        return f"{text}: {points} ({chances}; the same in practice within {100 * self.rope:g} points).{end}"
+
+
+def judge(
+    judged: str, others: Sequence[str], scores: Sequence[float], found: Differences, rope: float, level: float = LEVEL
+) -> Verdict:
+    """The verdict on a method against the best of the others.
+
+    Which of the others is best is not known: the one with the highest score is so by luck in part. So the
+    probabilities are about the smallest difference to any of them, drawn from their joint distribution: "helps" must
+    be better than each (an intersection-union test), "harms" is worse than at least one.
+
+    Args:
+        judged: the method.
+        others: the names of the others.
+        scores: theirs.
+        found: differences of the method to each of them.
+        rope: half the width of the region of practical equivalence, in units of the score.
+        level: probability that a word needs.
+    """
+    if not (0 <= rope < 1 and 0.5 < level < 1):
+        raise ValueError(f"rope must be in 0..1 and level in 0.5..1, got {rope} and {level}")
+    least = found.sample(DRAWS, seed=0).min(1)
+    helps, harms = float((least > rope).mean()), float((least < -rope).mean())
+    chances: dict[Word, float] = {"helps": helps, "equivalent": 1 - helps - harms, "harms": harms}
+    word: Word = next((name for name, chance in chances.items() if chance >= level), "cannot tell")
+    best = int(np.argmax(scores))
+    low, high = np.quantile(least, [0.025, 0.975])
+    more = examples_to_tell(found, rope, level) if word == "cannot tell" else None
+    return Verdict(
+        word,
+        judged,
+        others[best],
+        float(found.mean[best]),
+        float(low),
+        float(high),
+        *chances.values(),
+        rope,
+        level,
+        more,
+    )
+
+
+def examples_to_tell(found: Differences, rope: float, level: float = LEVEL) -> int | None:
+    """About how many more examples a word would need, if differences and their spread stayed as they are.
+
+    Standard errors shrink with the root of the number of examples; the needed one follows from the distance of the
+    smallest difference to the nearer end of the region.
+
+    Returns:
+        The number, at least 1; None for more than 100,000.
+    """
+    number = int(np.argmin(found.mean))
+    mean, error = float(found.mean[number]), float(found.error[number])
+    distance = abs(abs(mean) - rope)
+    if distance == 0:
+        return None
+    needed = found.examples * (float(_t().ppf(level, found.df)) * error / distance) ** 2
+    more = math.ceil(needed - found.examples)
+    return None if more > MOST_MORE else max(more, 1)

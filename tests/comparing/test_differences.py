@@ -1,0 +1,144 @@
+"""Errors of paired differences against scipy, closed formulas and simulated truth; what follows from them in words."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from peft_composition.comparing.differences import Differences, corrected_resampled, left_out, over_draws
+from peft_composition.comparing.verdict import examples_to_tell, judge
+
+
+def test_without_a_test_share_it_is_the_paired_t_test() -> None:
+    a, b = np.random.default_rng(0).normal([[0.4], [0.1]], 1, (2, 12))
+    found = corrected_resampled(a - b, 0.0)
+    expected = stats.ttest_rel(a, b)
+    low, high = expected.confidence_interval(0.9)
+    assert np.allclose(np.concatenate(found.interval(0.9)), [low, high])
+    assert math.isclose(found.probabilities(0.0)[0, 0], stats.ttest_rel(a, b, alternative="greater").pvalue)
+
+
+def test_the_correction_of_nadeau_and_bengio() -> None:
+    # 10 splits of 90 and 10 examples: variance (1/10 + 10/90) s^2 and 9 degrees of freedom.
+    values = np.array([0.02, 0.01, -0.01, 0.03, 0.0, 0.02, 0.04, -0.02, 0.01, 0.05])
+    found = corrected_resampled(values, 10 / 90)
+    mean = sum(values) / 10
+    variance = sum((value - mean) ** 2 for value in values) / 9
+    error = math.sqrt((1 / 10 + 1 / 9) * variance)
+    assert math.isclose(float(found.error[0]), error, rel_tol=1e-12)
+
+    def density(x: float) -> float:  # of t with 9 degrees of freedom, moved and scaled
+        z = (x - mean) / error
+        return math.gamma(5) / (math.sqrt(9 * math.pi) * math.gamma(4.5)) * (1 + z * z / 9) ** -5 / error
+
+    middle = integrate.quad(density, -0.01, 0.01)[0]
+    above = integrate.quad(density, 0.01, np.inf)[0]
+    assert np.allclose(found.probabilities(0.01)[0], [1 - middle - above, middle, above], atol=1e-9)
+
+
+def test_left_out_examples_agree_with_their_folds_where_these_are_alike() -> None:
+    # Differences whose folds vary as much as independent examples make them: s^2 = sigma^2 J / n.
+    generator = np.random.default_rng(1)
+    count, folds = 200_000, 1000
+    values = generator.normal(0.1, 1, (1, count))
+    by_fold = corrected_resampled(values[0].reshape(folds, -1).mean(1), 1 / (folds - 1))
+    by_example = left_out(values, folds, prior=0.0)
+    assert math.isclose(by_fold.error[0], by_example.error[0], rel_tol=0.05)
+    variance = values[0].var(ddof=1)
+    expected = math.sqrt(variance * folds / count * (1 / folds + 1 / (folds - 1)))
+    assert math.isclose(by_example.error[0], expected, rel_tol=1e-12)
+
+
+def test_repeats_leave_what_the_overlap_costs() -> None:
+    values = np.random.default_rng(2).integers(-1, 2, (1, 40)).astype(float)
+    once, often = left_out(values, 5), left_out(np.repeat(values, 1000, axis=0), 5)
+    assert math.isclose(often.error[0] / once.error[0], math.sqrt((1 / 5000 + 1 / 4) / (1 / 5 + 1 / 4)), rel_tol=1e-9)
+
+
+def test_equal_answers_are_not_certainty() -> None:
+    found = left_out(np.zeros((1, 10)), 5)
+    assert math.isclose(found.error[0], math.sqrt((1 / 10) * 5 / 10 * (1 / 5 + 1 / 4)))
+    assert left_out(np.zeros((1, 10)), 5, prior=0.0).error[0] == 0
+
+
+def test_several_others_have_the_covariance_of_numpy() -> None:
+    values = np.random.default_rng(3).normal(size=(30, 3))
+    found = left_out(values[None], 5, prior=0.0)
+    expected = np.cov(values.T) * 5 / 30 * (1 / 5 + 1 / 4)
+    assert np.allclose(found.covariance, expected, rtol=1e-12)
+    drawn = found.sample(400_000, seed=0)
+    assert np.allclose(drawn.mean(0), values.mean(0), atol=0.003)
+    assert np.allclose(np.cov(drawn.T), expected * 29 / 27, atol=0.003)  # the variance of t is df / (df - 2)
+
+
+@pytest.mark.parametrize(("between", "within", "by_item"), [(0.05, 0.5, 0.3), (0.0, 0.5, 0.0), (0.1, 0.2, 0.0)])
+def test_intervals_over_draws_hold_what_they_promise(between: float, within: float, by_item: float) -> None:
+    generator = np.random.default_rng(4)
+    held = 0
+    for _ in range(600):
+        values = 0.1 + generator.normal(0, between, (5, 1)) + generator.normal(0, by_item, (1, 100))
+        values = values + generator.normal(0, within, (5, 100))
+        low, high = over_draws(values, prior=0.0).interval()
+        held += bool(low[0] <= 0.1 <= high[0])
+    assert held / 600 >= 0.94  # no more than chance below 95%
+
+
+def test_one_draw_is_judged_by_its_test_examples() -> None:
+    values = np.random.default_rng(5).normal(size=(1, 50))
+    found = over_draws(values, prior=0.0)
+    assert math.isclose(found.error[0], stats.sem(values[0]))
+    assert found.df == 49
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: corrected_resampled([0.1], 0.2), "2 or more, got 1"),
+        (lambda: left_out(np.array([[0.1, np.nan]]), 5), "finite"),
+        (lambda: left_out(np.zeros((1, 10)), 1), "2 folds or more, got 1"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def of(mean: list[float], error: float, correlation: float = 0.0, df: float = 30) -> Differences:
+    covariance = error**2 * (correlation + (1 - correlation) * np.eye(len(mean)))
+    return Differences(np.array(mean), covariance, df, 31)
+
+
+def test_the_words() -> None:
+    assert judge("mix", ["head"], [0.5], of([0.2], 0.05), 0.01).word == "helps"
+    assert judge("mix", ["head"], [0.5], of([-0.2], 0.05), 0.01).word == "harms"
+    assert judge("mix", ["head"], [0.5], of([0.001], 0.002), 0.01).word == "equivalent"
+    assert judge("mix", ["head"], [0.5], of([0.02], 0.05), 0.01).word == "cannot tell"
+
+
+def test_the_chances_of_one_other_are_those_of_t() -> None:
+    verdict = judge("mix", ["head"], [0.5], of([0.03], 0.04), 0.01)
+    expected = [stats.t.sf((0.01 - 0.03) / 0.04, 30), stats.t.cdf((-0.01 - 0.03) / 0.04, 30)]
+    assert np.allclose([verdict.helps, verdict.harms], expected, atol=0.01)
+    assert math.isclose(verdict.helps + verdict.equivalent + verdict.harms, 1)
+
+
+def test_it_must_be_better_than_each_other() -> None:
+    one = judge("mix", ["head", "lora"], [0.5, 0.6], of([0.2, 0.02], 0.05), 0.01)
+    assert one.word == "cannot tell"
+    assert one.against == "lora"
+    two = judge("mix", ["head", "lora"], [0.5, 0.5], of([0.1, 0.1], 0.05), 0.01)
+    alone = judge("mix", ["head"], [0.5], of([0.1], 0.05), 0.01)
+    # Independent but for the common chi-square of t, which 30 degrees of freedom make nearly constant.
+    assert np.isclose(two.helps, alone.helps**2, atol=0.01)
+    assert two.helps < alone.helps
+
+
+def test_how_many_more_examples() -> None:
+    found = of([0.05], 0.05)
+    needed = 31 * (stats.t.ppf(0.95, 30) * 0.05 / 0.04) ** 2
+    assert examples_to_tell(found, 0.01) == math.ceil(needed - 31)
+    assert examples_to_tell(of([0.01], 0.05), 0.01) is None  # on the edge no number would do
+    assert "more examples would tell" in str(judge("mix", ["head"], [0.5], found, 0.01))
