@@ -77,7 +77,8 @@ class LastBlock:
                 value = value + scale * (by_fold @ down.mT @ up.mT).view_as(value)
             heads = own.self.num_attention_heads
             parts.append(value.view(*value.shape[:2], heads, -1).transpose(1, 2))
-        mixed = F.scaled_dot_product_attention(*parts, attn_mask=mask[:, None, None])
+        query, key, value = parts
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         attended = own.output(mixed.transpose(1, 2).reshape(states.shape), states)
         layer: Any = self.layer
         last = layer.output(layer.intermediate(attended), attended)

@@ -101,16 +101,18 @@ def judge(
     low, high = np.quantile(least, [0.025, 0.975])
     more = examples_to_tell(found, rope, level) if word == "cannot tell" else None
     return Verdict(
-        word,
-        judged,
-        others[best],
-        float(found.mean[best]),
-        float(low),
-        float(high),
-        *chances.values(),
-        rope,
-        level,
-        more,
+        word=word,
+        judged=judged,
+        against=others[best],
+        difference=float(found.mean[best]),
+        low=float(low),
+        high=float(high),
+        helps=helps,
+        equivalent=chances["equivalent"],
+        harms=harms,
+        rope=rope,
+        level=level,
+        more=more,
     )
 
 
