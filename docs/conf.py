@@ -84,7 +84,13 @@ OUTSIDE = {
 }
 COMMAND_LINE = "peft_composition_cli"
 LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!\w+:)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
-PUBLIC = ("peft_composition", "peft_composition.analysis", "peft_composition.checkpoint", "peft_composition.evidence")
+PUBLIC = (
+    "peft_composition",
+    "peft_composition.analysis",
+    "peft_composition.checkpoint",
+    "peft_composition.evidence",
+    "peft_composition.explaining",
+)
 
 
 def mark_code(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:

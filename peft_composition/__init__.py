@@ -17,6 +17,7 @@ from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora  # noqa
 from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub  # noqa: E402
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .evidence import fit_mixing_weights, score_adapters  # noqa: E402
+from .explaining import prune_adapters  # noqa: E402
 from .training import (  # noqa: E402
     HeadWarmupCallback,
     MixingWeightsCallback,
@@ -52,6 +53,7 @@ __all__ = [
     "lora_from_checkpoint",
     "mixing_weights",
     "parameter_groups",
+    "prune_adapters",
     "push_to_hub",
     "score_adapters",
     "to_lora",

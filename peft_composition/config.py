@@ -297,6 +297,15 @@ class CompositionConfig(PeftConfig):
             self._as_loaded["weights"] = own["weights"]
         self._as_built = AsBuilt(self)
 
+    def become(self, other: Self) -> None:
+        """Take over the fields and the record of another config, because the built model was changed accordingly."""
+        other._read_from_checkpoint = self._read_from_checkpoint
+        if not self._read_from_checkpoint:
+            other._as_loaded = other.summary_as_read = None
+        with other.building():
+            other.target_modules = list(other.composed_modules or ())
+        vars(self).update(vars(other))
+
     def copy(self) -> Self:
         """A config of its own for one model, also where a user has built others from this object."""
         twin = copy.copy(self)

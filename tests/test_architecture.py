@@ -29,7 +29,7 @@ FLOORS = [
     {"names", "text", "scalars", "compat", "version", "versions", "registration"},
 ]
 # Rooms of one floor that stand on each other, in order.
-ON_THE_SAME_FLOOR = [FLOORS[0], FLOORS[6], FLOORS[7]]
+ON_THE_SAME_FLOOR = [FLOORS[0], FLOORS[-2], FLOORS[-1]]
 
 
 def modules() -> dict[str, Path]:

@@ -136,7 +136,13 @@ def _anchors(page: Path) -> set[str]:
 
 
 OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
-PUBLIC = ("peft_composition", "peft_composition.analysis", "peft_composition.checkpoint", "peft_composition.evidence")
+PUBLIC = (
+    "peft_composition",
+    "peft_composition.analysis",
+    "peft_composition.checkpoint",
+    "peft_composition.evidence",
+    "peft_composition.explaining",
+)
 
 
 @pytest.mark.parametrize("module", PUBLIC)

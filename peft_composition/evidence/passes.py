@@ -24,7 +24,7 @@ from .posterior import Answers, answers
 from .scores import LeftOut, leave_one_out_distances
 
 
-Kind = Literal["adapter", "uniform", "base"]
+Kind = Literal["adapter", "uniform", "base", "mix", "without"]
 ALL_KINDS: tuple[Kind, ...] = ("adapter", "uniform", "base")
 Precision = Literal["no", "bf16", "fp16"]
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +54,7 @@ class Candidate:
 
     Attributes:
         name: of the adapter, or "uniform" or "base".
-        kind: what it is.
+        kind: what it is; "mix" for the composition as it is, "without" for the mix without an adapter.
         switch: makes a context inside of which the model is so, and after which it is as before.
     """
 
@@ -181,8 +181,9 @@ def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, cand
                 features = _features(model, examples, mixed_precision)
                 found = leave_one_out_distances(features, examples.labels)
         except ValueError as error:
-            what = (
-                f"adapter {quoted(candidate.name)} alone" if candidate.kind == "adapter" else f"the {candidate.kind}"
+            name = quoted(candidate.name)
+            what = {"adapter": f"adapter {name} alone", "without": f"the mix without adapter {name}"}.get(
+                candidate.kind, f"the {candidate.kind}"
             )
             raise ValueError(f"Scoring {what}: {error}") from error
     return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started)

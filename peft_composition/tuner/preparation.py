@@ -87,7 +87,7 @@ def prepare(config: CompositionConfig, base: BaseModel) -> Injection:
         kind = type(base.model)
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     assert config.composed_modules is not None
-    config.lora_layout = _lora_layout(config.composed_modules, base, config.lora_layout)
+    config.lora_layout = lora_layout_of(config.composed_modules, base, config.lora_layout)
     shapes = {module: cast(LayerShape, base.shape_of(module)) for module in config.composed_modules}
     config.layer_sizes = {module: sizes_of(shape) for module, shape in shapes.items()}
     return Injection(
@@ -168,7 +168,7 @@ def _names_in_order(adapters: list[UpstreamAdapter], base: BaseModel) -> list[st
     return names
 
 
-def _lora_layout(composed: Collection[str], base: BaseModel, recorded: LoraLayout | None) -> LoraLayout:
+def lora_layout_of(composed: Collection[str], base: BaseModel, recorded: LoraLayout | None) -> LoraLayout:
     """The layout of a plain LoRA on these modules; with a regex if no list of suffixes selects exactly them."""
     owners, layers = base.parameters(composed), base.layers
     attentions = [owner for owner in owners if isinstance(layers[owner], nn.MultiheadAttention)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -76,6 +76,27 @@ def mixed_by(layers: Iterable[CompositionLayer], composition: str, weights: list
                 layer.swap_mixing(composition, mixing)
             else:
                 del layer.composition_factors[composition], layer.composition_mixing[composition]
+        yield
+
+
+@contextmanager
+def mixed_apart(
+    layers: Iterable[CompositionLayer], composition: str, weights_of: Callable[[Mixing], list[float]]
+) -> Iterator[None]:
+    """A context with other constant mixing weights, which differ between modules as the present ones do.
+
+    Args:
+        layers: the layers of the composition, neither merged nor disabled.
+        composition: the name of the composition.
+        weights_of: one weight per adapter, for the modules with some mixing weights.
+    """
+    swapped: dict[int, Mixing] = {}
+    with _others_in_place(layers, composition) as held:
+        for layer in held:
+            own = cast(Mixing, layer.composition_mixing[composition])
+            if id(own) not in swapped:
+                swapped[id(own)] = constant_mixing(weights_of(own))
+            layer.swap_mixing(composition, swapped[id(own)])
         yield
 
 
