@@ -48,7 +48,7 @@ LONGEST_FIRST = (
     "checkpoint/test_hub_push.py",
     "tuner/test_model.py",
     "checkpoint/test_export.py",
-    "test_cli.py",
+    "cli/test_commands.py",
     "checkpoint/test_kills.py",
     "upstream/test_hub.py",
     "test_docs.py",

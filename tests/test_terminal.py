@@ -13,7 +13,7 @@ from peft_composition.terminal import print_means, print_parts
 from peft_composition_cli import app
 
 from . import tiny
-from .test_cli import CONFIG, edit
+from .cli.test_commands import CONFIG, edit
 
 
 BASE = "meta-llama/Meta-Llama-3.1-8B-Instruct"

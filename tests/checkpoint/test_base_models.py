@@ -26,11 +26,11 @@ from transformers import (
 )
 
 from peft_composition.checkpoint.base_models import AUTO_CLASSES, class_to_load, loaders
-from peft_composition_cli import Task
+from peft_composition_cli.options import Task
 
 from .. import tiny
-from ..test_cli import run as run_command
-from ..test_cli import run_json
+from ..cli.test_commands import run as run_command
+from ..cli.test_commands import run_json
 from .test_card import code_blocks
 from .test_card import run as run_code
 

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from peft_composition.checkpoint.base_models import Loader
 
-from . import tiny
-from .test_cli import CONFIG, TOLERANCE, WEIGHTS, load_base, run, run_json
+from .. import tiny
+from .test_commands import CONFIG, TOLERANCE, WEIGHTS, load_base, run, run_json
 
 
 CARD = "README.md"

@@ -27,10 +27,10 @@ from peft_composition import CompositionConfig
 from peft_composition.given_weights import SUM_TOLERANCE
 from peft_composition_cli import app
 
-from . import tiny, warm
-from .checkpoint.test_card import trained
-from .hub_server import HubServer, as_the_hub
-from .upstream.test_hub import files_of
+from .. import tiny, warm
+from ..checkpoint.test_card import trained
+from ..hub_server import HubServer, as_the_hub
+from ..upstream.test_hub import files_of
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -430,7 +430,7 @@ def test_wrong_arguments_of_an_export_are_refused(
 
 def test_weights_are_refused_and_taken_as_the_config_does() -> None:
     """The command line knows the rule by itself, because the config comes with torch."""
-    assert peft_composition_cli.SUM_TOLERANCE == SUM_TOLERANCE
+    assert peft_composition_cli.compose.SUM_TOLERANCE == SUM_TOLERANCE
     weights = ["--mixing", "fixed", "--weights", "0.501,0.5"]
     result = run("compose", "--base", "b", "--adapters", "x", "y", *weights, "--out", "o", "--json")
     assert result.exit_code == 1
@@ -493,7 +493,7 @@ def test_a_heatmap_with_another_suffix_is_refused_at_once(composed: Path, tmp_pa
 
 def test_every_suffix_of_a_heatmap_is_one_of_matplotlib() -> None:
     suffixes = {f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()}
-    assert set(peft_composition_cli.HEATMAP_SUFFIXES) <= suffixes
+    assert set(peft_composition_cli.weights.HEATMAP_SUFFIXES) <= suffixes
 
 
 def test_what_needs_no_torch_loads_none(composed: Path) -> None:
