@@ -146,8 +146,8 @@ def _opened(image: Any) -> Any:
         raise ImportError("images need pillow: pip install 'peft-composition[vision]'") from None
     from io import BytesIO
 
-    stored = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
-    path = image.get("path") if isinstance(image, dict) else image
+    stored: Any = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
+    path: Any = image.get("path") if isinstance(image, dict) else image
     try:
         with Image.open(BytesIO(stored) if stored is not None else path) as opened:
             opened.load()
