@@ -32,6 +32,19 @@ QUESTIONS = {
     "Composition against one adapter": [("learned", MEAN_SINGLE), ("learned", BEST_SINGLE)],
     "Trained against random adapters": [("learned", "random-learned"), ("random-learned", "classifier")],
     "Gradients against search": [("learned", "lorahub")],
+    "Weights by evidence": [
+        ("evidence", "uniform"),
+        ("evidence", "learned"),
+        ("evidence", BEST_SINGLE),
+        ("evidence-learned", "evidence"),
+        ("cold", "uniform"),
+    ],
+    "A LoRA of the K examples": [
+        ("fresh-member", "cold"),
+        ("fresh-member", "lambda-lora"),
+        ("lambda-lora", "lora"),
+        ("evidence", "lambda-lora"),
+    ],
 }
 
 
@@ -59,11 +72,16 @@ def similarities_by_setting(records: Iterable[Record]) -> dict[SettingKey, dict[
     return {_key(record): record["cka"] for record in records if record["phase"] == "similarity"}
 
 
+def scaled_lora(factor: str) -> str:
+    """What "lambda-lora" with one factor is called."""
+    return f"LoRA times {factor}"
+
+
 def scores(records: Sequence[Record]) -> Scores:
     """The scores of one setting's final runs.
 
     With them the mean of the single adapters, the one that each seed's validation picks, and the one that is best on
-    the test set: an oracle, which nobody has in practice.
+    the test set: an oracle, which nobody has in practice. Of "lambda-lora" each factor, and what validation picks.
 
     Raises:
         ValueError: if a method has other seeds than the rest at some K: the study has not finished.
@@ -83,6 +101,10 @@ def scores(records: Sequence[Record]) -> Scores:
         singles = {str(adapter): of_seed for (method, adapter), of_seed in own.items() if method == "single"}
         if singles:
             found.update(_summed_up(singles, seeds, k))
+        scaled = {str(factor): of_seed for (method, factor), of_seed in own.items() if method == "lambda-lora"}
+        if scaled:
+            found.update({(scaled_lora(factor), k): _of_seeds(scaled[factor], seeds) for factor in scaled})
+            found["lambda-lora", k] = _picked(scaled, seeds)
     return found
 
 
@@ -150,13 +172,21 @@ def _key(record: Record) -> SettingKey:
 
 
 def _summed_up(singles: Mapping[str, Mapping[int, Record]], seeds: Sequence[int], k: Shots) -> Scores:
-    stacked = {adapter: _stacked(of_seed[seed] for seed in seeds) for adapter, of_seed in singles.items()}
-    picked = [max(singles, key=lambda adapter: singles[adapter][seed]["validation"]) for seed in seeds]
+    stacked = [_of_seeds(of_seed, seeds) for of_seed in singles.values()]
     return {
-        (MEAN_SINGLE, k): np.mean(list(stacked.values()), axis=0),
-        (BEST_SINGLE, k): np.stack([stacked[adapter][row] for row, adapter in enumerate(picked)]),
-        (ORACLE_SINGLE, k): max(stacked.values(), key=np.mean),
+        (MEAN_SINGLE, k): np.mean(stacked, axis=0),
+        (BEST_SINGLE, k): _picked(singles, seeds),
+        (ORACLE_SINGLE, k): max(stacked, key=np.mean),
     }
+
+
+def _picked(runs: Mapping[str, Mapping[int, Record]], seeds: Sequence[int]) -> np.ndarray:
+    """Of each seed the run that its validation picks; the first one of several that are best."""
+    return _stacked(max((of_seed[seed] for of_seed in runs.values()), key=lambda r: r["validation"]) for seed in seeds)
+
+
+def _of_seeds(of_seed: Mapping[int, Record], seeds: Sequence[int]) -> np.ndarray:
+    return _stacked(of_seed[seed] for seed in seeds)
 
 
 def _stacked(records: Iterable[Record]) -> np.ndarray:

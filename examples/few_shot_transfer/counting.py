@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .plan import HELD_OUT, Plan
-from .scenario import ALL, BASELINES, FROZEN, DataSpec, Scenario, Setting, SplitSpec
+from .plan import HELD_OUT, Plan, recipe_plan
+from .scenario import ADDED, ALL, BASELINES, FACTORS, FROZEN, DataSpec, Scenario, Setting, SplitSpec
 
 
 FILE = Path(__file__).parent / "sizes.yaml"
@@ -91,12 +91,14 @@ class Planned:
     seed: int
     rate: float | str | None
     judged_on: str
+    factor: str | None = None
 
     @property
     def outcome(self) -> tuple[Any, ...]:
         """What runs have in common that give the same result."""
-        rank = self.setting.rank if self.adapters or self.method == "lora" else None
-        return (self.setting.target, self.method, self.adapters, rank, self.k, self.seed, self.rate, self.judged_on)
+        rank = self.setting.rank if self.adapters or self.method in ("lora", "lambda-lora") else None
+        run = self.k, self.seed, self.rate, self.judged_on
+        return (self.setting.target, self.method, self.adapters, self.factor, rank, *run)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class _Known:
 
     looked: set[tuple[tuple[str, ...], str]] = field(default_factory=set)
     warmed: set[tuple[tuple[str, ...], int | str, int]] = field(default_factory=set)
+    loras: set[tuple[int | str, int, float | str | None]] = field(default_factory=set)
 
 
 def tally(scenario: Scenario) -> Tally:
@@ -140,7 +143,7 @@ def tally(scenario: Scenario) -> Tally:
         outcomes.add(run.outcome)
         kept = known.setdefault(run.setting, _Known())
         sizes = sizes_of(scenario, run.setting.target)
-        counted = _answering if scenario.is_language else _classifying
+        counted = _answering if scenario.is_language else _by_recipe if run.method in ADDED else _classifying
         works += counted(scenario, run, sizes, kept)
     works += _comparing(scenario)
     return Tally(_upstream(scenario), len(runs), len(outcomes), tuple(works))
@@ -151,19 +154,19 @@ def planned(scenario: Scenario) -> Iterator[Planned]:
     how = scenario.downstream
     for setting in scenario.judges().values() if how.selection else ():
         assert how.selection is not None
-        for method, adapters in _contenders(scenario, setting):
+        for method, adapters, factor in _contenders(scenario, setting):
             rates = scenario.grid(method)
             for rate in rates if len(rates) > 1 else ():
                 for k in how.selection.shots:
                     for seed in range(how.selection.seeds):
-                        yield Planned(setting, method, adapters, k, seed, rate, "validation")
+                        yield Planned(setting, method, adapters, k, seed, rate, "validation", factor)
     for setting in scenario.settings():
-        for method, adapters in _contenders(scenario, setting):
+        for method, adapters, factor in _contenders(scenario, setting):
             rates = scenario.grid(method)
             chosen = rates[0] if len(rates) == 1 else setting.label
             for k in how.shots:
                 for seed in range(how.seeds):
-                    yield Planned(setting, method, adapters, k, seed, chosen, "test")
+                    yield Planned(setting, method, adapters, k, seed, chosen, "test", factor)
 
 
 def sizes_of(scenario: Scenario, task: str) -> Sizes:
@@ -215,15 +218,17 @@ def _width(entry: int | str) -> int:
     return int(match[2]) - int(match[1]) + 1 if match else 1
 
 
-def _contenders(scenario: Scenario, setting: Setting) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _contenders(scenario: Scenario, setting: Setting) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
     for method in scenario.methods:
         if method == "single":
-            yield from ((method, (name,)) for name in setting.upstream)
+            yield from ((method, (name,), None) for name in setting.upstream)
+        elif method == "lambda-lora":
+            yield from ((method, (), factor) for factor in FACTORS)
         elif method in BASELINES:
-            yield method, ()
+            yield method, (), None
         else:
             prefix = "random " if method.startswith("random") else ""
-            yield method, tuple(prefix + name for name in setting.upstream)
+            yield method, tuple(prefix + name for name in setting.upstream), None
 
 
 def _upstream(scenario: Scenario) -> dict[str, Work]:
@@ -276,6 +281,31 @@ def _classifying(scenario: Scenario, run: Planned, sizes: Sizes, known: _Known) 
     yield Work(start, sizes, seen=_new(known, run.adapters, looks), head_steps=head_steps)
     if not is_frozen:
         yield _training(_trained(run, rank), sizes, plan, support, seen=judged[run.judged_on])
+
+
+def _by_recipe(scenario: Scenario, run: Planned, sizes: Sizes, known: _Known) -> Iterator[Work]:
+    """One run of `recipes.Recipes`. A LoRA that the grid search has trained for a final run counts twice."""
+    how, rank, support = scenario.downstream, run.setting.rank, sizes.support(run.k)
+    judged = _judged(scenario, sizes)
+    if run.method in ("evidence", "evidence-learned"):  # each adapter alone, the uniform mix and the bare model
+        yield Work(Body("lora", rank), sizes, seen=(len(run.adapters) + 2) * support)
+    if run.method in ("lambda-lora", "fresh-member") and (run.k, run.seed, run.rate) not in known.loras:
+        known.loras.add((run.k, run.seed, run.rate))
+        trained = list(_classifying(scenario, replace(run, method="lora", adapters=()), sizes, known))
+        yield from (replace(work, seen=0) if work.steps else work for work in trained)
+    if run.method == "lambda-lora":
+        splits = {run.judged_on, "validation"}
+        yield Work(Body("lora", rank), sizes, seen=sum(judged[split] for split in splits))
+    elif run.method == "evidence":
+        warm_up = Plan(how.warmup_learning_rate, how.warmup_epochs, how.batch_size)
+        steps = (warm_up.steps(support), Plan(0.0, how.epochs, how.batch_size, max_steps=how.max_steps).steps(support))
+        body = Body("mixing", rank, len(run.adapters))
+        yield Work(body, sizes, seen=support + judged[run.judged_on], head_steps=sum(steps))
+    else:
+        body = Body("mixing", rank, len(run.adapters) + (run.method == "fresh-member"))
+        yield _training(
+            body, sizes, recipe_plan(how.recipe_steps, how.batch_size), support, seen=judged[run.judged_on]
+        )
 
 
 def _answering(scenario: Scenario, run: Planned, sizes: Sizes, known: _Known) -> Iterator[Work]:

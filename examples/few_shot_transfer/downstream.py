@@ -138,12 +138,7 @@ class Downstream:
 
         how = self.scenario.downstream
         weights = lorahub.search(model, run.contender.adapters, loss, how.lorahub_budget, run.seed)
-        features = predict(Body(model), encoded, self.scratch, self.model.collate)
-        head = active_head(model)
-        fit_head(head, features, self._labels_of(support), self._warm_up_plan(run), self.scratch)
-        self._fit_head(run, model, features, support)
-        judged = predict(Body(model), self._encoded[run.judged_on], self.scratch, self.model.collate)
-        correct = self._judge_head(head, judged, run.judged_on)
+        correct = self._fit_and_judge_head(run, model, support)
         return Outcome(
             correct,
             percent(correct) if run.judged_on == "validation" else None,
@@ -152,6 +147,16 @@ class Downstream:
             {"all": weights},
             round(time.perf_counter() - started, 3),
         )
+
+    def _fit_and_judge_head(self, run: Run, model: nn.Module, support: Sequence[int]) -> list[bool]:
+        """What a head gets right whose body is this draw's alone, so that no other run shares its features."""
+        encoded = self.model.encode(self.task.train.select(support))
+        features = predict(Body(model), encoded, self.scratch, self.model.collate)
+        head = active_head(model)
+        fit_head(head, features, self._labels_of(support), self._warm_up_plan(run), self.scratch)
+        self._fit_head(run, model, features, support)
+        judged = predict(Body(model), self._encoded[run.judged_on], self.scratch, self.model.collate)
+        return self._judge_head(head, judged, run.judged_on)
 
     def _fitted_loss(self, start: dict[str, torch.Tensor], features: torch.Tensor, labels: torch.Tensor) -> float:
         """The support set's loss under a head that was fitted to these features in a few full-batch steps."""

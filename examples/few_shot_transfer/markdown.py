@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE
+from .analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE, scaled_lora
+from .scenario import FACTORS
 
 
 NAMES = {
@@ -21,6 +22,12 @@ NAMES = {
     "random-uniform": "Random LoRAs, uniform",
     "random-learned": "Random LoRAs, learned",
     "lorahub": "LoraHub",
+    "evidence": "Weights by evidence",
+    "cold": "Head and weights together, from uniform",
+    "evidence-learned": "Head and weights together, from evidence",
+    "fresh-member": "The same from uniform, with a fresh LoRA as a member",
+    "lambda-lora": "LoRA times a factor (by validation)",
+    **{scaled_lora(factor): scaled_lora(factor) for factor in FACTORS},
 }
 
 

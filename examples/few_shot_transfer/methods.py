@@ -14,8 +14,11 @@ from torch import nn
 from peft_composition import CompositionConfig, CompositionModel
 
 from .models import HEAD, Foundation
-from .scenario import BASELINES, FROZEN, Scenario
+from .scenario import BASELINES, FACTORS, FROZEN, RECIPES, Scenario
 from .upstream import Adapter, peft_options
+
+
+LEARNED = ("learned", "learned-free", "random-learned", "fresh-member", *RECIPES)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Contender:
     Attributes:
         method: one of `scenario.METHODS`.
         adapters: the upstream adapters, or the random ones; none for the baselines.
-        adapter: the name of the one adapter of "single"; else None.
+        adapter: the name of the one adapter of "single", or the factor of "lambda-lora"; else None.
     """
 
     method: str
@@ -49,11 +52,13 @@ class Contender:
 def contenders(
     methods: Sequence[str], adapters: Sequence[Adapter], random_adapters: Sequence[Adapter]
 ) -> list[Contender]:
-    """The methods with their adapters; "single" once for every adapter."""
+    """The methods with their adapters; "single" once for every adapter, "lambda-lora" once for every factor."""
     found = []
     for method in methods:
         if method == "single":
             found += [Contender(method, (adapter,), adapter.name) for adapter in adapters]
+        elif method == "lambda-lora":
+            found += [Contender(method, (), factor) for factor in FACTORS]
         elif method in BASELINES:
             found.append(Contender(method))
         else:
@@ -81,9 +86,7 @@ def build(
         return base
     if method in ("zero-shot", "classifier"):
         return _frozen(base)
-    if method == "lora":
-        return fresh_lora(base, scenario, rank, seed)
-    if method == "lorahub":
+    if method in ("lora", "lambda-lora", "lorahub"):
         return fresh_lora(base, scenario, rank, seed)
     return _composition(base, contender.adapters, scenario, method)
 
@@ -117,9 +120,10 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 def _composition(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario, method: str) -> PeftModel:
     # The uniform composition of a single adapter is that adapter, and needs no head of the same size.
-    is_learned = method in ("learned", "learned-free", "random-learned")
-    mixing: Literal["learned", "uniform"] = "learned" if is_learned else "uniform"
+    mixing: Literal["learned", "uniform", "fixed"] = "learned" if method in LEARNED else "uniform"
     options: dict[str, Any] = {"normalization": "none"} if method == "learned-free" else {}
+    if method == "evidence":
+        mixing, options = "fixed", {"weights": [1 / len(upstream)] * len(upstream)}  # until there is evidence
     adapters: list[Any] = [{"path": adapter.folder, "name": adapter.name} for adapter in upstream]
     config = CompositionConfig(adapters=adapters, mixing=mixing, **peft_options(scenario), **options)
     with warnings.catch_warnings():

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 
+RECIPE_RATE = 1e-2  # of a fresh head and mixing weights that train together
 HELD_OUT = 200  # test examples at most that tell whether an adapter has learned its own task
 
 
@@ -35,3 +36,9 @@ class Plan:
         """The number of optimizer steps on so many examples."""
         wanted = math.ceil(self.epochs * math.ceil(examples / self.batch_size))
         return wanted if self.max_steps < 0 else min(wanted, self.max_steps)
+
+
+def recipe_plan(steps: int, batch_size: int, seed: int = 0, checkpoint_steps: int | None = None) -> Plan:
+    """Of a fresh head and mixing weights together: so many steps whatever K is, at a rate that is not searched."""
+    epochs = float(steps)  # more passes than so many steps can make
+    return Plan(RECIPE_RATE, epochs, batch_size, RECIPE_RATE, steps, seed, checkpoint_steps)

@@ -26,6 +26,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "random-uniform": {"color": "#999999", "marker": "D", "linestyle": "--"},
     "random-learned": {"color": "#999999", "marker": "o", "linestyle": "--"},
     "lorahub": {"color": "#F0E442", "marker": "h", "linestyle": "--"},
+    "evidence": {"color": "#882255", "marker": "*", "linestyle": "-"},
+    "cold": {"color": "#332288", "marker": "<", "linestyle": "--"},
+    "evidence-learned": {"color": "#882255", "marker": ">", "linestyle": ":"},
+    "fresh-member": {"color": "#44AA99", "marker": "d", "linestyle": "--"},
+    "lambda-lora": {"color": "#009E73", "marker": "1", "linestyle": ":"},
 }
 MAIN = ("classifier", "full", "lora", "uniform", "learned")  # the paper's
 

@@ -14,6 +14,8 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from .plan import RECIPE_RATE
+
 
 FOLDER = Path(__file__).parent / "scenarios"
 ALL = "all"
@@ -30,10 +32,18 @@ METHODS = (
     "random-uniform",
     "random-learned",
     "lorahub",
+    "evidence",
+    "cold",
+    "evidence-learned",
+    "fresh-member",
+    "lambda-lora",
 )
+ADDED = METHODS[-5:]  # neither the paper's nor its controls: run where they are named, for classifiers
+FACTORS = ("0.25", "0.5", "0.75", "1")  # of "lambda-lora"
 LANGUAGE = ("text-to-text", "causal")
-BASELINES = ("zero-shot", "classifier", "full", "lora")  # methods without upstream adapters
+BASELINES = ("zero-shot", "classifier", "full", "lora", "lambda-lora")  # methods without upstream adapters
 FROZEN = ("zero-shot", "classifier", "uniform", "random-uniform", "single")  # nothing but a head is trained
+RECIPES = ("cold", "evidence-learned")  # head and weights train together, at a rate that is not searched
 Key = tuple[str, str | None]  # a target and the label of its round
 # Which learning rates a method's grid is about; what trains besides a head.
 GRID_OF = {
@@ -42,8 +52,11 @@ GRID_OF = {
     "single": "head",
     "random-uniform": "head",
     "lorahub": "head",
+    "evidence": "head",
     "full": "full",
     "lora": "lora",
+    "fresh-member": "lora",
+    "lambda-lora": "lora",
     "learned": "mixing",
     "random-learned": "mixing",
     "learned-free": "mixing",
@@ -195,6 +208,7 @@ class DownstreamSpec(Settings):
         selection: where the grid search judges; needed if a grid has more than one value.
         validation_size, test_size: examples, equally many of each class; None: all there are.
         lorahub_budget: combinations that LoraHub tries (its own default).
+        recipe_steps: of a fresh head and weights that train together ("cold" and what starts elsewhere).
     """
 
     shots: Several[int | str]
@@ -212,6 +226,7 @@ class DownstreamSpec(Settings):
     validation_size: int | None = None
     test_size: int | None = None
     lorahub_budget: int = 40
+    recipe_steps: int = 100
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -284,6 +299,8 @@ class Scenario(Settings):
         for method in self.methods:
             if method not in METHODS:
                 raise ValueError(f"unknown method {method!r}: choose among {', '.join(METHODS)}")
+            if method in ADDED and self.is_language:
+                raise ValueError(f"method {method!r} is for classifiers, and the model is {self.model.kind!r}")
         for name, task in self.tasks.items():
             if task.data not in self.data:
                 raise ValueError(f"task {name!r}: unknown data {task.data!r}")
@@ -329,6 +346,8 @@ class Scenario(Settings):
         """The learning rates that are searched for a method."""
         if self.is_language and GRID_OF.get(method, "head") == "head":
             return (0.0,)  # nothing is trained
+        if method in RECIPES:
+            return (RECIPE_RATE,)
         return self.downstream.grid[GRID_OF[method]]
 
     def trained_for(self, setting: Setting) -> tuple[str, ...]:
@@ -346,7 +365,7 @@ class Scenario(Settings):
         return family or [entry]
 
     def _all_methods(self) -> tuple[str, ...]:
-        without = ("classifier",) if self.is_language else ("zero-shot",)
+        without = ("classifier" if self.is_language else "zero-shot", *ADDED)
         return tuple(method for method in METHODS if method not in without)
 
 
@@ -404,6 +423,7 @@ def smoke(scenario: Scenario) -> Scenario:
         validation_size=20,
         test_size=20,
         lorahub_budget=3,
+        recipe_steps=2,
     )
     upstream = replace(scenario.upstream, ranks=scenario.upstream.ranks[:1], max_steps=6, limit=64, checkpoint_steps=2)
     model = scenario.model

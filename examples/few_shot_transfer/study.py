@@ -24,8 +24,10 @@ from .language import LanguageDownstream
 from .language_model import LanguageModel
 from .methods import Contender, contenders
 from .models import Classifier
+from .plan import RECIPE_RATE
+from .recipes import Recipes
 from .records import Record, Results, identity
-from .scenario import Key, Scenario, Setting
+from .scenario import FACTORS, RECIPES, Key, Scenario, Setting
 from .similarity import upstream_cka
 from .upstream import Adapter, foundation, random_adapter, train_adapter
 
@@ -201,18 +203,24 @@ class Study:
         """Everything that decides what comes out of a run."""
         scenario, contender = self.scenario, run.contender
         tasks = {name: scenario.tasks[name] for name in (setting.target, *(own.name for own in contender.adapters))}
-        ignored = ("shots", "seeds", "grid", "selection", "checkpoint_steps")
+        ignored = ("shots", "seeds", "grid", "selection", "checkpoint_steps", "recipe_steps")
         return {
             "format": FORMAT,
             "method": contender.method,
             "adapters": [adapter.folder.name for adapter in contender.adapters],
-            "rank": setting.rank if contender.adapters or contender.method == "lora" else None,
+            "rank": setting.rank if contender.adapters or contender.method in ("lora", "lambda-lora") else None,
             "run": [run.k, run.seed, run.learning_rate, run.judged_on],
             "model": asdict(scenario.model),
             "splits": asdict(scenario.splits),
             "tasks": {name: [asdict(task), asdict(scenario.data[task.data])] for name, task in tasks.items()},
             "alpha_per_rank": scenario.upstream.alpha_per_rank,
             "downstream": {k: v for k, v in asdict(scenario.downstream).items() if k not in ignored},
+            **({"factor": contender.adapter} if contender.method == "lambda-lora" else {}),
+            **(
+                {"recipe": [RECIPE_RATE, scenario.downstream.recipe_steps]}
+                if contender.method in (*RECIPES, "fresh-member")
+                else {}
+            ),
         }
 
     def _stage(self, setting: Setting) -> Stage:
@@ -227,7 +235,7 @@ class Study:
     def _downstream(self, setting: Setting, task: Task) -> Downstream | LanguageDownstream:
         if isinstance(self.model, LanguageModel):
             return LanguageDownstream(self.scenario, setting, task, self.model, self._scratch)
-        return Downstream(self.scenario, setting, task, self.model, self._scratch)
+        return Recipes(self.scenario, setting, task, self.model, self._scratch)
 
     def _count(self, settings: list[Setting]) -> int:
         """How many runs there are in all, finished or not."""
@@ -243,7 +251,7 @@ class Study:
 
     def _methods_of(self, setting: Setting) -> Iterator[str]:
         for method in self.scenario.methods:
-            yield from [method] * (len(setting.upstream) if method == "single" else 1)
+            yield from [method] * {"single": len(setting.upstream), "lambda-lora": len(FACTORS)}.get(method, 1)
 
 
 def limited(scenario: Scenario, seeds: int | None, methods: tuple[str, ...] | None) -> Scenario:

@@ -24,14 +24,16 @@ from .analysis import (
     by_adapter,
     difference,
     mean_weights,
+    scaled_lora,
 )
 from .markdown import NAMES, table
 from .records import Record
-from .scenario import ALL, METHODS, Scenario
+from .scenario import ALL, FACTORS, Scenario
 
 
 PAPER = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
-ROWS = [name for name in NAMES if name in METHODS or "single" in name]
+NOT_CHOSEN = (ORACLE_SINGLE, MEAN_SINGLE, *map(scaled_lora, FACTORS))  # by anything but the test set
+ROWS = list(NAMES)
 
 
 def accuracy_table(own: Scores, records: Sequence[Record], paper: Mapping[str, Any] | None = None) -> str:
@@ -83,7 +85,7 @@ def weights_table(records: Sequence[Record]) -> str:
     shots = list(dict.fromkeys(record["k"] for record in records))
     rows = []
     header: list[str] = []
-    for method in ("learned", "learned-free", "random-learned", "lorahub"):
+    for method in ("learned", "learned-free", "random-learned", "lorahub", "evidence", "cold", "evidence-learned"):
         for k in shots:
             weights = by_adapter(mean_weights(records, method, k))
             if weights:
@@ -188,9 +190,7 @@ def upstream_table(records: Sequence[Record]) -> str:
 
 
 def _best(own: Scores, k: Shots) -> str:
-    means = {
-        m: float(s.mean()) for (m, shots), s in own.items() if shots == k and m not in (ORACLE_SINGLE, MEAN_SINGLE)
-    }
+    means = {m: float(s.mean()) for (m, shots), s in own.items() if shots == k and m not in NOT_CHOSEN}
     return max(means, key=lambda method: means[method])
 
 

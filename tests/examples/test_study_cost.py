@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from few_shot_transfer import recipes
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.__main__ import app
 from few_shot_transfer.cost import Assumptions, cost_of
@@ -20,14 +21,16 @@ from few_shot_transfer.study import Study
 from few_shot_transfer.training import GroupedTrainer, HeadOnFeatures
 from typer.testing import CliRunner
 
+from peft_composition import fit_mixing_weights
+
 from .digits import digits
 
 
 VIT = scenarios.load("split-cifar100").model
 DIGITS = (
     digits(layers=1, steps=3, of_round=", subsets: true")
-    + """methods: [classifier, lora, uniform, learned, single, lorahub]
-upstream: {max_steps: 2, batch_size: 8}
+    + f"""methods: [classifier, lora, uniform, learned, single, lorahub, {", ".join(scenarios.ADDED)}]
+upstream: {{max_steps: 2, batch_size: 8}}
 downstream:
   shots: [3]
   seeds: 1
@@ -35,11 +38,12 @@ downstream:
   epochs: 3
   max_steps: 5
   batch_size: 4
-  grid: {head: [1.0e-2], lora: [1.0e-3], full: [1.0e-4], mixing: [1.0e-3, 1.0e-2]}
-  selection: {shots: [3], seeds: 1}
+  grid: {{head: [1.0e-2], lora: [1.0e-3], full: [1.0e-4], mixing: [1.0e-3, 1.0e-2]}}
+  selection: {{shots: [3], seeds: 1}}
   validation_size: 9
   test_size: 21
   lorahub_budget: 4
+  recipe_steps: 7
 """
 )
 
@@ -68,6 +72,13 @@ def test_counts_are_those_of_a_real_run(tmp_path: Path, monkeypatch: pytest.Monk
         done["seen"] += len(data)
         return predict(self, data, *args, **kwargs)
 
+    def counted_evidence(model: Any, data: Any, **kwargs: Any) -> Any:
+        report = fit_mixing_weights(model, data, **kwargs)
+        assert report.scores is not None
+        done["seen"] += len(report.scores) * len(data)
+        return report
+
+    monkeypatch.setattr(recipes, "fit_mixing_weights", counted_evidence)
     monkeypatch.setattr(GroupedTrainer, "train", counted_train)
     monkeypatch.setattr(GroupedTrainer, "predict", counted_predict)
     Study(spec, tmp_path, progress=False).run()
