@@ -20,6 +20,8 @@ def run(
     hub: Annotated[bool, typer.Option("--hub", help="All scenarios at the paper's scale.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Default: the scenario's.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: the scenario's.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Values of K, comma-separated. Default: the scenario's.")] = None,
+    target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="See that it runs; the figures mean nothing.")] = False,
     output: Output = Path("study-output"),
 ) -> None:
@@ -31,11 +33,13 @@ def run(
     be_quiet()
     chosen = tuple(methods.split(",")) if methods else None
     try:
-        specs = [limited(scenario.load(name), seeds, chosen) for name in names]
+        values = tuple(k if k == scenario.ALL else int(k) for k in shots.split(",")) if shots else None
+        specs = [limited(scenario.load(name), seeds, chosen, values, target) for name in names]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     for name, spec in zip(names, specs):
-        options = [f"--seeds {seeds}"] * bool(seeds) + [f"--methods {methods}"] * bool(methods) + ["--smoke"] * smoke
+        asked = {"seeds": seeds, "methods": methods, "shots": shots, "target": target}
+        options = [f"--{option} {value}" for option, value in asked.items() if value] + ["--smoke"] * smoke
         command = " ".join(["python -m examples.few_shot_transfer run", Path(name).name, *options])
         Study(scenario.smoke(spec) if smoke else spec, output, command=command).run()
 

@@ -254,8 +254,26 @@ class Study:
             yield from [method] * {"single": len(setting.upstream), "lambda-lora": len(FACTORS)}.get(method, 1)
 
 
-def limited(scenario: Scenario, seeds: int | None, methods: tuple[str, ...] | None) -> Scenario:
-    """The scenario with fewer or more seeds, or with some methods only."""
+def limited(
+    scenario: Scenario,
+    seeds: int | None,
+    methods: tuple[str, ...] | None,
+    shots: tuple[int | str, ...] | None = None,
+    target: str | None = None,
+) -> Scenario:
+    """The scenario with fewer or more seeds, with some methods, other K, or one downstream task alone.
+
+    Raises:
+        ValueError: for a method or K that there is not, or a task that is not a downstream task of the scenario.
+    """
     if seeds is not None:
         scenario = replace(scenario, downstream=replace(scenario.downstream, seeds=seeds))
+    if shots is not None:
+        scenario = replace(scenario, downstream=replace(scenario.downstream, shots=shots))
+    if target is not None:
+        rounds = tuple(replace(own, target=(target,)) for own in scenario.rounds if target in own.target)
+        if not rounds:
+            known = dict.fromkeys(name for own in scenario.rounds for name in own.target)
+            raise ValueError(f"{target!r} is no downstream task of {scenario.name}: there are {', '.join(known)}")
+        scenario = replace(scenario, rounds=rounds)
     return scenario if methods is None else replace(scenario, methods=methods)

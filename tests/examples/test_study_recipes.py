@@ -183,3 +183,13 @@ def test_language_models_are_refused_before_anything_runs(method: str) -> None:
 
 def test_scenarios_that_name_no_methods_run_those_of_the_paper_and_its_controls() -> None:
     assert not set(ADDED) & set(scenarios.load("fashion-labels").methods)
+
+
+def test_a_scenario_can_be_cut_down_to_one_task_and_other_shots() -> None:
+    spec = limited(scenarios.load("vader-domains"), 8, ("uniform", "evidence"), (2, 5), "nyt")
+    assert [own.target for own in spec.settings()] == ["nyt"]
+    assert (spec.downstream.shots, spec.downstream.seeds) == ((2, 5), 8)
+    with pytest.raises(ValueError, match="'books' is no downstream task of vader-domains: there are movies, amazon"):
+        limited(scenarios.load("vader-domains"), None, None, target="books")
+    with pytest.raises(ValueError, match="shots are positive numbers"):
+        limited(scenarios.load("vader-domains"), None, None, (0,))
