@@ -15,6 +15,7 @@ add_peft_type()
 from .checkpoint.card import complete_card, write_model_card  # noqa: E402
 from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora  # noqa: E402
 from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub  # noqa: E402
+from .comparing import compare_methods  # noqa: E402
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .evidence import fit_mixing_weights, score_adapters  # noqa: E402
 from .explaining import prune_adapters  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "LoraExport",
     "MixingWeightsCallback",
     "add_to_checkpoint",
+    "compare_methods",
     "composition_optimizer",
     "fit_mixing_weights",
     "last_complete_checkpoint",

@@ -79,15 +79,17 @@ def corrected_resampled(values: ArrayLike, test_share: float) -> Differences:
 
 
 def left_out(values: ArrayLike, folds: int, prior: float = PRIOR) -> Differences:
-    """The same test for (repeated) cross-fitting, with s^2 from n examples in place of a few splits.
+    """Differences of (repeated) cross-fitting, each example left out once in every repeat: (1 + n_test/n_train) s^2/n.
 
-    A split of n/J examples has the variance s^2 = sigma^2 J/n, where sigma^2 is that of one example. This has n - 1
-    degrees of freedom, where the splits themselves have one less than there are of them.
+    Here s^2 is the variance of the n examples, each a mean over its repeats. The second term stands for training sets
+    that overlap, as in `corrected_resampled`, and n examples give n - 1 degrees of freedom where J folds give J - 1.
+    The test of a whole split, 1/J + n_test/n_train, would count the examples twice: a split's own variance has them.
+    How often verdicts from this are wrong was measured on simulated users (docs/concepts/verdicts.md).
 
     Args:
         values: the difference for each example when it is left out, shape (repeats, n) or (repeats, n, m).
         folds: J, of each repeat.
-        prior: added to the sum of squares as one more example.
+        prior: added to the sum of squares, as one more example that differs by 1 from the mean of all.
 
     Raises:
         ValueError: there are fewer than two examples or folds, or a value is not finite.
@@ -96,12 +98,11 @@ def left_out(values: ArrayLike, folds: int, prior: float = PRIOR) -> Differences
     wide = wide[..., None] if wide.ndim == 2 else wide
     if folds < 2:
         raise ValueError(f"cross-fitting has 2 folds or more, got {folds}")
-    repeats, count, others = wide.shape
-    of_repeat = [_columns(own, 2) for own in wide]
-    squares = np.mean([_covariance(own) for own in of_repeat], axis=0) * (count - 1) + prior * np.eye(others)
-    of_example = squares / (count - 1 + prior)
-    factor = folds / count * (1 / (repeats * folds) + 1 / (folds - 1))
-    return Differences(wide.mean((0, 1)), factor * of_example, count - 1, count)
+    by_example = _columns(wide.mean(0), 2)
+    factor = folds / (folds - 1) / len(by_example)
+    return Differences(
+        by_example.mean(0), factor * _with_prior(by_example, prior), len(by_example) - 1, len(by_example)
+    )
 
 
 def over_draws(values: ArrayLike, prior: float = PRIOR) -> Differences:
@@ -119,10 +120,9 @@ def over_draws(values: ArrayLike, prior: float = PRIOR) -> Differences:
     """
     wide = np.asarray(values, dtype=np.float64)
     wide = wide[..., None] if wide.ndim == 2 else wide
-    draws, tests, others = wide.shape
+    draws, tests = wide.shape[:2]
     by_test, by_draw = _columns(wide.mean(0), 2), _columns(wide.mean(1), 1)
-    squares = _covariance(by_test) * (tests - 1) + prior * np.eye(others)
-    of_tests = squares / (tests - 1 + prior) / tests
+    of_tests = _with_prior(by_test, prior) / tests
     if draws == 1:
         return Differences(wide.mean((0, 1)), of_tests, tests - 1, tests)
     of_draws = _covariance(by_draw) / draws
@@ -137,6 +137,12 @@ def _columns(values: ArrayLike, least: int) -> Floats:
     if len(wide) < least or not np.isfinite(wide).all():
         raise ValueError(f"differences must be finite and {least} or more, got {len(wide)}")
     return wide
+
+
+def _with_prior(wide: Floats, prior: float) -> Floats:
+    """The covariance with one more example, which differs by 1 from the mean in all columns."""
+    count = len(wide)
+    return (_covariance(wide) * (count - 1) + prior) / (count - 1 + prior)
 
 
 def _covariance(wide: Floats) -> Floats:

@@ -15,7 +15,8 @@ from .differences import Differences, _t
 Word = Literal["helps", "equivalent", "harms", "cannot tell"]
 ROPE = 0.01
 """Differences of accuracy up to this are no difference in practice."""
-LEVEL = 0.95
+LEVEL = 0.9
+"""Chosen with the region on half of the tasks of simulated users: no false \"helps\" there, and the most true ones."""
 DRAWS = 20_000
 MOST_MORE = 100_000  # examples; to ask for more is to say that nothing will tell
 
@@ -81,7 +82,9 @@ def judge(
 
     Which of the others is best is not known: the one with the highest score is so by luck in part. So the
     probabilities are about the smallest difference to any of them, drawn from their joint distribution: "helps" must
-    be better than each (an intersection-union test), "harms" is worse than at least one.
+    be better than each (an intersection-union test). Among several others some look better by chance, which would make
+    "harms" too frequent: it must also be worse than a single one with a probability that counts how many there are
+    (Bonferroni).
 
     Args:
         judged: the method.
@@ -91,12 +94,14 @@ def judge(
         rope: half the width of the region of practical equivalence, in units of the score.
         level: probability that a word needs.
     """
-    if not (0 <= rope < 1 and 0.5 < level < 1):
-        raise ValueError(f"rope must be in 0..1 and level in 0.5..1, got {rope} and {level}")
+    require_good_limits(rope, level)
     least = found.sample(DRAWS, seed=0).min(1)
     helps, harms = float((least > rope).mean()), float((least < -rope).mean())
     chances: dict[Word, float] = {"helps": helps, "equivalent": 1 - helps - harms, "harms": harms}
+    is_worse = found.probabilities(rope)[:, 0].max() >= 1 - (1 - level) / len(others)
     word: Word = next((name for name, chance in chances.items() if chance >= level), "cannot tell")
+    if word == "harms" and not is_worse:
+        word = "cannot tell"
     best = int(np.argmax(scores))
     low, high = np.quantile(least, [0.025, 0.975])
     more = examples_to_tell(found, rope, level) if word == "cannot tell" else None
@@ -114,6 +119,12 @@ def judge(
         level=level,
         more=more,
     )
+
+
+def require_good_limits(rope: float, level: float) -> None:
+    """Refuse a region or a level that mean nothing."""
+    if not (0 <= rope < 1 and 0.5 < level < 1):
+        raise ValueError(f"rope must be in 0..1 and level in 0.5..1, got {rope} and {level}")
 
 
 def examples_to_tell(found: Differences, rope: float, level: float = LEVEL) -> int | None:

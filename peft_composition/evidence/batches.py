@@ -83,7 +83,7 @@ def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[An
         )
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         return data
-    if collate is None and (not len(data) or _is_batch(data[0])):
+    if collate is None and (not len(data) or is_batch(data[0])):
         return data
     if collate is None:
         from transformers import default_data_collator
@@ -94,7 +94,7 @@ def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[An
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
-def _is_batch(first: Any) -> bool:
+def is_batch(first: Any) -> bool:
     """Whether an entry of a list is a batch and not a row, judged by its labels and its input ids.
 
     One-dimensional labels are the classes of a batch, or the tokens of one row; for a row the input ids are

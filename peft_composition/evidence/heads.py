@@ -110,7 +110,7 @@ class Features:
         Raises:
             ValueError: no part of the head gets one vector per example.
         """
-        pooled, tokens, codes, logits = self._pooled, self._of_tokens, self._codes, _logits(output)
+        pooled, tokens, codes, logits = self._pooled, self._of_tokens, self._codes, logits_of(output)
         if pooled is not None and pooled.shape[0] == examples:
             return pooled
         if (
@@ -148,7 +148,7 @@ class Features:
         return self._codes[None].expand_as(output)
 
 
-def _logits(output: Any) -> Tensor | None:
+def logits_of(output: Any) -> Tensor | None:
     """The logits that a model returns."""
     if isinstance(output, Tensor):
         return output

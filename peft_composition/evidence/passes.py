@@ -176,9 +176,9 @@ def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, cand
     with candidate.switch():
         try:
             if examples.labels is None:
-                found = _answers(model, examples.batches, mixed_precision)
+                found = read_answers(model, examples.batches, mixed_precision)
             else:
-                features = _features(model, examples, mixed_precision)
+                features = read_features(model, examples, mixed_precision)
                 found = leave_one_out_distances(features, examples.labels)
         except ValueError as error:
             name = quoted(candidate.name)
@@ -189,21 +189,23 @@ def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, cand
     return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started)
 
 
-def _features(model: nn.Module, examples: Examples, mixed_precision: Precision) -> Tensor:
+def read_features(model: nn.Module, examples: Examples, mixed_precision: Precision) -> Tensor:
+    """Pooled features of all examples, shape (n, width), from the model as it is."""
     assert examples.head is not None
     features, seen = Features(examples.head), []
     for batch in examples.batches:
-        with features.watching(), _autocast(model, mixed_precision):
+        with features.watching(), autocast(model, mixed_precision):
             output = model(**inputs_on(batch, model, with_labels=False))
         seen.append(features.read(output, len(batch["labels"])))
     return torch.cat(seen)
 
 
-def _answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Precision) -> Answers:
+def read_answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Precision) -> Answers:
+    """Scores of the answers of all examples, from the model as it is."""
     is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     found = []
     for batch in batches:
-        with _autocast(model, mixed_precision):
+        with autocast(model, mixed_precision):
             output = model(**inputs_on(batch, model, with_labels=is_seq2seq))
         found.append(answers(output.logits, batch["labels"], is_shifted=not is_seq2seq))
     return Answers(*(torch.cat(parts) for parts in zip(*found)))
@@ -237,7 +239,8 @@ def _is_sharded(model: nn.Module) -> bool:
     ) or any(hasattr(module, "_is_fsdp_managed_module") for module in model.modules())
 
 
-def _autocast(model: nn.Module, mixed_precision: Precision) -> AbstractContextManager[object]:
+def autocast(model: nn.Module, mixed_precision: Precision) -> AbstractContextManager[object]:
+    """A context for passes in this precision."""
     if mixed_precision == "no":
         return nullcontext()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -39,35 +39,35 @@ def test_the_correction_of_nadeau_and_bengio() -> None:
     assert np.allclose(found.probabilities(0.01)[0], [1 - middle - above, middle, above], atol=1e-9)
 
 
-def test_left_out_examples_agree_with_their_folds_where_these_are_alike() -> None:
-    # Differences whose folds vary as much as independent examples make them: s^2 = sigma^2 J / n.
+def test_left_out_examples_are_those_of_many_folds_in_many_repeats() -> None:
+    # With repeats the first term of 1/(R J) + n_test/n_train goes, and s^2 of folds is sigma^2 J / n.
     generator = np.random.default_rng(1)
-    count, folds = 200_000, 1000
-    values = generator.normal(0.1, 1, (1, count))
-    by_fold = corrected_resampled(values[0].reshape(folds, -1).mean(1), 1 / (folds - 1))
-    by_example = left_out(values, folds, prior=0.0)
-    assert math.isclose(by_fold.error[0], by_example.error[0], rel_tol=0.05)
-    variance = values[0].var(ddof=1)
-    expected = math.sqrt(variance * folds / count * (1 / folds + 1 / (folds - 1)))
-    assert math.isclose(by_example.error[0], expected, rel_tol=1e-12)
+    count, folds = 60_000, 1000
+    values = generator.normal(0.1, 1, count)
+    by_fold = [generator.permutation(values).reshape(folds, -1).mean(1) for _ in range(50)]
+    repeated = corrected_resampled(np.concatenate(by_fold), 1 / (folds - 1))
+    assert math.isclose(repeated.error[0], left_out(values[None], folds, prior=0.0).error[0], rel_tol=0.03)
 
 
-def test_repeats_leave_what_the_overlap_costs() -> None:
-    values = np.random.default_rng(2).integers(-1, 2, (1, 40)).astype(float)
-    once, often = left_out(values, 5), left_out(np.repeat(values, 1000, axis=0), 5)
-    assert math.isclose(often.error[0] / once.error[0], math.sqrt((1 / 5000 + 1 / 4) / (1 / 5 + 1 / 4)), rel_tol=1e-9)
+def test_left_out_examples_by_hand() -> None:
+    values = np.random.default_rng(2).integers(-1, 2, (3, 40)).astype(float)
+    mean = values.mean(0)
+    variance = sum((value - mean.mean()) ** 2 for value in mean) / 39
+    found = left_out(values, 5, prior=0.0)
+    assert math.isclose(found.error[0], math.sqrt((1 + 8 / 32) * variance / 40), rel_tol=1e-12)
+    assert found.df == 39
 
 
 def test_equal_answers_are_not_certainty() -> None:
     found = left_out(np.zeros((1, 10)), 5)
-    assert math.isclose(found.error[0], math.sqrt((1 / 10) * 5 / 10 * (1 / 5 + 1 / 4)))
+    assert math.isclose(found.error[0], math.sqrt(5 / 4 / 10 * (1 / 10)))
     assert left_out(np.zeros((1, 10)), 5, prior=0.0).error[0] == 0
 
 
 def test_several_others_have_the_covariance_of_numpy() -> None:
     values = np.random.default_rng(3).normal(size=(30, 3))
     found = left_out(values[None], 5, prior=0.0)
-    expected = np.cov(values.T) * 5 / 30 * (1 / 5 + 1 / 4)
+    expected = np.cov(values.T) * 5 / 4 / 30
     assert np.allclose(found.covariance, expected, rtol=1e-12)
     drawn = found.sample(400_000, seed=0)
     assert np.allclose(drawn.mean(0), values.mean(0), atol=0.003)
@@ -118,6 +118,14 @@ def test_the_words() -> None:
     assert judge("mix", ["head"], [0.5], of([0.02], 0.05), 0.01).word == "cannot tell"
 
 
+def test_to_harm_it_must_be_worse_than_a_single_one_by_more_the_more_there_are() -> None:
+    one = judge("mix", ["a"], [0.5], of([-0.08], 0.05), 0.01)  # 91% for each
+    assert one.word == "harms"
+    several = judge("mix", ["a", "b", "c"], [0.5] * 3, of([-0.08] * 3, 0.05), 0.01)
+    assert several.harms > one.harms
+    assert several.word == "cannot tell"
+
+
 def test_the_chances_of_one_other_are_those_of_t() -> None:
     verdict = judge("mix", ["head"], [0.5], of([0.03], 0.04), 0.01)
     expected = [stats.t.sf((0.01 - 0.03) / 0.04, 30), stats.t.cdf((-0.01 - 0.03) / 0.04, 30)]
@@ -138,7 +146,7 @@ def test_it_must_be_better_than_each_other() -> None:
 
 def test_how_many_more_examples() -> None:
     found = of([0.05], 0.05)
-    needed = 31 * (stats.t.ppf(0.95, 30) * 0.05 / 0.04) ** 2
+    needed = 31 * (stats.t.ppf(0.9, 30) * 0.05 / 0.04) ** 2
     assert examples_to_tell(found, 0.01) == math.ceil(needed - 31)
     assert examples_to_tell(of([0.01], 0.05), 0.01) is None  # on the edge no number would do
     assert "more examples would tell" in str(judge("mix", ["head"], [0.5], found, 0.01))
