@@ -119,6 +119,9 @@ def quantization_backend_of(base_layer: nn.Module, **quantization_kwargs: Any) -
     quantized linear layers). They get a backend that cannot merge, because adding an update to codes gives garbage
     without an error. So do torchao weights if it is unknown how to quantize them again.
     """
+    weight = base_layer._parameters.get("weight")
+    if type(base_layer) in PLAIN_LAYERS and type(weight) is nn.Parameter and _has_plain_weight(base_layer):
+        return None  # nearly every layer; asking every backend takes as long as wrapping the layer
     try:
         backend = resolve_quantization_backend(base_layer, **quantization_kwargs)
     except ValueError:  # torchao weights in a model that transformers did not quantize

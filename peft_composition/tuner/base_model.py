@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from typing import Any, cast
 
@@ -28,6 +28,8 @@ class BaseModel:
 
     Attributes:
         model: the model.
+        modules: all its modules, each once.
+        composed: those that are composed.
         layers: its base layers by name; for a composed layer, the layer inside the wrapper.
         quantization_kwargs: arguments that PEFT needs for some kinds of quantization.
 
@@ -37,7 +39,10 @@ class BaseModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = _target_layers(model)
+        named = dict(model.named_modules())
+        self.modules = [*named.values()]
+        self.composed = [module for module in self.modules if isinstance(module, CompositionLayer)]
+        self.layers = _target_layers(named)
         self.quantization_kwargs: dict[str, Any] = get_quantization_kwargs(model)
         self._dtype = _model_dtype(model)
         # Adapters have most names in common.
@@ -98,7 +103,7 @@ class BaseModel:
         return renamed if renamed in self.layers else module
 
 
-def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _target_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Base layers by name; for a composed layer, only the layer inside the wrapper.
 
     Wrappers around parameters are ignored.
@@ -108,7 +113,7 @@ def _target_layers(model: nn.Module) -> dict[str, nn.Module]:
     targets: dict[str, nn.Module] = {}
     wrappers: list[str] = []
     wrapped: str | None = None
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if is_tuner_layer(module) and not isinstance(module, CompositionLayer):
             raise ValueError(
                 f"Module {name!r} already has an adapter of another kind ({type(module).__module__}). Compose or load "

@@ -27,7 +27,7 @@ from .locating import PEFT_PREFIX, base_of, composition_layers, located_layers, 
 from .mixing import Mixing, sharing_key
 from .mixing_weights import mixing_weights
 from .parameters import ParameterWrapper, wrapper_for
-from .preparation import Injection, prepare, require_usable_name
+from .preparation import Injection, prepare, require_new, require_usable_name
 from .ties import computes_by_flag, find_ties, held_more_than_once, separate, warn_about_leaving
 
 
@@ -63,12 +63,8 @@ class CompositionModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # Before PEFT replaces the old config by the new one.
-        if any(adapter_name in layer.composition_factors for _, layer in composition_layers(model)):
-            raise ValueError(
-                f"This model already holds a composition {adapter_name!r}. Use a fresh base model, or call "
-                '`.unload()` of the PeftModel around it first, or pass another name: adapter_name="...".'
-            )
+        if adapter_name in (getattr(model, "peft_config", None) or ()):  # PEFT would replace this config first
+            require_new(adapter_name, (layer for _, layer in composition_layers(model)))
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def mixing_weights(self, adapter_name: str | None = None) -> dict[str, dict[str, float]]:
@@ -105,6 +101,7 @@ class CompositionModel(BaseTuner):
         config = self.peft_config[adapter_name] = self.peft_config[adapter_name].copy()
         with config.building():
             base = BaseModel(model)
+            require_new(adapter_name, base.composed)
             require_usable_name(adapter_name, base.layers)
             injection = prepare(config, base)
             require_usable_name(adapter_name, injection.ranks.keys() - base.layers.keys())
@@ -123,10 +120,10 @@ class CompositionModel(BaseTuner):
                 await_fingerprint(carrying, adapter_name, config, injection.mixings)
             if injection.stacked is not None:
                 self._fill(injection, adapter_name)
-        modules = list(model.modules())
-        if held_more_than_once(modules):
+        if held_more_than_once(base.modules):
             find_ties(model, dict(composition_layers(model)))
-        packing.watch(modules)
+        if any(packing.packable(base.modules)):
+            packing.watch(model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompositionModel:
         packing.unpack_all(self)  # bitsandbytes does not do it, or loses the order of the scales

@@ -21,16 +21,16 @@ _SCALES = ("absmax", "nested", "offset", "state2", "dtype")
 _KEPT = "scales_before_packing"
 
 
-def watch(modules: Iterable[nn.Module]) -> None:
+def watch(model: nn.Module) -> None:
     """Unpack packed weights exactly, whenever their model is trained or saved.
 
     This includes layers without a composition, because gradients must pass through them. It uses hooks of PyTorch,
     which stay when the compositions are removed, and do nothing for weights on other devices.
 
     Args:
-        modules: the modules of the base model, of any kind.
+        model: the base model, with all its layers.
     """
-    for layer in _packable(modules):
+    for layer in packable(model.modules()):
         if _before_forward not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_before_forward)
             layer.register_state_dict_pre_hook(_before_saving)
@@ -62,11 +62,11 @@ def unpack(layer: nn.Module) -> None:
 
 def unpack_all(model: nn.Module) -> None:
     """`unpack` for every layer of a model."""
-    for layer in _packable(model.modules()):
+    for layer in packable(model.modules()):
         unpack(layer)
 
 
-def _packable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def packable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The layers of bitsandbytes that may be packed; empty for versions that do not pack."""
     for module in modules:
         if "support_avx512bf16_for_cpu" in vars(module):  # hasattr would search parameters and submodules, too

@@ -119,6 +119,15 @@ def require_usable_name(adapter_name: str, module_names: Iterable[str]) -> None:
         )
 
 
+def require_new(adapter_name: str, layers: Iterable[CompositionLayer]) -> None:
+    """Refuse the name of a composition that the layers already hold."""
+    if any(adapter_name in layer.composition_factors for layer in layers):
+        raise ValueError(
+            f"This model already holds a composition {adapter_name!r}. Use a fresh base model, or call "
+            '`.unload()` of the PeftModel around it first, or pass another name: adapter_name="...".'
+        )
+
+
 def require_composable(config: CompositionConfig, model: nn.Module, adapters: list[UpstreamAdapter]) -> None:
     """Check adapters that were already read as building a composition does, without changing the model.
 

@@ -231,7 +231,7 @@ def test_moving_a_model_unpacks_it_first(
 
 def test_other_layers_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3), nn.ReLU())
-    packing.watch(model.modules())
+    packing.watch(model)
     packing.unpack_all(model)
     for module in model:
         packing.unpack(module)

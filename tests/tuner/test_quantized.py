@@ -205,7 +205,7 @@ def test_one_adapter_is_what_peft_makes_of_it(kind: str, saved_base: Path, adapt
         differs = (left - right).abs() > tolerance * left.abs().max()
         assert differs.float().mean() <= (1e-3 if KINDS[kind].dtype == torch.float32 else 0.1)
 
-    packing.watch(lora.modules())  # PEFT reads the codes of 4 bit as they lie, packed for the CPU or not
+    packing.watch(lora)  # PEFT reads the codes of 4 bit as they lie, packed for the CPU or not
     assert relative_error(logits(ours), logits(lora).double()) <= tolerance
     packing.unpack_all(lora)
     lora.merge_adapter()
