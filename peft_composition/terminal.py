@@ -15,6 +15,7 @@ from rich.text import Text
 from .analysis.inspection import AdapterReport
 from .analysis.report import Part, WeightRow, short_labels
 from .checkpoint.export import LoraExport
+from .comparing import Comparison
 from .text import LONG, one_line
 
 
@@ -152,3 +153,25 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def print_comparison(result: Comparison) -> None:
+    """Print a row for every method, and the verdict."""
+    table = Table(title=one_line(result.setting), title_justify="left")
+    table.add_column("method", overflow="fold")
+    for heading in (result.measure, "95% interval", "loss", "trained", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    notes = {"alternative": "no adapters", "adapters": "", "control": "control"}
+    for row in result:
+        table.add_row(
+            Text(one_line(row.name)),
+            f"{100 * row.score:.1f}%",
+            f"{100 * row.low:.1f} to {100 * row.high:.1f}",
+            f"{row.loss:.3f}",
+            f"{row.trainable:,}",
+            f"{row.seconds:.1f}",
+            notes[row.kind],
+        )
+    Console(highlight=False, emoji=False).print(table)
+    say(str(result.verdict))

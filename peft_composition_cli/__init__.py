@@ -8,10 +8,11 @@ arguments are fast.
 from .application import app, main
 from . import inspect  # help lists the commands in this order
 from . import compose
+from . import compare
 from . import export
 from . import weights
 from . import merge
 # isort: on
 
 
-__all__ = ["app", "compose", "export", "inspect", "main", "merge", "weights"]
+__all__ = ["app", "compare", "compose", "export", "inspect", "main", "merge", "weights"]

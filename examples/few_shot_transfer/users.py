@@ -107,7 +107,7 @@ def last_block(bench: Bench, rows: Dataset) -> LastBlock:
 
 
 def simulate(
-    bench: Bench, draws: Sequence[Draw], known: Sequence[Record] = (), progress: bool = True
+    bench: Bench, draws: Sequence[Draw], known: Sequence[Record] = (), trains: bool = True, progress: bool = True
 ) -> Iterator[Record]:
     """Every draw of the support set is a user.
 
@@ -115,6 +115,7 @@ def simulate(
         bench: a task of sentences.
         draws: K and seeds.
         known: records that there are; their users are not simulated again.
+        trains: whether with a fresh LoRA and with weights that train on from evidence, which take most of the time.
         progress: whether to show a progress bar.
 
     Yields:
@@ -129,11 +130,14 @@ def simulate(
     bench.prepare(wanted)
     pool = sorted({index for draw in wanted for index in bench.support(draw)})
     place = {index: number for number, index in enumerate(pool)}
-    support = last_block(bench, bench.task.train.select(pool))
-    test = last_block(bench, bench.judged["test"])
+    support, test = None, None
+    if trains:
+        support, test = last_block(bench, bench.task.train.select(pool)), last_block(bench, bench.judged["test"])
     for draw in tqdm(wanted, desc=" ".join(facts.values()), unit="user", disable=not progress):
         started = time.perf_counter()
-        own = LastBlock(support.layer, [support.states[place[index]] for index in bench.support(draw)])
+        own = None
+        if support is not None:
+            own = LastBlock(support.layer, [support.states[place[index]] for index in bench.support(draw)])
         methods = _methods(bench, draw, own, test)
         seconds = round(time.perf_counter() - started, 2)
         yield {
@@ -146,7 +150,7 @@ def simulate(
         }
 
 
-def _methods(bench: Bench, draw: Draw, own: LastBlock, test: LastBlock) -> dict[str, Any]:
+def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | None) -> dict[str, Any]:
     labels, names, seed = bench.labels(draw), (*bench.names, UNIFORM, BASE), draw[1]
     corners = Corners.of({name: bench.features(name, draw) for name in names}, bench.names)
     judged = Corners.of({name: bench.features(name, "test") for name in names}, bench.names)
@@ -168,23 +172,27 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock, test: LastBlock) -> dict[
     heads = train_heads(torch.stack(inputs, 1), labels, trained_on, bench.classes, budget, seed)
     logits = dict(zip(rows, predict(heads, torch.stack(inputs, 1))))  # (folds, n, classes)
     test_logits = dict(zip(rows, predict([part[:, -1:] for part in heads], tests[-1][:, None])[:, 0]))
-    logits[LEARNED], test_logits[LEARNED] = _learned(corners, judged, labels, trained_on, weights, bench.classes, seed)
-    factors, lora_heads = _fresh(own, labels, trained_on, bench.classes, seed)
-    every = everything[None].expand(len(trained_on), -1)
-    with torch.no_grad():
-        for scale, name in FRESH.items():
-            logits[name] = predict(lora_heads, own.features(every, factors, scale * ALPHA / RANK)[None])[0]
-            last = [factor[-1:] for factor in factors]
-            pooled = [
-                test.features(rows[None], last, scale * ALPHA / RANK)[0]
-                for rows in torch.arange(len(test.states)).split(BATCH)
-            ]
-            test_logits[name] = predict([part[:, -1:] for part in lora_heads], torch.cat(pooled)[None, None])[0, 0]
+    if own is not None and test is not None:
+        logits[LEARNED], test_logits[LEARNED] = _learned(
+            corners, judged, labels, trained_on, weights, bench.classes, seed
+        )
+        factors, lora_heads = _fresh(own, labels, trained_on, bench.classes, seed)
+        every = everything[None].expand(len(trained_on), -1)
+        with torch.no_grad():
+            for scale, name in FRESH.items():
+                logits[name] = predict(lora_heads, own.features(every, factors, scale * ALPHA / RANK)[None])[0]
+                last = [factor[-1:] for factor in factors]
+                pooled = [
+                    test.features(rows[None], last, scale * ALPHA / RANK)[0]
+                    for rows in torch.arange(len(test.states)).split(BATCH)
+                ]
+                test_logits[name] = predict([part[:, -1:] for part in lora_heads], torch.cat(pooled)[None, None])[0, 0]
     truth = bench.judged_labels["test"]
     return {
         name: {**_described(logits[name][folds, everything], labels, "")}
         | _described(test_logits[name], truth, "test_")
         for name in (*WITHOUT_ADAPTERS, *WITH_ADAPTERS)
+        if name in logits
     }
 
 

@@ -1,0 +1,86 @@
+"""`peft-composition compare`: reads base, adapters and examples, compares methods, and prints the verdict."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.base_models import base_config
+from ..choosing import EncodedRows, LabelledData, load_processor, read_data
+from ..comparing import compare_methods, plot_comparison
+from ..comparing.methods import FRESH, LEARNED, METHODS
+from ..references import AdapterReference
+from ..terminal import print_comparison, print_json, say
+from ..text import one_line
+from .inputs import references_of, task_and_loader
+
+
+def run(
+    base: str,
+    adapters: list[str] | Path | None,
+    data: str,
+    columns: Mapping[str, Any],
+    *,
+    test: str | None,
+    task: str | None,
+    png: Path | None,
+    as_json: bool,
+    fast: bool,
+    seed: int,
+    **options: Any,
+) -> None:
+    """Compare, print the table and the verdict, and plot them if a file is given."""
+    references = _references(adapters)
+    examples = read_data(data, **columns)
+    tests = None if test is None else read_data(test, **columns, classes=examples.classes or None)
+    config = base_config(base)
+    wanted = task or _task_of(examples, bool(getattr(config, "is_encoder_decoder", False)))
+    task, loader = task_and_loader(references, wanted, config, check_base=True, is_strict=True)
+    if loader.is_classifier != (examples.kind != "answer"):
+        needs = "--label" if loader.is_classifier else "--prompt and --answer"
+        raise ValueError(f"{base} is loaded as a {loader.builds.__name__}, which needs {needs}; give them, or --task")
+    model, _ = loader.from_pretrained(
+        base, num_labels=len(examples.classes) if loader.is_classifier else None, is_reported=False
+    )
+    processor = load_processor(base, examples.kind)
+    is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    rows = EncodedRows(examples, processor, is_seq2seq)
+    if not as_json:
+        say(f"{len(references)} adapters, {len(examples)} examples of {one_line(data)}")
+    result = compare_methods(
+        model,
+        references,
+        rows,
+        test=None if tests is None else EncodedRows(tests, processor, is_seq2seq),
+        collate=rows.collate,
+        methods=[name for name in METHODS if not (fast and name in (FRESH, LEARNED))],
+        progress=sys.stderr.isatty(),
+        seed=seed,
+        **options,
+    )
+    if png is not None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        plot_comparison(result).savefig(png, dpi=150)
+    if as_json:
+        print_json(result.as_json())
+        return
+    print_comparison(result)
+    if png is not None:
+        say(f"Plot: {png}")
+
+
+def _references(adapters: list[str] | Path | None) -> list[AdapterReference]:
+    if isinstance(adapters, Path):
+        lines = (line.partition("#")[0].strip() for line in adapters.read_text(encoding="utf-8").splitlines())
+        adapters = [line for line in lines if line]
+        if not adapters:
+            raise ValueError("the file of --candidates lists no adapter; write one on each line")
+    return references_of(adapters or [])
+
+
+def _task_of(examples: LabelledData, is_encoder_decoder: bool) -> str:
+    if examples.kind != "answer":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
