@@ -98,6 +98,47 @@ def tabulate(
 
 
 @app.command()
+def answers(
+    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="Of a language model, or a YAML file.")],
+    target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Comma-separated. Default: the scenario's.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Draws for each K. Default: the scenario's.")] = None,
+    trained: Annotated[int, typer.Option(min=0, help="So many draws of each K train the weights, too.")] = 0,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
+) -> None:
+    """Mixing weights of a language model, chosen by the likelihood of the answers, against the uniform mix.
+
+    What was measured is not measured again: give the same command to go on, or another with more draws.
+    """
+    from . import answers as measuring
+    from . import scenario
+    from .evidence import append
+    from .records import read
+
+    be_quiet()
+    spec = scenario.load(scenario_name)
+    if not spec.is_language:
+        raise typer.BadParameter(f"{scenario_name} has no language model: use the command evidence")
+    path = (to or output / "evidence") / f"{spec.name}.jsonl"
+    chosen = [int(k) for k in (shots.split(",") if shots else spec.downstream.shots)]
+    draws = [(k, seed) for k in chosen for seed in range(seeds or spec.downstream.seeds)]
+    for bench in measuring.open_answer_benches(spec, output, target):
+        append(measuring.compare_answers(bench, draws, trained, read(path, key="method")), path)
+    answer_table([path])
+
+
+@app.command("answer-table")
+def answer_table(files: Annotated[list[Path], typer.Argument(help="Records that `answers` wrote.")]) -> None:
+    """What ways to choose a language model's weights gain on the uniform mix, as Markdown."""
+    from .answer_tables import HOW, answer_gains
+    from .records import read
+
+    records = [record for path in files for record in read(path, key="method")]
+    typer.echo("\n\n".join(answer_gains(records, measure) for measure in HOW))
+
+
+@app.command()
 def report(
     scenarios: Annotated[list[str] | None, typer.Argument(help="Default: all that have results.")] = None,
     output: Output = Path("study-output"),

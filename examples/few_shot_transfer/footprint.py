@@ -32,7 +32,7 @@ from peft_composition import CompositionConfig
 
 from .counting import Body
 from .models import HEAD, NO_DROPOUT, small_vit
-from .scenario import LANGUAGE, ModelSpec
+from .scenario import CAUSAL, LANGUAGE, ModelSpec
 
 
 SIDE = 28  # of the images that small models are pretrained on
@@ -216,7 +216,7 @@ def _batch(spec: ModelSpec, batch: int, tokens: tuple[int, int]) -> dict[str, Te
     question, answer = tokens
     if spec.kind == "text-to-text":
         return {"input_ids": integers(batch, question), "labels": integers(batch, answer)}
-    if spec.kind == "causal":
+    if spec.kind in CAUSAL:
         return {"input_ids": integers(batch, question + answer), "labels": integers(batch, question + answer)}
     texts = integers(batch, question)
     return {"input_ids": texts, "attention_mask": torch.ones_like(texts), "labels": integers(batch)}

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .models import Collate, resolve
-from .scenario import ModelSpec
+from .scenario import CAUSAL, ModelSpec
 
 
 EVALUATION_BATCH = 16
@@ -32,7 +32,7 @@ class LanguageModel:
     def __init__(self, spec: ModelSpec) -> None:
         path, self.name = resolve(str(spec.path))
         self.spec = spec
-        self.is_causal = spec.kind == "causal"
+        self.is_causal = spec.kind in CAUSAL
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -86,22 +86,33 @@ class LanguageModel:
             found += accelerator.gather_for_metrics(right.to(accelerator.device)).tolist()
         return found
 
+    def asked(self, questions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Questions as a batch of tokens; where an answer follows them, they are padded on the left."""
+        side = "left" if self.is_causal else "right"
+        encoded = self._tokens(questions, padding=True, padding_side=side, return_tensors="pt")
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def told(self, answer: str) -> list[int]:
+        """The tokens of an answer, and the one that ends it."""
+        ids: list[int] = (
+            self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+            if self.is_causal
+            else self.tokenizer(answer)["input_ids"]
+        )
+        return ids
+
     def _example(self, question: str, answer: str) -> dict[str, Any]:
-        asked = self._tokens([question])["input_ids"][0]
+        asked, told = self._tokens([question])["input_ids"][0], self.told(answer)
         if not self.is_causal:
-            return {"input_ids": asked, "labels": self.tokenizer(answer)["input_ids"]}
-        told = self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+            return {"input_ids": asked, "labels": told}
         return {"input_ids": asked + told, "labels": [IGNORED] * len(asked) + told}
 
     def _prompts(self, rows: Sequence[tuple[int, str]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        side = "left" if self.is_causal else "right"
-        encoded = self._tokens([text for _, text in rows], padding=True, padding_side=side, return_tensors="pt")
-        tensors = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        return torch.tensor([row for row, _ in rows]), tensors
+        return torch.tensor([row for row, _ in rows]), self.asked([text for _, text in rows])
 
     def _tokens(self, questions: Sequence[str], **options: Any) -> Any:
         """The questions as a causal model with a chat template was tuned to be asked; other models get them bare."""
-        is_chat = self.is_causal and self.tokenizer.chat_template is not None
+        is_chat = self.spec.kind == "causal" and self.tokenizer.chat_template is not None
         asked: Any = list(questions)
         if is_chat:
             chats = [[{"role": "user", "content": question}] for question in questions]

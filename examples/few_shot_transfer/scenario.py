@@ -40,7 +40,8 @@ METHODS = (
 )
 ADDED = METHODS[-5:]  # neither the paper's nor its controls: run where they are named, for classifiers
 FACTORS = ("0.25", "0.5", "0.75", "1")  # of "lambda-lora"
-LANGUAGE = ("text-to-text", "causal")
+CAUSAL = ("causal", "completion")
+LANGUAGE = ("text-to-text", *CAUSAL)
 BASELINES = ("zero-shot", "classifier", "full", "lora", "lambda-lora")  # methods without upstream adapters
 FROZEN = ("zero-shot", "classifier", "uniform", "random-uniform", "single")  # nothing but a head is trained
 RECIPES = ("cold", "evidence-learned")  # head and weights train together, at a rate that is not searched
@@ -104,7 +105,8 @@ class ModelSpec(Settings):
 
     Args:
         kind: "sentence" (an encoder, mean-pooled, with a linear head), "image" (ViT with a linear head),
-            "text-to-text" (as Flan-T5) or "causal" (as SmolLM2).
+            "text-to-text" (as Flan-T5), "causal" (as SmolLM2, in its chat template) or "completion" (the same, which
+            continues a text as it is).
         path: a Hub id, a folder, or the name of a packaged model (`models.PACKAGED`). Default: pretrained here.
         pretraining: how it is pretrained here.
         target_modules: where the LoRAs go; the query, key and value projections.
@@ -112,7 +114,7 @@ class ModelSpec(Settings):
         max_new_tokens: tokens that an answer may have, for language models.
     """
 
-    kind: Literal["sentence", "image", "text-to-text", "causal"]
+    kind: Literal["sentence", "image", "text-to-text", "causal", "completion"]
     target_modules: Several[str]
     path: str | None = None
     pretraining: Pretraining | None = None

@@ -30,7 +30,7 @@ from .language_model import LanguageModel
 from .models import HEAD, Classifier, Foundation, small_vit
 from .plan import HELD_OUT, Plan
 from .records import identity
-from .scenario import Scenario
+from .scenario import CAUSAL, Scenario
 from .training import fit, predict
 
 
@@ -152,7 +152,7 @@ def train_adapter(
 def peft_options(scenario: Scenario) -> dict[str, Any]:
     """What every PEFT config of a scenario says besides its method: the head that is trained, or the kind of task."""
     if scenario.is_language:
-        return {"task_type": "CAUSAL_LM" if scenario.model.kind == "causal" else "SEQ_2_SEQ_LM"}
+        return {"task_type": "CAUSAL_LM" if scenario.model.kind in CAUSAL else "SEQ_2_SEQ_LM"}
     return {"modules_to_save": [HEAD]}
 
 

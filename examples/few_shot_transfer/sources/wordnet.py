@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from . import Splits
 
@@ -63,16 +63,18 @@ def load(files: Sequence[str], limit: int = 2000, folder: str = FOLDER) -> Split
         {
             "input": Value("string"),
             "answer": Value("string"),
+            "options": List(Value("string")),
             "label": ClassLabel(names=[str(place + 1) for place in range(OPTIONS)]),
         }
     )
-    texts, answers, labels = zip(*chosen)
-    columns = {"input": list(texts), "answer": list(answers), "label": list(labels)}
+    texts, options, labels = map(list, zip(*chosen))
+    answers = [own[label] for own, label in zip(options, labels)]
+    columns = {"input": texts, "answer": answers, "options": options, "label": labels}
     return {"train": Dataset.from_dict(columns, features=features)}
 
 
-def _questions(folder: Path, name: str, generator: random.Random) -> list[tuple[str, str, int]]:
-    """Questions, their answers, and the places of these among the options."""
+def _questions(folder: Path, name: str, generator: random.Random) -> list[tuple[str, list[str], int]]:
+    """Questions, their options, and the places of the right ones among these."""
     entries = _entries(folder / f"data.{name.split('.')[0]}", LEXICOGRAPHER_FILES[name])
     words = sorted({word for word, _ in entries})
     questions = []
@@ -81,7 +83,7 @@ def _questions(folder: Path, name: str, generator: random.Random) -> list[tuple[
         right = generator.randrange(OPTIONS)
         options = [*wrong[:right], word, *wrong[right:]]
         questions.append(
-            (f"Which word means: {gloss}? Answer with one of these words: {', '.join(options)}.", word, right)
+            (f"Which word means: {gloss}? Answer with one of these words: {', '.join(options)}.", options, right)
         )
     return questions
 

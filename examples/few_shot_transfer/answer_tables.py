@@ -1,0 +1,63 @@
+"""Tables of what ways to choose a language model's weights gain on the uniform mix, paired by draw, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .answers import TRAINED, WAYS
+from .gains import BEST, Gain
+from .markdown import table
+from .records import Record
+
+
+HOW = {
+    "accuracy": ("accuracy", "%", 1),
+    "nll": ("NLL of the answer among the options", "nats", 2),
+    "nll_token": ("NLL of a token of the answer over the whole vocabulary", "nats", 2),
+}
+
+
+def answer_gains(records: Sequence[Record], measure: str) -> str:
+    """One table for all tasks: their uniform mix, the best adapter by test, and what each way gains.
+
+    Args:
+        records: of `compare_answers`.
+        measure: "accuracy", "nll" or "nll_token".
+    """
+    name, unit, digits = HOW[measure]
+    shots = sorted({record["k"] for record in records if record["k"] is not None})
+    tasks = list(dict.fromkeys((record["scenario"], record["target"]) for record in records))
+    rows = []
+    for scenario, target in tasks:
+        own = [record for record in records if (record["scenario"], record["target"]) == (scenario, target)]
+        still = _still(own, measure)
+        uniform = still["uniform"]
+        rows.append([f"**{target}**: uniform, {unit}", *[f"{uniform:.{digits}f}"] * len(shots)])
+        for control in ("base", BEST):
+            rows.append([control, *[f"{still[control] - uniform:+.{digits}f}"] * len(shots)])
+        for way in (*WAYS, *TRAINED):
+            found = {(r["k"], r["seed"]): r[measure] for r in own if r["method"] == way}
+            if found:
+                cells = [Gain.of(found, dict.fromkeys(found, uniform), k) for k in shots]
+                rows.append([_counted(way, found), *(_written(cell, digits) for cell in cells)])
+    return table([f"{name}", *(f"K = {k}" for k in shots)], rows)
+
+
+def _still(records: Sequence[Record], measure: str) -> dict[str, float]:
+    """What does not depend on a draw; the best adapter is the one with the best accuracy, then the least NLL."""
+    found = {record["method"]: record[measure] for record in records if record["k"] is None}
+    singles = [record for record in records if record["method"] == "single"]
+    found[BEST] = max(singles, key=lambda record: (record["accuracy"], -record["nll"]))[measure]
+    return found
+
+
+def _counted(way: str, found: Mapping[tuple[int, int], float]) -> str:
+    draws = {k: sum(own == k for own, _ in found) for k, _ in found}
+    return f"{way} ({min(draws.values())} draws)" if way in TRAINED else way
+
+
+def _written(gain: Gain | None, digits: int) -> str:
+    if gain is None:
+        return "-"
+    between = f" [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]" if gain.low < gain.high else ""
+    return f"{gain.mean:+.{digits}f}{between}"

@@ -1,0 +1,234 @@
+"""Weights of language models by evidence in the study: likelihoods of options by hand, ways to weights, commands."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from few_shot_transfer import answers, sources
+from few_shot_transfer import scenario as scenarios
+from few_shot_transfer.__main__ import app
+from few_shot_transfer.answer_tables import answer_gains
+from few_shot_transfer.language_model import LanguageModel
+from few_shot_transfer.options import option_scores
+from few_shot_transfer.records import read
+from few_shot_transfer.scenario import ModelSpec
+from peft import PeftModel
+from scipy import stats
+from typer.testing import CliRunner
+
+from peft_composition import fit_mixing_weights
+from peft_composition.evidence.fit import put_weights
+
+from .words import save
+
+
+DRAWS = Path(__file__).parents[2] / "docs" / "study" / "evidence" / "language"
+KINDS = [("completion", "causal", "q_proj"), ("text-to-text", "text-to-text", "q")]
+QUESTIONS = Dataset.from_dict(
+    {
+        "input": ["what is next after 3 ?", "it was said 5 : what is next ?", "7 ?"],
+        "options": [["4", "4 5 6"], ["6 7", "5"], ["7 7 7 7", "8 9"]],
+    }
+)
+
+
+# Options
+
+
+@pytest.mark.parametrize(("kind", "shape", "target"), KINDS)
+def test_likelihoods_of_options_are_those_of_single_rows(tmp_path: Path, kind: Any, shape: str, target: str) -> None:
+    language = LanguageModel(ModelSpec(kind, (target,), str(save(tmp_path, shape))))
+    model = language.build(0, 0).double().eval().requires_grad_(False)
+    nll, tokens = option_scores(model, language, QUESTIONS)
+    for row, (question, options) in enumerate(zip(QUESTIONS["input"][:], QUESTIONS["options"][:])):
+        asked = language.tokenizer(question, add_special_tokens=shape != "causal")["input_ids"]
+        for place, option in enumerate(options):
+            told = [*language.tokenizer(option, add_special_tokens=False)["input_ids"], 1]
+            if shape == "causal":
+                ids = torch.tensor([asked + told])
+                logits = model(input_ids=ids).logits[0, len(asked) - 1 : -1]
+            else:
+                given = torch.tensor([[0, *told[:-1]]])
+                logits = model(input_ids=torch.tensor([asked]), decoder_input_ids=given).logits[0]
+            expected = -sum(float(logits[i].log_softmax(-1)[token]) for i, token in enumerate(told))
+            assert float(nll[row, place]) == pytest.approx(expected, rel=1e-9)
+            assert int(tokens[row, place]) == len(told)
+
+
+# From what adapters make of options to weights
+
+
+def seen() -> answers.Seen:
+    generator = torch.Generator().manual_seed(0)
+    options = 3 * torch.rand(5, 3, 2, dtype=torch.float64, generator=generator)
+    tokens = torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [4.0, 1.0], [1.0, 6.0]]).double()
+    return answers.Seen(options, tokens, torch.tensor([0, 1, 1, 0, 1]))
+
+
+def by_hand(scores: list[float]) -> list[float]:
+    odds = [math.exp(score - max(scores)) for score in scores]
+    return [value / sum(odds) for value in odds]
+
+
+@pytest.mark.parametrize(
+    ("way", "factor"),
+    [
+        ("posterior", lambda length: 1 / length),
+        ("posterior, every token counts", lambda length: 1),
+        ("posterior, square root of the length", lambda length: 1 / math.sqrt(length)),
+        ("posterior, mean over examples", lambda length: 1 / length / 5),
+    ],
+)
+def test_tempered_posteriors_by_a_loop(way: str, factor: Any) -> None:
+    found = seen()
+    scores = [0.0, 0.0, 0.0]
+    for i, label in enumerate(found.labels.tolist()):
+        for n in range(3):
+            scores[n] -= factor(float(found.tokens[i, label])) * float(found.options[i, n, label])
+    assert answers.WAYS[way](found, 0).tolist() == pytest.approx(by_hand(scores), rel=1e-9)
+
+
+def test_other_ways_by_a_loop() -> None:
+    found = seen()
+    scores, right = [0.0] * 3, [0] * 3
+    for i, label in enumerate(found.labels.tolist()):
+        for n in range(3):
+            scores[n] += math.log(by_hand([-value for value in found.options[i, n].tolist()])[label])
+            right[n] += float(found.options[i, n, label]) < float(found.options[i, n, 1 - label])
+    assert answers.WAYS["posterior over the options"](found, 0).tolist() == pytest.approx(by_hand(scores), rel=1e-9)
+    best = [n for n in range(3) if right[n] == max(right)]
+    picks = {tuple(answers.WAYS["most right answers"](found, seed).tolist()) for seed in range(20)}
+    assert picks == {tuple(float(other == n) for other in range(3)) for n in best}
+
+
+def test_rounded_weights_sum_to_one() -> None:
+    assert answers.in_parts([0.999, 0.0004, 0.0003, 0.0003]) == [1.0, 0.0, 0.0, 0.0]
+    assert answers.in_parts([1 / 3] * 3) == [0.35, 0.35, 0.3]
+    assert answers.in_parts([0.52, 0.44, 0.04]) == [0.5, 0.45, 0.05]
+
+
+# Tables
+
+
+def test_gains_on_uniform_by_hand() -> None:
+    facts = {"scenario": "s", "target": "t", "adapter": None}
+    still = {"uniform": 60.0, "base": 50.0}
+    records: list[Any] = [
+        {**facts, "k": None, "seed": None, "method": name, "accuracy": value, "nll": 0.5, "nll_token": 2.0}
+        for name, value in still.items()
+    ]
+    for name, value in (("a", 72.0), ("b", 55.0)):
+        records.append({**records[0], "method": "single", "adapter": name, "accuracy": value})
+    for seed, value in enumerate((70.0, 71.0, 66.0)):
+        records.append(
+            {**facts, "k": 2, "seed": seed, "method": "posterior", "accuracy": value, "nll": 0.4 - seed / 100}
+        )
+    lines = answer_gains(records, "accuracy").splitlines()
+    assert lines[0] == "| accuracy | K = 2 |"
+    low, high = stats.t.interval(0.95, 2, 9.0, stats.sem([10.0, 11.0, 6.0]))
+    assert lines[2:] == [
+        "| **t**: uniform, % | 60.0 |",
+        "| base | -10.0 |",
+        "| best single (by test) | +12.0 |",
+        f"| posterior | +9.0 [{low:+.1f}, {high:+.1f}] |",
+    ]
+    low, high = stats.t.interval(0.95, 2, -0.11, stats.sem([0.4, 0.39, 0.38]))
+    assert f"| posterior | -0.11 [{low:+.2f}, {high:+.2f}] |" in answer_gains(records, "nll")
+
+
+# From end to end
+
+
+class Counting:
+    """A source in place of real data: numbers that follow each other, or that come before."""
+
+    @staticmethod
+    def load(step: int) -> sources.Splits:
+        numbers = list(range(2, 10)) * 8
+        pairs = [(f"{'after' if step > 0 else 'before'} {number}", index % 2) for index, number in enumerate(numbers)]
+        features = Features({"input": Value("string"), "label": ClassLabel(names=["even", "odd"])})
+        columns = {"input": [text for text, _ in pairs], "label": [label for _, label in pairs]}
+        return {"train": Dataset.from_dict(columns, features=features)}
+
+
+YAML = """
+title: Numbers
+scale: offline
+shift: task
+model: {{kind: {kind}, path: "{path}", target_modules: [{target}], max_length: 16, max_new_tokens: 3}}
+data:
+  one: {{source: prompted, of: counting, step: 1, prompt: "what is {{input}} ?", answers: {{even: "4 6", odd: "5"}}}}
+  two: {{source: prompted, of: counting, step: -1, prompt: "{{input}} next ?", answers: {{even: "7", odd: "8"}}}}
+  new: {{source: prompted, of: counting, step: 1, prompt: "it was {{input}} ?", answers: {{odd: "5", even: "4 6"}}}}
+rounds: [{{target: new, upstream: [one, two]}}]
+upstream: {{max_steps: 30, batch_size: 8, learning_rate: 0.02}}
+downstream: {{shots: [2, 4], seeds: 3, epochs: 1, max_steps: 2, batch_size: 4, test_size: 12, grid: {{mixing: 0.01}}}}
+"""
+
+
+@pytest.mark.parametrize(("kind", "shape", "target"), KINDS)
+def test_a_task_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shape: str, target: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "few_shot_transfer.sources.counting", Counting)  # type: ignore[arg-type]
+    path = tmp_path / "numbers.yaml"
+    path.write_text(YAML.format(kind=kind, path=save(tmp_path / "model", shape), target=target), encoding="utf-8")
+    command = ["answers", str(path), "--output", str(tmp_path / "out"), "--to", str(tmp_path), "--trained", "1"]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    records = read(tmp_path / "numbers.jsonl", key="method")
+    assert len(records) == 2 + 2 + 2 * (3 * len(answers.WAYS) + len(answers.TRAINED))
+    assert "**new**: uniform, %" in shown
+    again = CliRunner().invoke(app, command, catch_exceptions=False).stdout  # nothing is done again
+    assert again == shown[shown.index("| accuracy") :]
+    assert read(tmp_path / "numbers.jsonl", key="method") == records
+
+    (bench,) = answers.open_answer_benches(scenarios.load(str(path)), tmp_path / "out", None, progress=False)
+    # What is cached is what the library finds on the model, and an adapter alone is what PEFT makes of it.
+    composition = bench._composition
+    rows = bench.rows["pool"].select(bench.support((4, 1)))
+    report = fit_mixing_weights(composition.model, bench.model.encode(rows), collate=bench.model.collate)
+    expected = answers.WAYS["posterior"](bench.seen((4, 1)), 1).tolist()
+    assert list(report.weights.values()) == pytest.approx(expected, abs=1e-4)
+    by_peft = PeftModel.from_pretrained(bench.model.build(0, 0), str(bench.adapters[1].folder))
+    nll, _ = option_scores(by_peft, bench.model, bench.rows["test"])
+    torch.testing.assert_close(bench._scores(1, "test")[0], nll, rtol=1e-4, atol=1e-5)
+    put_weights(composition, [0.25, 0.75])
+    nll, _ = option_scores(composition.model, bench.model, bench.rows["test"])
+    torch.testing.assert_close(bench._scores([0.25, 0.75], "test")[0], nll, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_goes_around_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "few_shot_transfer.sources.counting", Counting)  # type: ignore[arg-type]
+    options = {"of": "counting", "step": 1, "characters": 5, "prompt": "so {input} ?", "answers": {"odd": "yes it is"}}
+    (row, *_) = rows = sources.load("prompted", options)["train"]
+    assert row == {"input": "so after ?", "answer": "yes it is", "options": ["yes it is"], "label": 0}
+    assert len(rows) == 32
+    assert rows.features["label"].names == ["odd"]
+    with pytest.raises(ValueError, match="once, where the text goes"):
+        sources.load("prompted", {**options, "prompt": "so"})
+    with pytest.raises(ValueError, match="no class 'prime' to answer: there are even, odd"):
+        sources.load("prompted", {**options, "answers": {"prime": "no"}})
+
+
+def test_other_scenarios_are_refused() -> None:
+    result = CliRunner().invoke(app, ["answers", "distractors"])
+    assert result.exit_code == 2
+    assert "no language model" in result.output
+
+
+@pytest.mark.parametrize("path", sorted(DRAWS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_committed_draws_are_whole(path: Path) -> None:
+    records = read(path, key="method")
+    for target in {own["target"] for own in records}:
+        of_target = [own for own in records if own["target"] == target]
+        assert sum(own["method"] == "uniform" for own in of_target) == 1
+        for k in {own["k"] for own in of_target} - {None}:
+            for method in answers.WAYS:
+                seeds = sorted(own["seed"] for own in of_target if (own["k"], own["method"]) == (k, method))
+                assert seeds == list(range(20)), (target, k, method)
