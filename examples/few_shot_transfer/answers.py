@@ -1,7 +1,7 @@
 """Mixing weights of a language model by evidence, over many draws: what they gain on the uniform mix.
 
 A model without a head answers alike at every draw. So each adapter alone is run once over a pool of examples that
-support sets are drawn from, and each distinct mix once over the test examples; weights are rounded to twentieths
+support sets are drawn from, and each distinct mix once over the test examples; weights are rounded to twelfths
 before they are run. All of it is kept on disk.
 """
 
@@ -36,8 +36,8 @@ from .training import fit
 from .upstream import Adapter, foundation, train_adapter
 
 
-POOL = 240  # examples that support sets are drawn from
-PARTS = 20  # weights are run in this many parts
+POOL = 120  # examples that support sets are drawn from
+PARTS = 12  # weights are run in this many parts
 TRAINED = {"learned": False, "posterior, then learned": True}  # whether the posterior is the start
 
 
@@ -85,7 +85,6 @@ def _posterior(seen: Seen, seed: int, temper: Callable[[Seen], Tensor]) -> Tenso
 WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
     "posterior, every token counts": partial(_posterior, temper=lambda seen: torch.ones_like(seen.length)),
-    "posterior, square root of the length": partial(_posterior, temper=lambda seen: 1 / seen.length.sqrt()),
     "posterior, mean over examples": partial(_posterior, temper=lambda seen: 1 / seen.length / len(seen.length)),
     "posterior over the options": _over_options,
     "most right answers": _most_right,

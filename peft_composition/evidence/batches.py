@@ -85,13 +85,27 @@ def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[An
         return data
     if collate is None and (not len(data) or is_batch(data[0])):
         return data
+    rows = [data[index] for index in range(len(data))]
     if collate is None:
         from transformers import default_data_collator
 
-        first = data[0]
-        collate = default_data_collator if isinstance(first, Mapping) else default_collate
-    rows = [data[index] for index in range(len(data))]
+        _require_equal_lengths(rows)
+        collate = default_data_collator if isinstance(rows[0], Mapping) else default_collate
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _require_equal_lengths(rows: Sequence[Any]) -> None:
+    """Refuse rows that only a collator which pads could stack."""
+    lengths: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        for key, value in row.items() if isinstance(row, Mapping) else ():
+            length = len(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) else None
+            if length is not None and lengths.setdefault(key, length) != length:
+                raise ValueError(
+                    f"The rows have different lengths: {one_line(key)} has {lengths[key]} entries in row 0 and "
+                    f"{length} in row {number}. Give a collator that pads: collate=DataCollatorWithPadding(tokenizer) "
+                    "for classes, collate=DataCollatorForSeq2Seq(tokenizer) for answers, which pads labels with -100."
+                )
 
 
 def is_batch(first: Any) -> bool:

@@ -29,7 +29,7 @@ from .words import save
 
 
 DRAWS = Path(__file__).parents[2] / "docs" / "study" / "evidence" / "language"
-KINDS = [("completion", "causal", "q_proj"), ("text-to-text", "text-to-text", "q")]
+KINDS = [("completion", "causal", "v_proj, o_proj"), ("text-to-text", "text-to-text", "v")]
 QUESTIONS = Dataset.from_dict(
     {
         "input": ["what is next after 3 ?", "it was said 5 : what is next ?", "7 ?"],
@@ -81,7 +81,6 @@ def by_hand(scores: list[float]) -> list[float]:
     [
         ("posterior", lambda length: 1 / length),
         ("posterior, every token counts", lambda length: 1),
-        ("posterior, square root of the length", lambda length: 1 / math.sqrt(length)),
         ("posterior, mean over examples", lambda length: 1 / length / 5),
     ],
 )
@@ -108,9 +107,10 @@ def test_other_ways_by_a_loop() -> None:
 
 
 def test_rounded_weights_sum_to_one() -> None:
-    assert answers.in_parts([0.999, 0.0004, 0.0003, 0.0003]) == [1.0, 0.0, 0.0, 0.0]
-    assert answers.in_parts([1 / 3] * 3) == [0.35, 0.35, 0.3]
-    assert answers.in_parts([0.52, 0.44, 0.04]) == [0.5, 0.45, 0.05]
+    assert answers.in_parts([0.999, 0.0004, 0.0003, 0.0003], 20) == [1.0, 0.0, 0.0, 0.0]
+    assert answers.in_parts([1 / 3] * 3, 20) == [0.35, 0.35, 0.3]
+    assert answers.in_parts([0.52, 0.44, 0.04], 20) == [0.5, 0.45, 0.05]
+    assert answers.in_parts([0.25] * 4) == [0.25] * 4
 
 
 # Tables
@@ -167,7 +167,7 @@ data:
   two: {{source: prompted, of: counting, step: -1, prompt: "{{input}} next ?", answers: {{even: "7", odd: "8"}}}}
   new: {{source: prompted, of: counting, step: 1, prompt: "it was {{input}} ?", answers: {{odd: "5", even: "4 6"}}}}
 rounds: [{{target: new, upstream: [one, two]}}]
-upstream: {{max_steps: 30, batch_size: 8, learning_rate: 0.02}}
+upstream: {{max_steps: 40, batch_size: 8, learning_rate: 0.02}}
 downstream: {{shots: [2, 4], seeds: 3, epochs: 1, max_steps: 2, batch_size: 4, test_size: 12, grid: {{mixing: 0.01}}}}
 """
 
@@ -186,8 +186,12 @@ def test_a_task_from_end_to_end(
     assert "**new**: uniform, %" in shown
     again = CliRunner().invoke(app, command, catch_exceptions=False).stdout  # nothing is done again
     assert again == shown[shown.index("| accuracy") :]
-    assert read(tmp_path / "numbers.jsonl", key="method") == records
 
+    # One of the adapters has seen the answers, and is found by them.
+    uniform = next(own["nll_token"] for own in records if own["method"] == "uniform")
+    by_evidence = [own for own in records if own["method"] == "posterior" and own["k"] == 4]
+    assert all(own["weights"]["one"] > 0.9 for own in by_evidence)
+    assert all(own["nll_token"] < uniform - 0.15 for own in by_evidence)
     (bench,) = answers.open_answer_benches(scenarios.load(str(path)), tmp_path / "out", None, progress=False)
     # What is cached is what the library finds on the model, and an adapter alone is what PEFT makes of it.
     composition = bench._composition

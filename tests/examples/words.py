@@ -25,7 +25,13 @@ def save(folder: Path, kind: str, words: Sequence[str] = WORDS) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     if kind == "causal":
-        shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "pad_token_id": 0}
+        shape = {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "pad_token_id": 0,
+            "initializer_range": 0.1,
+        }
         config = transformers.LlamaConfig(
             vocab_size=len(words), hidden_size=32, bos_token_id=1, eos_token_id=1, **shape
         )

@@ -14,7 +14,7 @@ from . import load as load_source
 TEXT = "{input}"
 
 
-def load(of: str, prompt: str, answers: Mapping[str, str], characters: int = 240, **options: Any) -> Splits:
+def load(of: str, prompt: str, answers: Mapping[str, str], characters: int = 200, **options: Any) -> Splits:
     """Puts the texts of another source into a prompt.
 
     Args:
