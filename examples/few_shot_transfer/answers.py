@@ -258,11 +258,11 @@ def compare_answers(
     ]
     for method, adapter, weights in still:
         if (facts["target"], None, None, method, adapter) not in done:
-            own = {**facts, "k": None, "seed": None, "method": method, "adapter": adapter}
-            yield {**own, **bench.judged(weights), "weights": None}
+            one = {**facts, "k": None, "seed": None, "method": method, "adapter": adapter}
+            yield {**one, **bench.judged(weights), "weights": None}
     for k, seed in tqdm(draws, desc=" ".join(facts.values()), unit="draw", disable=not progress):
         seen = bench.seen((k, seed))
-        own = {**facts, "k": k, "seed": seed, "adapter": None}
+        own: Record = {**facts, "k": k, "seed": seed, "adapter": None}
         for method, way in WAYS.items():
             if (facts["target"], k, seed, method, None) not in done:
                 found = way(seen, seed).tolist()

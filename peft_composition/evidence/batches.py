@@ -99,7 +99,8 @@ def _require_equal_lengths(rows: Sequence[Any]) -> None:
     lengths: dict[str, int] = {}
     for number, row in enumerate(rows):
         for key, value in row.items() if isinstance(row, Mapping) else ():
-            length = len(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) else None
+            is_several = isinstance(value, (list, tuple)) or getattr(value, "ndim", None)
+            length = len(value) if is_several else None
             if length is not None and lengths.setdefault(key, length) != length:
                 raise ValueError(
                     f"The rows have different lengths: {one_line(key)} has {lengths[key]} entries in row 0 and "
