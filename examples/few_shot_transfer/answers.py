@@ -36,7 +36,7 @@ from .training import fit
 from .upstream import Adapter, foundation, train_adapter
 
 
-POOL = 120  # examples that support sets are drawn from
+POOL = 80  # examples that support sets are drawn from
 PARTS = 12  # weights are run in this many parts
 TRAINED = {"learned": False, "posterior, then learned": True}  # whether the posterior is the start
 
