@@ -15,6 +15,7 @@ from rich.text import Text
 from .analysis.inspection import AdapterReport
 from .analysis.report import Part, WeightRow, short_labels
 from .checkpoint.export import LoraExport
+from .choosing.search import FoundAdapter
 from .comparing import Comparison
 from .text import LONG, one_line
 
@@ -59,6 +60,29 @@ def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
         console.print(Text.assemble((_listed(names), "bold"), ": ", one_line(note, LONG)))
     good = sum(report.is_composable for report in reports)
     console.print(f"{good} of {len(reports)} can be composed.")
+
+
+def print_found(found: Sequence[FoundAdapter], base: str) -> None:
+    """Print a row per adapter of the Hub, and below why some cannot be composed."""
+    table = Table(title=_plain(f"{len(found)} adapter{'s' * (len(found) != 1)} for {base}"), show_edge=False)
+    table.add_column("adapter, targets", overflow="fold")
+    for heading in ("rank", "task", "license"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("downloads", "updated", "size", "composable"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for own in found:
+        name = Text.assemble((one_line(own.id), "bold"), "\n", one_line(", ".join(own.targets)))
+        size = "-" if own.bytes is None else _size(own.bytes)
+        cells = (_span(own.ranks), _plain(own.task or "-"), _plain(own.license or "not stated"))
+        is_good = Text("yes", "green") if own.is_composable else Text("no", "red")
+        table.add_row(name, *cells, str(own.downloads), own.updated or "-", size, is_good)
+    console = Console(highlight=False, emoji=False)
+    console.print(table, "")
+    for own in found:
+        if own.reason is not None:
+            console.print(Text.assemble((one_line(own.id), "bold"), ": ", one_line(own.reason, LONG)))
+    good = sum(own.is_composable for own in found)
+    console.print(f"{good} of {len(found)} can be composed, going by their configs; weights were not looked at.")
 
 
 def print_errors(lora: LoraExport) -> None:

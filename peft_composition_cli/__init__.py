@@ -6,7 +6,8 @@ arguments are fast.
 
 # isort: off
 from .application import app, main
-from . import inspect  # help lists the commands in this order
+from . import search  # help lists the commands in this order
+from . import inspect
 from . import compose
 from . import compare
 from . import export
@@ -15,4 +16,4 @@ from . import merge
 # isort: on
 
 
-__all__ = ["app", "compare", "compose", "export", "inspect", "main", "merge", "weights"]
+__all__ = ["app", "compare", "compose", "export", "inspect", "main", "merge", "search", "weights"]

@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from huggingface_hub import close_session, constants
 
@@ -45,12 +45,16 @@ class Repository:
         refs: branch or tag -> commit.
         private: readable only with the server's token; to everybody else it does not exist.
         gated: it can be seen, but its files need the server's token.
+        tags: by which it is listed.
+        downloads: in the last 30 days.
     """
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
+    tags: list[str] = field(default_factory=list)
+    downloads: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class HubServer:
         objects: what was uploaded to the storage host, by sha256.
         requests: what was asked about repositories, in order; `clear` empties it.
         cut_off: method, repository and file of the uploads that were broken off; `clear` empties it.
+        page: how many repositories one answer lists.
         most_at_once: the largest number of requests that were in the works at the same time, since `clear`.
     """
 
@@ -105,6 +110,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.latency = 0.0
+        self.page = 1000
         self.most_at_once = 0
         self._at_once = 0
         self.objects: dict[str, bytes] = {}
@@ -200,6 +206,8 @@ class HubServer:
             return self._answer_to_change(
                 host, method, urlsplit(target).path, headers.get("Authorization"), body
             ), None
+        if urlsplit(target).path == "/api/models" and host == "hub":
+            return self._list(parse_qs(urlsplit(target).query), headers.get("Authorization")), None
         asked = _parse(urlsplit(target).path)
         if asked is None:  # the client also asks, once a day, for things that have nothing to do with repositories
             return _error(HTTPStatus.NOT_FOUND, None, f"no such address: {target}"), None
@@ -222,6 +230,36 @@ class HubServer:
             cuts = self._cuts.get((method, repo, file))
             is_redirected = method == "GET" and answer.status == HTTPStatus.FOUND
             return answer, cuts.pop(0) if cuts and not is_redirected else None
+
+    def _list(self, wanted: Mapping[str, list[str]], authorization: str | None) -> _Answer:
+        """A page of the repositories with all of some tags, the most downloaded first."""
+        found = [
+            {
+                "id": name,
+                "modelId": name,
+                "private": repository.private,
+                "gated": "manual" if repository.gated else False,
+                "tags": repository.tags,
+                "downloads": repository.downloads,
+                "lastModified": "2026-01-02T03:04:05.000Z",
+            }
+            for name, repository in sorted(self.repositories.items(), key=lambda own: -own[1].downloads)
+            if set(wanted.get("filter", ())) <= set(repository.tags)
+            and wanted.get("search", [""])[0].lower() in name.lower()
+            and wanted.get("author", [name.partition("/")[0]])[0] == name.partition("/")[0]
+            and (not repository.private or authorization == f"Bearer {self.token}")
+        ]
+        start = int(wanted.get("cursor", ["0"])[0])
+        end = start + min(self.page, int(wanted.get("limit", ["1000"])[0]))
+        answer = _json(found[start:end])
+        if end < len(found):
+            following = urlencode({**wanted, "cursor": [end]}, doseq=True)
+            return _Answer(
+                answer.status,
+                {**answer.headers, "Link": f'<{self.url}/api/models?{following}>; rel="next"'},
+                answer.body,
+            )
+        return answer
 
     def upload_cut(self, method: str, target: str) -> int | None:
         """After how many bytes the connection breaks while the client sends, if it does."""
@@ -369,7 +407,7 @@ class HubServer:
                     "sha": commit,
                     "private": repository.private,
                     "gated": "manual" if repository.gated else False,
-                    "tags": [],
+                    "tags": repository.tags,
                     "siblings": [{"rfilename": name} for name in files],
                 }
             )

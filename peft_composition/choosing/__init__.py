@@ -1,7 +1,19 @@
 """Chooses adapters: finds those of a base on the Hub, reads examples, and tells which of many help on them."""
 
+from .candidates import adapters_in, read_candidates, write_candidates
 from .data import LabelledData, read_data
 from .encoding import EncodedRows, load_processor
+from .search import FoundAdapter, search_adapters
 
 
-__all__ = ["EncodedRows", "LabelledData", "load_processor", "read_data"]
+__all__ = [
+    "EncodedRows",
+    "FoundAdapter",
+    "LabelledData",
+    "adapters_in",
+    "load_processor",
+    "read_candidates",
+    "read_data",
+    "search_adapters",
+    "write_candidates",
+]

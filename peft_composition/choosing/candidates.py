@@ -1,0 +1,92 @@
+"""Names of candidates: from a file that `search` wrote, a list in a text file, or a folder of adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+
+from ..text import one_line, quoted, shown
+from .search import FoundAdapter
+
+
+FORMAT = "peft-composition candidates 1"
+
+
+def write_candidates(path: str | os.PathLike[str], base: str, found: Sequence[FoundAdapter]) -> None:
+    """Write what `search_adapters` found into a file that `read_candidates` reads."""
+    rows = [{**asdict(own), "composable": own.is_composable} for own in found]
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "base": base, "adapters": rows}, indent=2)
+    target.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_candidates(path: str | os.PathLike[str]) -> list[str | dict[str, Any]]:
+    """The candidates that a file lists.
+
+    Args:
+        path: what `search --out` wrote, of which those that can be composed count, at the commits that were looked at;
+            or a text file with a Hub id or folder on each line, where `#` begins a comment.
+
+    Returns:
+        Entries as `CompositionConfig` takes them.
+
+    Raises:
+        ValueError: the file cannot be read or lists none.
+    """
+    where = one_line(os.fspath(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} could not be read: {one_line(error)}") from error
+    found: list[str | dict[str, Any]] = []
+    if text.lstrip().startswith("{"):
+        found += _of_search(text, where)
+    else:
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        found += [line for line in lines if line]
+    if not found:
+        raise ValueError(f"{where} lists no candidate that can be composed")
+    return found
+
+
+def _of_search(text: str, where: str) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    rows = content.get("adapters")
+    if content.get("format") != FORMAT or not isinstance(rows, list):
+        raise ValueError(
+            f"{where} is not a file of candidates of this version: its format is {shown(content.get('format'))}, not "
+            f"{FORMAT!r}; write it again with peft-composition search --out"
+        )
+    found = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping) or not isinstance(row.get("id"), str):
+            raise ValueError(f"{where}: entry {number} of its adapters has no id: {shown(row)}")
+        if row.get("composable", True):
+            commit = row.get("commit")
+            found.append({"path": row["id"], **({"revision": commit} if isinstance(commit, str) else {})})
+    return found
+
+
+def adapters_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The adapters in a folder's subfolders, by name; the folder itself if it is an adapter.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder)
+    if (path / CONFIG_NAME).is_file():
+        return [os.fspath(folder)]
+    found = sorted(os.fspath(entry) for entry in path.iterdir() if (entry / CONFIG_NAME).is_file())
+    if not found:
+        raise ValueError(f"the folder {quoted(os.fspath(folder))} is no adapter and has none in its subfolders")
+    return found
