@@ -1,4 +1,4 @@
-"""Searching a Hub on loopback with the real client: what is found, filtered and refused, and what is fetched for it."""
+"""Searching a Hub on loopback with the real client: what is found, filtered, refused, and what is fetched for it."""
 
 from __future__ import annotations
 
