@@ -118,7 +118,7 @@ def search_adapters(
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool, tqdm(desc="Reading configs", unit="adapter") as bar:
         for start in range(0, len(entries), 2 * PARALLEL_DOWNLOADS):
             part = entries[start : start + 2 * PARALLEL_DOWNLOADS]
-            for adapter in pool.map(lambda own: _read(api, *own, base), part):
+            for adapter in pool.map(lambda own: _read(api, own[0], own[1], base), part):
                 bar.update()
                 is_small = most_rank is None or adapter.ranks is None or adapter.ranks[1] <= most_rank
                 if is_small and (task is None or adapter.task in (task, None)):

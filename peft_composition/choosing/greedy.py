@@ -1,0 +1,105 @@
+"""Chooses from the best candidates those that make a better mix together, one after the other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from ..config import CompositionConfig
+from ..evidence.fit import fit_mixing_weights
+from ..evidence.passes import Candidate, Composition, Examples, Precision, composition_in, passes
+from ..evidence.weights import CAUTION
+from ..references import AdapterReference
+from ..tuner.single import mixed_by
+from .trials import Trial, per_example
+
+
+def choose_together(
+    base: nn.Module,
+    references: Sequence[AdapterReference],
+    trials: Sequence[Trial],
+    examples: Examples,
+    most: int,
+    mixed_precision: Precision,
+) -> tuple[list[int], int]:
+    """Forward selection: the best adapter, then the one that improves the uniform mix with it the most, and so on.
+
+    It ends where none improves the mix by half a standard error of the difference, paired by example.
+
+    Args:
+        base: a model without adapters.
+        references: the candidates, the best first.
+        trials: what each did on all examples.
+        examples: these.
+        most: how many to choose at most.
+        mixed_precision: as for `score_adapters`.
+
+    Returns:
+        The places of the chosen ones, and how many mixes were tried.
+    """
+    chosen, tried = [0], 0
+    if len(references) == 1 or most == 1:
+        return chosen, tried
+    best = trials[0].values
+    with _composed(base, references) as composition:
+        while len(chosen) < min(most, len(references)):
+            others = [place for place in range(len(references)) if place not in chosen]
+            mixes = [_mix(composition, len(references), [*chosen, place]) for place in others]
+            found = [per_example(own).values for own in passes(composition.model, mixes, examples, mixed_precision)]
+            tried += len(mixes)
+            gains = [own - best for own in found]
+            place = max(range(len(others)), key=lambda number: float(gains[number].mean()))
+            if float(gains[place].mean()) <= _caution(gains[place]):
+                break
+            chosen.append(others[place])
+            best = found[place]
+    return chosen, tried
+
+
+def weigh(
+    base: nn.Module, references: Sequence[AdapterReference], examples: Examples, mixed_precision: Precision, seed: int
+) -> list[float]:
+    """Mixing weights of the chosen adapters by evidence, as `fit_mixing_weights` gives them."""
+    with _composed(base, references) as composition:
+        report = fit_mixing_weights(
+            composition.model,
+            list(examples.batches),
+            adapter_name=composition.name,
+            head=examples.head,
+            mixed_precision=mixed_precision,
+            seed=seed,
+        )
+    return list(report.weights.values())
+
+
+def _caution(gains: Tensor) -> float:
+    return CAUTION * float(gains.std()) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+
+
+def _mix(composition: Composition, count: int, places: Sequence[int]) -> Candidate:
+    weights = [1 / len(places) if place in places else 0.0 for place in range(count)]
+    return Candidate("mix", "uniform", partial(mixed_by, list(composition.layers.values()), composition.name, weights))
+
+
+@contextmanager
+def _composed(base: nn.Module, references: Sequence[AdapterReference]) -> Iterator[Composition]:
+    """A context with a composition of these adapters on the base; afterwards the model is as before."""
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    weights = [1 / len(references)] * len(references)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = CompositionConfig(adapters=[*references], mixing="fixed", weights=weights)
+            model = get_peft_model(base, config)
+        try:
+            yield composition_in(model, None)
+        finally:
+            model.unload()
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True

@@ -1,0 +1,207 @@
+"""`select_adapters`: which of many adapters help on a few labelled examples, and how sure that is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from ..config import CompositionConfig
+from ..evidence.batches import Collate, processes
+from ..evidence.passes import Precision
+from ..evidence.scores import bayesian_bootstrap, interval
+from ..evidence.table import DRAWS
+from ..references import AdapterReference
+from .downloads import Downloads
+from .greedy import choose_together, weigh
+from .journal import Journal
+from .ladder import KEPT, Ladder, ladder
+from .risk import chance_of_harm
+from .selection import RankedAdapter, Selection
+from .trials import Trial, Trials
+
+
+FINALISTS = 8  # so many at least are scored on all examples
+
+
+def select_adapters(
+    base: nn.Module,
+    candidates: Sequence[Any],
+    data: Any,
+    *,
+    most: int = 4,
+    halving: bool = True,
+    log: str | os.PathLike[str] | None = None,
+    cache_budget: float = 20.0,
+    task_type: str | None = None,
+    head: str | nn.Module | None = None,
+    collate: Collate | None = None,
+    batch_size: int = 16,
+    mixed_precision: Precision = "no",
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Choose from many adapters those that help on a few labelled examples, without training or a validation set.
+
+    Candidates are read one after the other, so that memory does not grow with their number. All are scored on the same
+    few examples first (two of each class), the best quarter on three times as many, and so on; at least 8 get to see
+    all. From these the chosen ones are taken one by one, as long as each improves the mix, and weighed by evidence.
+    Scores are those of `score_adapters`. The base model is as before afterwards.
+
+    Several processes (`torchrun`, `accelerate launch`) share the candidates; each of them calls this.
+
+    Args:
+        base: the base model, without adapters. Of a classifier the head may be new.
+        candidates: Hub ids, folders or dicts, as `CompositionConfig` takes them. One that cannot be composed becomes a
+            row of the ranking with the reason.
+        data: the examples, as for `score_adapters`, two of each class at least; or `EncodedRows`.
+        most: how many to choose at most.
+        halving: whether to drop candidates that are behind on fewer examples. False: all are scored on all examples.
+        log: a file for what was scored, as JSON lines. If it exists, the selection goes on from there.
+        cache_budget: GB that downloads may take; repositories that were in the cache before are not counted and stay.
+        task_type: of the resulting config.
+        head: as for `score_adapters`.
+        collate: as for `score_adapters`. Default: that of `data`, if it has one.
+        batch_size: for rows.
+        mixed_precision: as for `score_adapters`.
+        seed: of the order of the examples and of the bootstraps. The same seed gives the same selection.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The selection; `print` shows it.
+
+    Raises:
+        ValueError: there is no candidate, none can be scored, `log` is of another selection, or as `score_adapters`.
+
+    Example:
+        >>> support, _ = read_data("reviews.csv").draw(10)
+        >>> rows = EncodedRows(support, load_processor("org/model", "text"))
+        >>> selection = select_adapters(base, adapters_in("loras"), rows, task_type="SEQ_CLS")
+        >>> model = get_peft_model(base, selection.config)
+    """
+    started = time.perf_counter()
+    if most < 1:
+        raise ValueError(f"most must be at least 1, got {most}")
+    references = _references(candidates)
+    steps = ladder(base, data, head, collate or getattr(data, "collate", None), batch_size, seed)
+    rank = dist.get_rank() if processes() > 1 else 0
+    journal = Journal(log, _key(base, references, steps, seed), rank)
+    finalists = max(FINALISTS, 2 * most)
+    plan = _plan(len(references), len(steps.rungs), finalists, halving)
+    total = sum(len(range(rank, count + 1, processes())) for _, count in plan)
+    with tqdm(total=total, desc="Scoring candidates", unit="pass", disable=not progress or rank > 0) as bar:
+        trials = Trials(base, references, journal, Downloads(cache_budget * 1e9 / processes()), mixed_precision, bar)
+        last: dict[int, Trial] = {}
+        alive = list(range(1, len(references) + 1))
+        screened = torch.empty(0)
+        for place, (rung, _) in enumerate(plan):
+            found = trials.run(rung, alive, steps.rungs[rung])
+            last.update(found)
+            alive = sorted((own for own in found if own), key=lambda own: (-found[own].score, own))
+            if not alive:
+                raise ValueError(_none(references, trials.reasons))
+            if place == 0:
+                screened = torch.stack([found[own].values - found[0].values for own in sorted(alive)])
+            if place + 1 < len(plan):
+                alive = alive[: max(finalists, math.ceil(len(alive) / KEPT))]
+    _meet()  # what one process downloaded must not be dropped while another reads it
+    everything = steps.rungs[-1]
+    front = [references[own - 1] for own in alive[:finalists]]
+    places, tried = choose_together(
+        base, front, [last[own] for own in alive[:finalists]], everything, most, mixed_precision
+    )
+    chosen = [front[place] for place in places]
+    weights = weigh(base, chosen, everything, mixed_precision, seed)
+    config = CompositionConfig(adapters=[*chosen], weights=weights if sum(weights) > 0 else None, task_type=task_type)
+    seen = {own: trial for own, trial in last.items() if own}
+    order = sorted(seen, key=lambda own: (-len(seen[own].values), -seen[own].score, own))
+    return Selection(
+        chosen={own["name"]: weight for own, weight in zip(chosen, weights)},
+        ranking=(
+            *(_row(references[own - 1], seen[own], seed) for own in order),
+            *(_broken(references[own - 1], trials.reasons[own]) for own in sorted(trials.reasons) if own not in seen),
+        ),
+        base=_row(AdapterReference(name="(base)", path="(base)"), last[0], seed),
+        config=config,
+        candidates=len(references),
+        examples=len(everything),
+        risk_worse_than_base=chance_of_harm(last[alive[0]].values - last[0].values, screened),
+        measure="log-likelihood" if everything.labels is None else "margin",
+        passed=trials.passed + tried * len(everything),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _references(candidates: Sequence[Any]) -> list[AdapterReference]:
+    """The candidates with names; one that is given twice counts once."""
+    if isinstance(candidates, (str, os.PathLike)):
+        candidates = [candidates]
+    found: dict[str, Any] = {}
+    for entry in candidates:
+        own = entry if isinstance(entry, dict) else {"path": os.fspath(entry)}
+        place = {key: value for key, value in own.items() if key != "name" and value is not None}
+        found.setdefault(json.dumps(place, sort_keys=True, default=str), entry)
+    if not found:
+        raise ValueError("there are no candidates to select from")
+    return CompositionConfig(adapters=[*found.values()], mixing="uniform").references
+
+
+def _plan(candidates: int, rungs: int, finalists: int, halving: bool) -> list[tuple[int, int]]:
+    """The rungs that are run, with the number of candidates in each, if none is broken."""
+    if not halving or candidates <= finalists:
+        return [(rungs - 1, candidates)]
+    plan: list[tuple[int, int]] = []
+    count = candidates
+    for rung in range(rungs):
+        if count <= finalists and rung < rungs - 1 and plan:
+            continue  # those that are left are scored on all
+        plan.append((rung, count))
+        count = max(finalists, math.ceil(count / KEPT))
+    return plan
+
+
+def _key(base: nn.Module, references: Sequence[AdapterReference], steps: Ladder, seed: int) -> str:
+    """What a journal is of."""
+    config = getattr(base, "config", None)
+    facts = [
+        type(base).__name__,
+        getattr(config, "_name_or_path", None),
+        sum(parameter.numel() for parameter in base.parameters()),
+        [{**own} for own in references],
+        steps.digest,
+        steps.sizes,
+        seed,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _meet() -> None:
+    if processes() > 1:
+        dist.barrier()
+
+
+def _none(references: Sequence[AdapterReference], reasons: dict[int, str]) -> str:
+    number = min(reasons)
+    return (
+        f"none of {len(references)} candidates could be scored; of the first, {references[number - 1]['name']!r}: "
+        f"{reasons[number]}"
+    )
+
+
+def _row(reference: AdapterReference, trial: Trial, seed: int) -> RankedAdapter:
+    low, high = interval(trial.values, bayesian_bootstrap(len(trial.values), DRAWS, seed))
+    accuracy = float(trial.is_right.double().mean())
+    return RankedAdapter(reference["name"], reference["path"], trial.score, low, high, accuracy, len(trial.values))
+
+
+def _broken(reference: AdapterReference, reason: str) -> RankedAdapter:
+    return RankedAdapter(reference["name"], reference["path"], None, None, None, None, 0, reason)

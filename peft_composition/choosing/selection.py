@@ -1,0 +1,123 @@
+"""What comes out of a selection: the chosen adapters with weights, a ranking with intervals, and how sure it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import CompositionConfig
+from ..evidence.table import MEANING, Measure
+from ..references import AdapterReference
+from ..text import LONG, one_line
+
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class RankedAdapter:
+    """One candidate's row.
+
+    Attributes:
+        name: of the adapter in a composition.
+        path: its Hub id or folder.
+        score: mean over the examples that it got to see; None where it could not be scored.
+        low: lower end of the middle 95% of that mean over Bayesian bootstraps of the examples.
+        high: upper end.
+        accuracy: share of these examples that are named rightly.
+        examples: how many it was scored on: fewer than all if others were ahead on those.
+        reason: why it could not be scored.
+    """
+
+    name: str
+    path: str
+    score: float | None
+    low: float | None
+    high: float | None
+    accuracy: float | None
+    examples: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select_adapters` chose. `print` shows it, `as_json` is for programs.
+
+    Attributes:
+        chosen: weights by the name of the adapter. What their sum leaves to 1 is the base model's.
+        ranking: all candidates, the best first; those scored on fewer examples come behind, those that could not be
+            scored last.
+        base: the base model's own row.
+        config: a config that composes the chosen ones with these weights as the start of a learned composition.
+        candidates: how many were tried.
+        examples: on how many examples at most.
+        risk_worse_than_base: the chance that the best adapter is worse than the base model on new examples, mindful
+            of how many were tried.
+        measure: what the scores are: "margin" or "log-likelihood".
+        passed: examples that went through the model in all, over all candidates.
+        seconds: in all.
+    """
+
+    chosen: dict[str, float]
+    ranking: tuple[RankedAdapter, ...]
+    base: RankedAdapter
+    config: CompositionConfig
+    candidates: int
+    examples: int
+    risk_worse_than_base: float
+    measure: Measure
+    passed: int
+    seconds: float
+
+    @property
+    def references(self) -> list[AdapterReference]:
+        """The chosen adapters, as `CompositionConfig` takes them."""
+        return self.config.references
+
+    def as_json(self) -> dict[str, Any]:
+        """What `peft-composition select --json` prints; adapters are named by their Hub id or folder."""
+        paths = {own.name: own.path for own in self.ranking}
+        return {
+            "chosen": [{"adapter": paths[name], "weight": weight} for name, weight in self.chosen.items()],
+            "ranking": [
+                {
+                    "adapter": own.path,
+                    "score": own.score,
+                    "low": own.low,
+                    "high": own.high,
+                    "examples": own.examples,
+                    "reason": own.reason,
+                }
+                for own in self.ranking
+            ],
+            "candidates": self.candidates,
+            "examples": self.examples,
+            "risk_worse_than_base": self.risk_worse_than_base,
+        }
+
+    def __str__(self) -> str:
+        shown = [own for own in self.ranking if own.score is not None][:SHOWN]
+        width = max(len(one_line(own.name)) for own in (*shown, self.base))
+        lines = [
+            f"{self.candidates} candidates on {self.examples} examples; score: {MEANING[self.measure]}",
+            f"chance that the best of them is worse than the base: {100 * self.risk_worse_than_base:.0f} %",
+            "",
+            f"{'':{width}}   score  95% interval      accuracy  examples  weight",
+        ]
+        lines += [self._line(own, width) for own in shown]
+        lines.append(self._line(self.base, width))
+        scored = sum(own.score is not None for own in self.ranking)
+        if scored > len(shown):
+            lines.append(f"and {scored - len(shown)} more")
+        broken = [own for own in self.ranking if own.score is None]
+        for own in broken[:SHOWN]:
+            lines.append(f"{one_line(own.name)}: {one_line(own.reason or '', LONG // 10)}")
+        if len(broken) > SHOWN:
+            lines.append(f"and {len(broken) - SHOWN} more that could not be scored")
+        return "\n".join(lines)
+
+    def _line(self, own: RankedAdapter, width: int) -> str:
+        between = f"[{own.low:+.3f}, {own.high:+.3f}]"
+        weight = f"{self.chosen[own.name]:.3f}" if own.name in self.chosen and own is not self.base else ""
+        facts = f"{own.score:+.3f}  {between:16}  {100 * (own.accuracy or 0):6.1f} %  {own.examples:8}  {weight}"
+        return f"{one_line(own.name):{width}}  {facts}".rstrip()

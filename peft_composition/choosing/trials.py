@@ -1,0 +1,140 @@
+"""Scores candidates on a rung: shared over processes, remembered on disk, a broken one is a reason and not the end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..evidence.batches import processes
+from ..evidence.passes import Candidate, Examples, Passed, Precision, passes
+from ..evidence.scores import LeftOut, margins
+from ..evidence.streamed import read_in_turn
+from ..references import AdapterReference
+from ..text import LONG, one_line
+from ..upstream.errors import AdapterError
+from .downloads import Downloads
+from .journal import Journal
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one candidate did on a rung.
+
+    Attributes:
+        values: its score on every example, shape (m,): margins or log-likelihoods.
+        is_right: whether it named the example rightly, shape (m,).
+    """
+
+    values: Tensor
+    is_right: Tensor
+
+    @property
+    def score(self) -> float:
+        """The mean."""
+        return float(self.values.mean())
+
+
+def per_example(passed: Passed) -> Trial:
+    """The scores of a pass, for each example."""
+    found = passed.found
+    if isinstance(found, LeftOut):
+        values = margins(found)
+        return Trial(values, values > 0)
+    return Trial(-found.nll / found.tokens, found.is_right)
+
+
+class Trials:
+    """Candidates 1 to N and the base model, which is number 0, on a base model that stays as it is.
+
+    Args:
+        base: a model without adapters.
+        references: the candidates.
+        journal: what was scored before, and where to write what is scored now.
+        downloads: the budget for what candidates fetch.
+        mixed_precision: as for `score_adapters`.
+        bar: of progress.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        references: Sequence[AdapterReference],
+        journal: Journal,
+        downloads: Downloads,
+        mixed_precision: Precision,
+        bar: Any,
+    ) -> None:
+        self._base = base
+        self._references = references
+        self._journal = journal
+        self._downloads = downloads
+        self._mixed_precision = mixed_precision
+        self._bar = bar
+        self.reasons: dict[int, str] = {}
+        self.passed = 0
+
+    def run(self, rung: int, numbers: Sequence[int], examples: Examples) -> dict[int, Trial]:
+        """Score some candidates and the base; every process gets all results.
+
+        A candidate stays with one process in all rungs: the other ones do not wait for its files.
+
+        Returns:
+            By number; those that could not be scored are in `reasons` instead.
+
+        Raises:
+            ValueError: the base model itself cannot be scored.
+        """
+        world, rank = processes(), dist.get_rank() if processes() > 1 else 0
+        own: dict[int, dict[str, Any] | str] = {}
+        for number in [0, *numbers]:
+            if number % world == rank:
+                own[number] = self._remembered(rung, number, examples)
+                self._bar.update()
+        parts: list[Any] = [own]
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, own)
+        found = {number: result for part in parts for number, result in part.items()}
+        if isinstance(found[0], str):
+            raise ValueError(found[0])
+        self.passed += len(examples) * len(found)
+        self.reasons.update({number: own for number, own in found.items() if isinstance(own, str)})
+        return {
+            number: Trial(torch.tensor(line["values"], dtype=torch.float64), torch.tensor(line["right"]))
+            for number, line in sorted(found.items())
+            if not isinstance(line, str)
+        }
+
+    def _remembered(self, rung: int, number: int, examples: Examples) -> dict[str, Any] | str:
+        known = self._journal.found.get((rung, number))
+        if known is not None:
+            return known
+        try:
+            trial = per_example(self._pass(number, examples))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # of the machine, and not of the candidate
+        except AdapterError as error:
+            return error.reason
+        except Exception as error:  # whatever a file that others made can cause
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return one_line(f"{kind}{error}", LONG)
+        line = {"values": trial.values.tolist(), "right": trial.is_right.tolist()}
+        self._journal.add(rung, number, line)
+        return line
+
+    def _pass(self, number: int, examples: Examples) -> Passed:
+        if number == 0:
+            mix = Candidate("base", "base", nullcontext)
+            return passes(self._base, [mix], examples, self._mixed_precision, are_shared=False)[0]
+        reference = self._references[number - 1]
+        with warnings.catch_warnings(), self._downloads.of(reference):
+            warnings.simplefilter("ignore")  # `inspect` shows them; here they would be one for each candidate
+            mix = read_in_turn(self._base, [reference])[0]
+            return passes(self._base, [mix], examples, self._mixed_precision, are_shared=False)[0]

@@ -1,0 +1,255 @@
+"""Selecting from a pool: scores, rungs, broken candidates, what is kept on disk, several processes, and the base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_composition import score_adapters
+from peft_composition.choosing import Selection, adapters_in, select_adapters
+from peft_composition.choosing.ladder import ladder
+from peft_composition.choosing.risk import chance_of_harm
+from peft_composition.choosing.select import _plan
+
+from .. import tiny, warm
+from ..hub_server import HubServer, as_the_hub
+from . import candidates
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return candidates.save_pool(tmp_path_factory.mktemp("pool"), 40)
+
+
+def select(pool: list[str], rows: int = 40, **options: object) -> Selection:
+    return select_adapters(candidates.base(), pool, candidates.rows(rows), progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_without_halving_scores_are_those_of_score_adapters(pool: list[str]) -> None:
+    good = [own for own in pool if Path(own).name not in candidates.BROKEN][:12]
+    found = select(good, halving=False)
+    expected = score_adapters(candidates.base(), candidates.rows(40), adapters=good)
+    assert [own.name for own in found.ranking] == [
+        row.name for row in sorted(expected.rows[:-1], key=lambda row: -row.score)
+    ]
+    for own in found.ranking:
+        # The order of the examples is another, and so is that of the sums.
+        assert own.score == pytest.approx(expected[own.name].score, abs=1e-5)
+        assert own.accuracy == pytest.approx(expected[own.name].accuracy)
+        assert (own.low or 0) < (own.score or 0) < (own.high or 0)
+    assert found.base.score == pytest.approx(expected["base"].score, abs=1e-5)
+    assert found.passed >= 13 * 40
+
+
+def test_halving_sees_less_than_half_and_its_best_is_among_the_best(pool: list[str]) -> None:
+    """20 of a class: rungs of 4, 12 and 40 examples; of 40 candidates the mixes of the last 8 are a good part."""
+    found, whole = select(pool), select(pool, halving=False)
+    assert found.passed < 0.5 * whole.passed
+    ranked = [own.name for own in whole.ranking]
+    assert found.ranking[0].name in ranked[:8]
+    assert {own.examples for own in found.ranking} == {0, 4, 12, 40}
+    assert [own.examples for own in found.ranking[:8]] == [40] * 8
+    assert (found.candidates, found.examples) == (44, 40)
+
+
+def test_broken_candidates_are_rows_with_a_reason_and_the_base_stays_as_it_was(pool: list[str]) -> None:
+    base = candidates.base()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in base.parameters()]
+    base.train()
+    found = select_adapters(base, pool, candidates.rows(12), progress=False)
+    reasons = {own.name: own.reason or "" for own in found.ranking[-4:]}
+    assert set(reasons) == set(candidates.BROKEN)
+    assert "DoRA" in reasons["dora"]
+    assert "has neither adapter_model.safetensors" in reasons["no-weights"]
+    assert "q_proj" in reasons["other-shape"]
+    assert "not-finite" not in {own.name for own in found.ranking if own.score is not None}
+    assert all(own.reason is None for own in found.ranking[:-4])
+    after = base.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert [parameter.requires_grad for parameter in base.parameters()] == trained
+    assert base.training
+
+
+def test_the_result_is_a_config_json_and_a_table(pool: list[str]) -> None:
+    found = select(pool, most=3, task_type="SEQ_CLS")
+    assert 1 <= len(found.chosen) <= 3
+    assert next(iter(found.chosen)) == found.ranking[0].name
+    assert 0 < sum(found.chosen.values()) <= 1 + 1e-6
+    model = get_peft_model(candidates.base(), found.config)
+    assert set(next(iter(model.mixing_weights().values()))) == set(found.chosen)
+    weights = next(iter(model.mixing_weights().values()))
+    assert weights == pytest.approx(found.chosen, abs=1e-6)
+    printed = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert set(printed) == {"chosen", "ranking", "candidates", "examples", "risk_worse_than_base"}
+    assert set(printed["ranking"][0]) == {"adapter", "score", "low", "high", "examples", "reason"}
+    assert printed["chosen"][0]["adapter"] in pool
+    assert [own["adapter"] for own in printed["chosen"]] == [own["path"] for own in found.references]
+    text = str(found)
+    assert "44 candidates on 40 examples" in text
+    assert f"{100 * found.risk_worse_than_base:.0f} %" in text
+    assert text.isascii()
+
+
+def test_answers_of_language_models(tmp_path: Path) -> None:
+    base = tiny.build("llama").eval()
+    pool = [str(tiny.save_lora(tmp_path / f"{n}", base, ["q_proj", "v_proj"], seed=n + 1, r=2)) for n in range(5)]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 60, (6, 9), generator=generator)
+    rows = [{"input_ids": own, "labels": torch.where(torch.arange(9) < 6, -100, own)} for own in ids]
+
+    def collate(own: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {key: torch.stack([row[key] for row in own]) for key in own[0]}
+
+    found = select_adapters(base, pool, rows, collate=collate, progress=False)
+    expected = score_adapters(base, [collate(rows)], adapters=pool)
+    assert found.measure == "log-likelihood"
+    assert found.ranking[0].name == expected.best.name
+    for own in found.ranking:
+        assert own.score == pytest.approx(expected[own.name].score, abs=1e-5)
+
+
+def test_rungs_have_the_same_number_of_each_class_and_grow() -> None:
+    rows = candidates.rows(40)
+    model = candidates.base()
+    by_rows = ladder(model, rows, None, None, 16, seed=3)
+    assert by_rows.sizes == [4, 12, 40]
+    for rung in by_rows.rungs:
+        assert rung.labels is not None
+        assert rung.labels.bincount().tolist() == [len(rung) // 2] * 2
+    batches = [
+        {key: torch.stack([torch.as_tensor(row[key]) for row in rows[start : start + 7]]) for key in rows[0]}
+        for start in range(0, 40, 7)
+    ]
+    by_batches = ladder(model, batches, None, None, 16, seed=3)
+    for one, other in zip(by_rows.rungs, by_batches.rungs, strict=True):
+        ids = [{tuple(ids.tolist()) for batch in own.batches for ids in batch["input_ids"]} for own in (one, other)]
+        assert ids[0] == ids[1]
+    assert ladder(model, rows, None, None, 16, seed=4).digest != by_rows.digest
+    with pytest.raises(ValueError, match="one example of each of 2 classes"):
+        ladder(model, rows[:2], None, None, 16, seed=0)
+
+
+def test_the_plan() -> None:
+    assert _plan(256, 3, 8, True) == [(0, 256), (1, 64), (2, 16)]
+    assert _plan(20, 4, 8, True) == [(0, 20), (3, 8)]
+    assert _plan(8, 3, 8, True) == [(2, 8)]
+    assert _plan(100, 3, 8, False) == [(2, 100)]
+    assert _plan(100, 1, 8, True) == [(0, 100)]
+
+
+def test_what_is_refused(pool: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no candidates"):
+        select([])
+    with pytest.raises(ValueError, match="most must be at least 1"):
+        select(pool, most=0)
+    with pytest.raises(ValueError, match=r"none of 2 candidates could be scored; of the first, 'dora': it is a DoRA"):
+        select([own for own in pool if Path(own).name in ("dora", "no-weights")])
+    with pytest.raises(ValueError, match="is no adapter and has none in its subfolders"):
+        adapters_in(tmp_path)
+    log = tmp_path / "log.jsonl"
+    select(pool[:3], log=log)
+    with pytest.raises(ValueError, match=r"log\.jsonl belongs to another selection"):
+        select(pool[:3], log=log, seed=1)
+    with pytest.raises(ValueError, match=r"log\.jsonl belongs to another selection"):
+        select(pool[:4], log=log)
+
+
+def test_it_goes_on_from_lines_that_are_there_and_one_that_was_cut_off(pool: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    expected = select(pool, log=log)
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:20]) + lines[20][:30])
+    assert select(pool, log=log).as_json() == expected.as_json()
+    after = [json.loads(line) for line in log.read_bytes().splitlines() if line != lines[20][:30]]
+    places = [(line["rung"], line["candidate"]) for line in after[1:]]
+    assert len(places) == len(set(places)) == len(lines) - 1
+    assert select(pool).as_json() == expected.as_json()
+
+
+def test_two_processes_share_100_candidates_and_survive_kill_9(tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    candidates.save_pool(folder, 96)
+    warm.run("-m", "tests.choosing.worker", folder, "", tmp_path / "one.json")
+    expected = json.loads((tmp_path / "one.json").read_text())
+    assert expected["candidates"] == 100
+    log = tmp_path / "log.jsonl"
+    killed = warm.run("-m", "tests.choosing.worker", folder, log, tmp_path / "two.json", 20, processes=2)
+    assert killed.returncode != 0
+    assert not (tmp_path / "two.json").exists()
+    before = {file: file.read_bytes() for file in (log, tmp_path / "log.jsonl.2")}
+    assert len(before[log].splitlines()) == 21
+    done = warm.run("-m", "tests.choosing.worker", folder, log, tmp_path / "two.json", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two.json").read_text()) == expected
+    for file, lines in before.items():
+        assert file.read_bytes().startswith(lines)
+    scored = [json.loads(line) for file in before for line in file.read_bytes().splitlines()]
+    places = [(own["rung"], own["candidate"]) for own in scored if "rung" in own]
+    assert len(places) == len(set(places))
+    assert all(len(file.read_bytes().splitlines()) > len(places) / 3 for file in before)  # they shared them out
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server, as_the_hub(server, tmp_path / "cache"):
+        yield server
+
+
+def test_downloads_stay_within_the_budget(hub: HubServer, pool: list[str], tmp_path: Path) -> None:
+    """What was in the cache before stays; with no budget nothing else does, and the result is the same."""
+    good = [own for own in pool if Path(own).name not in candidates.BROKEN][:10]
+    for own in good:
+        hub.push(f"me/{Path(own).name}", {file.name: file.read_bytes() for file in Path(own).iterdir()})
+    ids = [f"me/{Path(own).name}" for own in good]
+    cache = tmp_path / "cache"
+    select(ids[:1])
+    assert [own.name for own in cache.glob("models--*")] == ["models--me--000"]
+    expected = select(good, rows=12)
+    found = select(ids, rows=12, cache_budget=0.0, most=1)
+    left = {own.name for own in cache.glob("models--*")}
+    assert left == {"models--me--000", f"models--me--{next(iter(found.chosen))}"}  # read once more for its weight
+    assert [own.score for own in found.ranking] == [own.score for own in expected.ranking]
+    select(ids, rows=12)
+    assert len([*cache.glob("models--*")]) == 10
+
+
+# The risk
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("count", [1, 16, 256])
+def test_the_risk_comes_true_as_often_as_it_says(count: int, spread: float) -> None:
+    """Simulated candidates whose true gains are known: the stated chance, on average, against how often it happens."""
+    generator = np.random.default_rng(count + int(10 * spread))
+    stated, happened = [], []
+    for _ in range(1500):
+        true = generator.normal(-0.05, spread, count) if count > 1 else generator.normal(0, 0.1, 1)
+        common = generator.normal(0, 0.15, 12)
+        gains = torch.from_numpy(true[:, None] + common + generator.normal(0, 0.4, (count, 12)))
+        pick = int(gains.mean(1).argmax())
+        stated.append(chance_of_harm(gains[pick], gains))
+        happened.append(float(true[pick] < 0))
+    difference = float(np.mean(stated) - np.mean(happened))
+    if count > 1 and spread == 0:
+        assert np.mean(happened) == 1  # they are all the same, and worse: 12 examples tell less than that
+        assert np.mean(stated) > 0.6
+        return
+    error = np.std(np.array(stated) - np.array(happened)) / 1500**0.5
+    assert abs(difference) < 4 * error + 0.06, (np.mean(stated), np.mean(happened))
+
+
+def test_without_the_others_it_is_students_chance() -> None:
+    gains = torch.tensor([0.2, -0.1, 0.4, 0.3], dtype=torch.float64)
+    mean, error = 0.2, float(gains.std()) / 2
+    expected = 0.5 * float(torch.erfc(torch.tensor(mean / (error * 3**0.5) / 2**0.5, dtype=torch.float64)))
+    assert chance_of_harm(gains, gains[None]) == pytest.approx(expected, rel=1e-9)
+    assert chance_of_harm(gains[:1], gains[None, :1]) == 0.5
+    assert chance_of_harm(torch.ones(3), torch.ones(1, 3)) == 0.0
