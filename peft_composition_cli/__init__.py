@@ -7,6 +7,7 @@ arguments are fast.
 # isort: off
 from .application import app, main
 from . import search  # help lists the commands in this order
+from . import select
 from . import inspect
 from . import compose
 from . import compare
@@ -16,4 +17,4 @@ from . import merge
 # isort: on
 
 
-__all__ = ["app", "compare", "compose", "export", "inspect", "main", "merge", "search", "weights"]
+__all__ = ["app", "compare", "compose", "export", "inspect", "main", "merge", "search", "select", "weights"]
