@@ -27,7 +27,7 @@ def write_candidates(path: str | os.PathLike[str], base: str, found: Sequence[Fo
     target.write_text(f"{text}\n", encoding="utf-8")
 
 
-def read_candidates(path: str | os.PathLike[str]) -> list[str | dict[str, Any]]:
+def read_candidates(path: str | os.PathLike[str]) -> list[Any]:
     """The candidates that a file lists.
 
     Args:
@@ -45,7 +45,7 @@ def read_candidates(path: str | os.PathLike[str]) -> list[str | dict[str, Any]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} could not be read: {one_line(error)}") from error
-    found: list[str | dict[str, Any]] = []
+    found: list[Any] = []
     if text.lstrip().startswith("{"):
         found += _of_search(text, where)
     else:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.base_models import base_config
-from ..choosing import EncodedRows, LabelledData, load_processor, read_data
+from ..choosing import EncodedRows, LabelledData, load_processor, read_candidates, read_data
 from ..comparing import compare_methods, plot_comparison
 from ..comparing.methods import FRESH, LEARNED, METHODS
+from ..config import CompositionConfig
 from ..references import AdapterReference
 from ..terminal import print_comparison, print_json, say
 from ..text import one_line
@@ -73,10 +74,7 @@ def run(
 
 def _references(adapters: list[str] | Path | None) -> list[AdapterReference]:
     if isinstance(adapters, Path):
-        lines = (line.partition("#")[0].strip() for line in adapters.read_text(encoding="utf-8").splitlines())
-        adapters = [line for line in lines if line]
-        if not adapters:
-            raise ValueError("the file of --candidates lists no adapter; write one on each line")
+        return CompositionConfig(adapters=read_candidates(adapters)).references
     return references_of(adapters or [])
 
 
