@@ -85,9 +85,11 @@ def tabulate(
     files: Annotated[list[Path], typer.Argument(help="Records that `evidence` wrote.")],
     methods: Annotated[str | None, typer.Option(help="Separated by semicolons. Default: all that are there.")] = None,
     tasks: Annotated[bool, typer.Option(help="Each task, too, not only their means.")] = True,
+    png: Annotated[Path | None, typer.Option(help="Draw them over K, with intervals, into this file.")] = None,
 ) -> None:
     """What methods gain on the uniform mix, task by task and on average, as Markdown."""
-    from .gains import CONTROLS, gains, means
+    from .gains import CONTROLS, gains, means, of_tasks
+    from .plots import gain_over_shots
     from .records import read
 
     records = [record for path in files for record in read(path, key="method")]
@@ -95,6 +97,8 @@ def tabulate(
     default = [name for name in found if name not in ("single", "uniform", *CONTROLS)]
     chosen = default if methods is None else methods.split(";")
     typer.echo(means(records, chosen) + (f"\n\n{gains(records, chosen)}" if tasks else ""))
+    if png is not None:
+        gain_over_shots(of_tasks(records, [*CONTROLS, *chosen])).savefig(png)
 
 
 @app.command()

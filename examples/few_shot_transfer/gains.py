@@ -1,4 +1,4 @@
-"""Tables of gains over the uniform mix, paired by draw: task by task, and their means over tasks, as Markdown."""
+"""Gains over the uniform mix, paired by draw: task by task, and their means over tasks, as Markdown or for a plot."""
 
 from __future__ import annotations
 
@@ -54,6 +54,34 @@ def gains(records: Sequence[Record], methods: Sequence[str]) -> str:
         return table([f"`{task[0]}`, {task[1]}", *(f"K = {k}" for k in shots)], [first, *rows])
 
     return "\n\n".join(of_task(task, own) for task, own in _by_task(records).items())
+
+
+def of_tasks(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[int, Gain]]]:
+    """What `gains` prints, by task, method and K; after several tasks the mean over those that have that K.
+
+    The interval of that mean is over draws, not over tasks: it says how well these tasks are known.
+    """
+    shots = _shots(records)
+    found: dict[str, dict[str, dict[int, Gain]]] = {}
+    for task, own in _by_task(records).items():
+        uniform = values_of(own, "uniform")
+        rows = {name: {k: Gain.of(values_of(own, name), uniform, k) for k in shots} for name in methods}
+        found[": ".join(task)] = {name: {k: gain for k, gain in row.items() if gain} for name, row in rows.items()}
+    if len(found) == 1:
+        return found
+    whole: dict[str, dict[int, Gain]] = {name: {} for name in methods}
+    for name in methods:
+        for k in shots:
+            of_k = [rows[name][k] for rows in found.values() if k in rows[name]]
+            if of_k:
+                whole[name][k] = _mean_gain(of_k)
+    return {**found, f"mean of {len(found)} tasks": whole}
+
+
+def _mean_gain(found: Sequence[Gain]) -> Gain:
+    mean = float(np.mean([own.mean for own in found]))
+    margin = float(np.linalg.norm([(own.high - own.low) / 2 for own in found])) / len(found)
+    return Gain(mean, mean - margin, mean + margin)
 
 
 def means(records: Sequence[Record], methods: Sequence[str]) -> str:

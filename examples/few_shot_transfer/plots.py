@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .analysis import BEST_SINGLE, Difference, Scores, Shots
+from .gains import Gain
 
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; markers and dashes say the same once more.
@@ -131,6 +132,37 @@ def differences(panels: Mapping[str, Mapping[Shots, Sequence[tuple[str, Differen
     return figure
 
 
+def gain_over_shots(panels: Mapping[str, Mapping[str, Mapping[int, Gain]]]) -> Figure:
+    """Points gained on the uniform mix over K, with 95% intervals, a panel for each task.
+
+    Args:
+        panels: by title, then by method and K, as `gains.of_tasks` gives them.
+    """
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure((2.9 * columns + 1.7, 2.5 * rows), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    every = figure.subplots(rows, columns, squeeze=False)
+    methods = list(dict.fromkeys(name for of_task in panels.values() for name in of_task))
+    shots = sorted({k for of_task in panels.values() for row in of_task.values() for k in row})
+    for axes, (title, of_task) in zip(every.flat, panels.items()):
+        axes.axhline(0, color="black", linewidth=0.8)
+        for offset, (number, name) in zip(np.linspace(-0.18, 0.18, len(methods)), enumerate(methods)):
+            row = of_task.get(name, {})
+            if row:
+                at = [shots.index(k) + offset for k in row]
+                ends = [[own.mean - own.low for own in row.values()], [own.high - own.mean for own in row.values()]]
+                axes.errorbar(at, [own.mean for own in row.values()], ends, **_gain_style(number))
+        axes.set_xticks(range(len(shots)), [str(k) for k in shots])
+        _label(axes, title, "K", "points")
+        axes.title.set_fontsize(8)
+    for axes in list(every.flat)[len(panels) :]:
+        axes.set_axis_off()
+    handles = [every[0, 0].errorbar([], [], [], label=name, **_gain_style(i)) for i, name in enumerate(methods)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
 def mean_and_deviation(scores: np.ndarray) -> tuple[float, float]:
     """Mean accuracy over the seeds and its standard deviation (0 with one seed), from scores (seeds, examples)."""
     by_seed = scores.mean(axis=1)
@@ -147,6 +179,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure((width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
+
+
+def _gain_style(number: int) -> dict[str, Any]:
+    colors = ("#CC79A7", "#999999", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#000000")
+    marker, dashes = "PxDo^sv*"[number % 8], ("--", ":", "-.", "-")[number % 4]
+    style = {"color": colors[number % len(colors)], "marker": marker, "linestyle": dashes}
+    return {**style, "capsize": 2, "markersize": 4, "linewidth": 1.2, "elinewidth": 0.8}
 
 
 def _case_style(number: int) -> dict[str, Any]:

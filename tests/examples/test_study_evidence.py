@@ -10,8 +10,10 @@ import pytest
 import torch
 from few_shot_transfer import evidence
 from few_shot_transfer import scenario as scenarios
+from few_shot_transfer.__main__ import app
 from few_shot_transfer.bench import features_of
-from few_shot_transfer.gains import gains, means
+from few_shot_transfer.gains import gains, means, of_tasks
+from few_shot_transfer.plots import gain_over_shots
 from few_shot_transfer.records import read
 from few_shot_transfer.scenario import DownstreamSpec
 from few_shot_transfer.stand_in import Corners, Recipe, train
@@ -19,6 +21,7 @@ from few_shot_transfer.training import fit_features
 from peft import PeftModel
 from scipy import stats
 from torch import Tensor
+from typer.testing import CliRunner
 
 from peft_composition.evidence.scores import leave_one_out_distances
 
@@ -60,6 +63,39 @@ def test_means_over_tasks_and_how_many_are_clear() -> None:
             ]
     # t: 2 +- 4.303 / sqrt(3) = 2 +- 2.48; u: -1.1 +- .25, wholly below; v: 1 +- 9.9
     assert "| vote | +0.6 (1 below, 0 above of 3) |" in means(records, ("vote",))
+
+
+def test_a_plot_has_a_panel_for_each_task_and_their_mean_with_its_interval() -> None:
+    gained = {"t": [1.0, 2.0, 3.0], "u": [-1.0, -1.2, -1.1]}
+    records = []
+    for target, values in gained.items():
+        for seed, value in enumerate(values):
+            records += [
+                {**record("uniform", seed, 50.0), "target": target},
+                {**record("vote", seed, 50 + value), "target": target},
+            ]
+    panels = of_tasks(records, ["vote"])
+    assert list(panels) == ["s: t", "s: u", "mean of 2 tasks"]
+    errors = [np.std(values, ddof=1) / np.sqrt(3) * stats.t.ppf(0.975, 2) for values in gained.values()]
+    margin = np.sqrt(errors[0] ** 2 + errors[1] ** 2) / 2  # of independent draws
+    assert panels["mean of 2 tasks"]["vote"][2] == pytest.approx((0.45, 0.45 - margin, 0.45 + margin))
+    assert list(of_tasks(records[:6], ["vote"])) == ["s: t"]
+    figure = gain_over_shots(panels)
+    drawn = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in drawn] == list(panels)
+    for axes, row in zip(drawn, panels.values()):
+        (line,) = (own for own in axes.lines if own.get_marker() == "P" and len(own.get_xdata()))
+        assert line.get_ydata().tolist() == [row["vote"][2].mean]
+
+
+def test_the_command_writes_the_table_and_the_plot(tmp_path: Path) -> None:
+    records = [record(method, seed, 50.0 + seed) for method in ("uniform", "vote") for seed in range(3)]
+    evidence.append(iter(records), tmp_path / "draws.jsonl")
+    asked = ["gains", str(tmp_path / "draws.jsonl"), "--no-tasks", "--png", str(tmp_path / "gains.png")]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    assert "| vote | +0.0 (0 below, 0 above of 1) |" in done.output
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_methods_are_those_of_the_library() -> None:
@@ -194,6 +230,20 @@ def test_every_committed_recipe_has_its_uniform_mix_once(path: Path) -> None:
     draws = [(own["target"], own["k"], own["seed"]) for own in records if own["method"] == "uniform"]
     assert len(set(draws)) == len(draws) >= 10
     assert {(own["target"], own["k"], own["seed"]) for own in records} == set(draws)
+
+
+@pytest.mark.parametrize("path", sorted((DRAWS.parent / "draws").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_committed_draw_has_its_uniform_mix_and_weights_of_at_most_one(path: Path) -> None:
+    records = read(path, key="method")
+    draws = {(own["target"], own["k"], own["seed"]) for own in records if own["method"] == "uniform"}
+    for own in records:
+        assert (own["target"], own["k"], own["seed"]) in draws
+        if own["method"] == "likelihood-vote":
+            assert own["k"] > 1, "one example of each class is no evidence"
+            assert sum(own["weights"].values()) <= 1.001
+    assert len({(own["target"], own["k"], own["seed"], own["method"], own["adapter"]) for own in records}) == len(
+        records
+    )
 
 
 def test_a_torn_last_line_is_cut_off_before_the_next_is_written(tmp_path: Path) -> None:
