@@ -53,11 +53,18 @@ DEFAULTS = {  # of TrainingArguments
 }
 WITH_A_HEAD = {"max_steps": 100, "lr_scheduler_type": "linear"}  # of classifiers, in place of the above
 RATES = {
+    "evidence": 1e-2,
     "learned": 1e-2,
     "uniform": 1e-2,
     "base": 1e-2,
     "lora": 1e-3,
 }  # of classifiers: a new head moves by these, too
+MIXINGS: dict[str, Literal["fixed", "learned", "uniform"]] = {
+    "evidence": "fixed",
+    "learned": "learned",
+    "uniform": "uniform",
+    "lora": "uniform",  # composed to see on which modules, then taken off
+}
 METRICS = ("accuracy", "exact_match")
 
 
@@ -81,11 +88,12 @@ class FewShotArguments:
         default_factory=list,
         metadata={"help": "LoRA adapters trained on that base model, to be mixed: Hub ids or local folders."},
     )
-    method: Literal["learned", "uniform", "lora", "base"] = field(
-        default="learned",
+    method: Literal["evidence", "learned", "uniform", "lora", "base"] = field(
+        default="evidence",
         metadata={
-            "help": "learned: compose the adapters and learn their weights. The others are controls: uniform, "
-            "the average of the adapters; lora, a fresh LoRA on the same modules; base, the untouched base model."
+            "help": "evidence: compose the adapters with weights by how well each of them predicts training examples "
+            "that were left out; they stay. learned: weights that train. The others are controls: uniform, the "
+            "average of the adapters; lora, a fresh LoRA on the same modules; base, the untouched base model."
         },
     )
     k: int = field(default=5, metadata={"help": "Training examples per class; where there are no classes, in all."})
@@ -340,9 +348,8 @@ def build_model(
         for name in head:
             base.get_submodule(name).requires_grad_(True)
         return base
-    mixing: Literal["uniform", "learned"] = "uniform" if arguments.method == "uniform" else "learned"
     shared: dict[str, Any] = {"task_type": task_type, "modules_to_save": list(head) or None}
-    config = CompositionConfig(adapters=list(arguments.adapters), mixing=mixing, **shared)
+    config = CompositionConfig(adapters=list(arguments.adapters), mixing=MIXINGS[arguments.method], **shared)
     model = get_peft_model(base, config)
     if arguments.method == "lora":
         targets = sorted(model.mixing_weights())
@@ -384,7 +391,7 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
             kwargs["optimizer_cls_and_kwargs"] = composition_optimizer(args, head_lr=head.head_learning_rate)
         super().__init__(model, args, **kwargs)
         self.few_shot = few_shot
-        self.starts_from_evidence = few_shot.method == "learned" and head is not None and head.start == "evidence"
+        self.takes_evidence = takes_evidence(few_shot.method, head)
         if few_shot.method == "learned":
             self.add_callback(MixingWeightsCallback(self))
             if head is not None and head.head_warmup_steps:
@@ -394,8 +401,8 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
         """Trains, tests, saves and reports; pushes with `--push_to_hub`."""
         model = cast(nn.Module, self.model)
         count = trainable(model)
-        if self.starts_from_evidence:
-            start_from_evidence(model, self.train_dataset, self.data_collator, self.is_world_process_zero(), self.args)
+        if self.takes_evidence:
+            weigh_by_evidence(model, self.train_dataset, self.data_collator, self.is_world_process_zero(), self.args)
         if count:
             self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         metrics = self.evaluate()
@@ -418,7 +425,12 @@ class FewShotTrainer(CompositionCardMixin, Trainer):
             self.push_to_hub()
 
 
-def start_from_evidence(
+def takes_evidence(method: str, head: HeadArguments | None) -> bool:
+    """Whether mixing weights come from the training examples: to stay, or as the start of those that train."""
+    return method == "evidence" or (method == "learned" and head is not None and head.start == "evidence")
+
+
+def weigh_by_evidence(
     model: nn.Module,
     support: Any,
     collate: Any,
@@ -487,7 +499,7 @@ class Record:
 def report(record: Record, folder: Path) -> None:
     """Prints the mixing weights and the results of a saved model, and writes `results.json` beside it."""
     console = Console()
-    if record.method in ("learned", "uniform"):
+    if record.method in ("evidence", "learned", "uniform"):
         rows = weights_table(saved_mixing_weights(folder))
         record.mixing_weights = {row.adapter: row.mean for row in rows}
         table = Table(title=f"{record.method} mixing weights", caption=f"over {rows[0].modules} modules")

@@ -25,8 +25,9 @@ from few_shot import (
     report,
     require_one_group,
     require_short_warmup,
-    start_from_evidence,
+    takes_evidence,
     trainable,
+    weigh_by_evidence,
 )
 from few_shot_text_classification import TextArguments, load_model, load_tokenizer, tokenize
 from peft import PeftModel
@@ -142,9 +143,9 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments)
         features = [tokenize(data, tokenizer, arguments) for data in (support, test)]
         model = load_model(arguments, classes, tokenizer)
-    if arguments.method == "learned" and head.start == "evidence":
+    if takes_evidence(arguments.method, head):
         rows = make_loader(features[0], tokenizer, loop.batch_size)
-        start_from_evidence(model.to(accelerator.device), rows, None, accelerator.is_main_process)
+        weigh_by_evidence(model.to(accelerator.device), rows, None, accelerator.is_main_process)
     count = trainable(model)
     groups = parameter_groups(model, head_lr=head.head_learning_rate)
     model, optimizer, support_loader, test_loader = accelerator.prepare(

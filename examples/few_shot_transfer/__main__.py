@@ -143,6 +143,35 @@ def answer_table(files: Annotated[list[Path], typer.Argument(help="Records that 
 
 
 @app.command()
+def defaults(
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated, scenario:task. Default: four.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Separated by semicolons. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Draws of the examples.")] = 6,
+    k: Annotated[int | None, typer.Option(min=1, help="Examples of each class. Default: the script's.")] = None,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="File for the records. Default: in --output.")] = None,
+) -> None:
+    """What the example script and the README's lines reach as they are, beside the script's controls: real runs.
+
+    What was measured is not measured again: give the same command to go on, or another with more draws.
+    """
+    from . import defaults as measuring
+    from .evidence import append
+    from .gains import gains, means
+    from .records import read
+
+    be_quiet()
+    path = to or output / "defaults.jsonl"
+    chosen = methods.split(";") if methods else [*measuring.METHODS, measuring.PRINTED]
+    of = tasks.split(",") if tasks else measuring.TASKS
+    append(measuring.measure(of, chosen, range(seeds), k, output, read(path, key="method")), path)
+    records = read(path, key="method")
+    rows = list(dict.fromkeys(record["method"] for record in records if record["method"] != "uniform"))
+    typer.echo(means(records, rows))
+    typer.echo(gains(records, rows))
+
+
+@app.command()
 def report(
     scenarios: Annotated[list[str] | None, typer.Argument(help="Default: all that have results.")] = None,
     output: Output = Path("study-output"),

@@ -59,12 +59,18 @@ class Recipe:
         rate: of both.
         gain: of the mixing weights.
         warmup: steps in which the weights stay.
+        base: whether the share of the base model trains, too; else its logit stays.
+        free: whether weights are free numbers, in place of a softmax.
+        decay: AdamW's weight decay of the mixing weights, which pulls them back to their start.
     """
 
     steps: int = 100
     rate: float = 1e-2
     gain: float = 40.0
     warmup: int = 0
+    base: bool = False
+    free: bool = False
+    decay: float = 0.0
 
 
 def train(
@@ -88,13 +94,17 @@ def train(
     head = nn.Linear(corners.base.shape[1], classes)
     nn.init.normal_(head.weight, std=0.02, generator=generator)
     nn.init.zeros_(head.bias)
-    theta = torch.zeros(len(start), requires_grad=True)
-    logits, rest = start.float().log(), (1 - start.sum()).clamp_min(0).float().log()[None]
-    optimizer = torch.optim.AdamW([*head.parameters(), theta], lr=recipe.rate, weight_decay=0.0)
+    whole = torch.cat([start, (1 - start.sum(0, keepdim=True)).clamp_min(0)]).float()  # the base model's share is last
+    theta = torch.zeros(len(whole) if recipe.base else len(start), requires_grad=True)
+    groups = [{"params": head.parameters()}, {"params": [theta], "weight_decay": recipe.decay}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.steps)
 
     def weights() -> Tensor:
-        return torch.cat([logits + recipe.gain * theta, rest]).softmax(0)[:-1]
+        if recipe.free:
+            return start.float() + recipe.gain * theta
+        moved = nn.functional.pad(recipe.gain * theta, (0, len(whole) - len(theta)))
+        return (whole.log() + moved).softmax(0)[:-1]
 
     rows: list[Tensor] = []
     for step in range(recipe.steps):

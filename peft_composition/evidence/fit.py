@@ -95,7 +95,7 @@ def fit_mixing_weights(
     if composition.config.mixing == "uniform":
         raise ValueError(
             f'The composition {composition.name!r} has mixing="uniform", which has no weights to set. Compose with '
-            'mixing="learned", or with mixing="fixed" and any weights.'
+            'mixing="learned", or with mixing="fixed".'
         )
     examples = read_examples(composition.model, data, head, collate, batch_size)
     chosen, reason = _choose(method, examples.labels)

@@ -21,15 +21,18 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetDict, load_dataset
 from few_shot import FewShotArguments, HeadWarmup, cross_entropy, draw, encode_classes, require_one_group
 from few_shot_question_answering import ExactMatch, QuestionArguments, answers_of, prompt_of, token_cross_entropy
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorWithPadding,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+
+from peft_composition import CompositionConfig, fit_mixing_weights
 
 from .. import example_inputs, warm
 from ..example_inputs import QUESTION_TOKENS, TEST_EXAMPLES, TEXT_TOKENS, Inputs
@@ -124,7 +127,7 @@ def test_a_warmup_as_long_as_the_training_is_refused_by_its_argument(
     script: str, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--model_name_or_path", "m", "--dataset_name", "d", "--adapters", "a", option, "5"]
-    arguments += ["--head_warmup_steps", "50"]
+    arguments += ["--method", "learned", "--head_warmup_steps", "50"]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit, match="--head_warmup_steps 50 takes the whole training of 5 steps"):
         importlib.import_module(script).main()
@@ -138,7 +141,7 @@ def test_a_warmup_as_long_as_the_epochs_is_refused_by_its_argument(tmp_path: Pat
 
 @pytest.mark.parametrize("script", ["few_shot_text_classification", "few_shot_no_trainer"])
 def test_text_classification(texts: Inputs, tmp_path: Path, script: str) -> None:
-    shared = ["--k", 10, "--max_length", TEXT_TOKENS, "--head_warmup_steps", 10, "--seed", 0]
+    shared = ["--method", "learned", "--k", 10, "--max_length", TEXT_TOKENS, "--head_warmup_steps", 10, "--seed", 0]
     size, steps = ("batch_size", "steps") if "no_trainer" in script else ("per_device_train_batch_size", "max_steps")
     results = [
         run(
@@ -161,6 +164,28 @@ def test_text_classification(texts: Inputs, tmp_path: Path, script: str) -> None
         # Every test example counted once, also where two processes share an odd number of them.
         again = accuracy_of_saved(tmp_path / str(processes), texts)
         assert result["metrics"]["accuracy"] == pytest.approx(again, abs=1.01 / TEST_EXAMPLES)
+
+
+@pytest.mark.parametrize("script", ["few_shot_text_classification", "few_shot_no_trainer"])
+def test_by_default_the_examples_choose_weights_that_stay(texts: Inputs, tmp_path: Path, script: str) -> None:
+    steps = "--steps" if "no_trainer" in script else "--max_steps"
+    result = run(script, texts, tmp_path, 1, "--max_length", TEXT_TOKENS, "--seed", 0, steps, 2)
+    assert result["method"] == "evidence"
+    assert result["trainable"] == 384 * 2 + 2  # the head alone
+    base = AutoModelForSequenceClassification.from_pretrained(texts.model, num_labels=2)
+    again = get_peft_model(base, CompositionConfig(adapters=list(texts.adapters), task_type="SEQ_CLS"))
+    tokenizer = AutoTokenizer.from_pretrained(texts.model)
+    few = arguments(str(texts.dataset), adapters=[str(texts.adapters[0])], k=5)
+    support, _, _ = encode_classes(*draw(few, 0, ["text"], "label"), "label")
+    rows = [
+        {**tokenizer(row["text"], truncation=True, max_length=TEXT_TOKENS), "labels": row["labels"]} for row in support
+    ]
+    chosen = fit_mixing_weights(again, rows, collate=DataCollatorWithPadding(tokenizer)).weights
+    assert len(set(chosen.values())) > 1, "the examples cannot tell these adapters apart: take others"
+    assert result["mixing_weights"] == pytest.approx(chosen, abs=1e-4)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["mixing"] == "fixed"
+    assert config["weights"] == pytest.approx(list(chosen.values()), abs=1e-4)
 
 
 def test_controls_train_what_they_say_and_a_composition_is_pushed(texts: Inputs, tmp_path: Path) -> None:
@@ -198,7 +223,7 @@ def timm_digits(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return example_inputs.images(tmp_path_factory.mktemp("timm"), "timm")
 
 
-IMAGES = ["--k", 10, "--max_steps", 100, "--head_warmup_steps", 50, "--seed", 0]
+IMAGES = ["--method", "learned", "--k", 10, "--max_steps", 100, "--head_warmup_steps", 50, "--seed", 0]
 
 
 def test_image_classification(digits: Inputs, tmp_path: Path) -> None:
