@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def train(
     nn.init.zeros_(head.bias)
     whole = torch.cat([start, (1 - start.sum(0, keepdim=True)).clamp_min(0)]).float()  # the base model's share is last
     theta = torch.zeros(len(whole) if recipe.base else len(start), requires_grad=True)
-    groups = [{"params": head.parameters()}, {"params": [theta], "weight_decay": recipe.decay}]
+    groups: list[dict[str, Any]] = [{"params": head.parameters()}, {"params": [theta], "weight_decay": recipe.decay}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / recipe.steps)
 

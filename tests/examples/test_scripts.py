@@ -32,6 +32,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from examples.few_shot_transfer import defaults
 from peft_composition import CompositionConfig, fit_mixing_weights
 
 from .. import example_inputs, warm
@@ -186,6 +187,26 @@ def test_by_default_the_examples_choose_weights_that_stay(texts: Inputs, tmp_pat
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["mixing"] == "fixed"
     assert config["weights"] == pytest.approx(list(chosen.values()), abs=1e-4)
+
+
+def test_script_and_readme_choose_the_same_weights_and_the_controls_have_none(
+    texts: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the study measures them."""
+    monkeypatch.setattr(defaults, "TOKENS", TEXT_TOKENS)
+    inputs = defaults.Inputs(texts.model, texts.adapters, texts.dataset, 2)
+    k = defaults.default_k()
+    by_script = defaults.run_script(inputs, tmp_path / "script", "--k", k, "--seed", 0, "--max_steps", 1)
+    steps = defaults.readme_lines().replace("max_steps=100", "max_steps=1")
+    by_readme = defaults.run_printed(steps, inputs, k, 0, tmp_path / "readme")
+    assert len(set(by_script["weights"].values())) > 1, "the examples cannot tell these adapters apart: take others"
+    assert list(by_readme["weights"].values()) == pytest.approx(list(by_script["weights"].values()), abs=1e-3)
+    base = defaults.run_script(
+        inputs, tmp_path / "base", "--k", k, "--seed", 0, "--max_steps", 1, *defaults.METHODS["head only"]
+    )
+    assert base["weights"] == {}
+    for found in (by_script, by_readme, base):
+        assert 0 < found["accuracy"] < 100
 
 
 def test_controls_train_what_they_say_and_a_composition_is_pushed(texts: Inputs, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""The measurement of what users get who change nothing takes what is printed; its runs are in test_scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples.few_shot_transfer.defaults import (
+    Inputs,
+    adapted,
+    readme_lines,
+)
+
+
+def test_the_readmes_lines_take_a_tasks_names() -> None:
+    inputs = Inputs(Path("b"), [Path("x"), Path("y")], Path("d"), 7)
+    lines = adapted(readme_lines(), inputs)
+    assert "['x', 'y']" in lines
+    assert lines.count("'b'") == lines.count("num_labels=7") == 2
+    assert not any(name in lines for name in ("org/base-model", "me/lora-a", "num_labels=2"))
+    with pytest.raises(ValueError, match='the README\'s lines have no "org/base-model"'):
+        adapted(lines, inputs)
