@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -130,7 +130,7 @@ def default_k() -> int:
     """The script's."""
     from few_shot import FewShotArguments
 
-    return next(int(field.default) for field in fields(FewShotArguments) if field.name == "k")
+    return FewShotArguments.k
 
 
 def _run(method: str, inputs: Inputs, k: int, seed: int, output: Path) -> Record:
