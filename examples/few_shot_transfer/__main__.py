@@ -80,6 +80,69 @@ def evidence(
     typer.echo(gains(read(path, key="method"), [*chosen, measuring.FIXED, *recipes]))
 
 
+@app.command()
+def users(
+    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list), of sentences.")],
+    target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
+    shots: Annotated[str, typer.Option(help="Comma-separated.")] = "5,10,20",
+    seeds: Annotated[int, typer.Option(min=1, help="Users for each K.")] = 8,
+    fast: Annotated[bool, typer.Option("--fast", help="Without what trains a body.")] = False,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
+) -> None:
+    """Simulated users of `compare`, for `calibration`; those that are there already are left out."""
+    from dataclasses import replace
+
+    from . import scenario
+    from .evidence import open_benches
+    from .records import read
+    from .users import MOST_TEST, simulate, write
+
+    be_quiet()
+    spec = scenario.load(scenario_name)
+    spec = replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST))
+    path = (to or output / "users") / f"{spec.name}.jsonl"
+    draws = [(k, seed) for seed in range(seeds) for k in map(int, shots.split(","))]
+    for bench in open_benches(spec, output, target):
+        write(simulate(bench, draws, read(path, key="methods"), not fast), path)
+
+
+@app.command()
+def calibration(files: Annotated[list[Path], typer.Argument(help="Records that `users` wrote.")]) -> None:
+    """How often the verdicts of `compare` on simulated users are wrong and how often they can tell, as Markdown."""
+    from .calibration import report
+    from .records import read
+
+    typer.echo(report([record for path in files for record in read(path, key="methods")]))
+
+
+@app.command()
+def verdicts(
+    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list), of sentences.")],
+    target: Annotated[str, typer.Option(help="The downstream task.")],
+    k: Annotated[int, typer.Option(min=2, help="Examples of each class.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws.")] = 3,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
+) -> None:
+    """Verdicts of a user with 200 test examples, beside what 1,000 others say; with a fresh LoRA on all blocks."""
+    from dataclasses import replace
+
+    from . import known, scenario
+    from .evidence import open_benches
+    from .records import read
+    from .users import MOST_TEST, write
+
+    be_quiet()
+    spec = scenario.load(scenario_name)
+    spec = replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST + known.SEEN))
+    path = (to or output / "known") / f"{spec.name}-{target}-{k}.jsonl"
+    if not read(path, key="methods"):
+        for bench in open_benches(spec, output, target):
+            write(known.outcomes(bench, k, range(seeds)), path)
+    typer.echo(known.verdicts(read(path, key="methods")))
+
+
 @app.command("gains")
 def tabulate(
     files: Annotated[list[Path], typer.Argument(help="Records that `evidence` wrote.")],

@@ -1,0 +1,158 @@
+"""How often verdicts on simulated users (`users.py`) are wrong, and how often they can tell: tables as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+
+from peft_composition.comparing.differences import Differences, left_out, over_draws
+from peft_composition.comparing.verdict import ROPE, Verdict, judge
+
+from .markdown import table
+from .records import Record
+from .users import EVIDENCE, FOLDS, HEAD_ONLY, WITH_ADAPTERS, WITHOUT_ADAPTERS, unpacked
+
+
+# The rule of the verdict was chosen on these tasks before the verdicts on all others were looked at.
+CHOSE = (
+    ("vader-domains", "movies"),
+    ("vader-domains", "nyt"),
+    ("newsgroups-entangled", "new-4-8"),
+    ("newsgroups-labels", "g16-20"),
+    ("text-tasks", "newsgroups"),
+)
+TESTS = 100  # that a user has in the second table; the truth is then that of the others
+
+
+@dataclass(frozen=True)
+class Case:
+    """A verdict on a user, and what is true.
+
+    Attributes:
+        k: examples of each class.
+        judged: the method.
+        verdict: on it.
+        truth: its accuracy less that of the best alternative, on test examples, both trained on all K examples.
+    """
+
+    k: int
+    judged: str
+    verdict: Verdict
+    truth: float
+
+    @property
+    def helps(self) -> bool:
+        return self.truth > ROPE
+
+    @property
+    def harms(self) -> bool:
+        return self.truth < -ROPE
+
+
+def cases(
+    users: Sequence[Record], judged: Sequence[str], others: Sequence[str], with_tests: bool = False
+) -> list[Case]:
+    """The verdicts on all users who have the methods.
+
+    Args:
+        users: what `users.simulate` made.
+        judged: methods that reuse adapters, each with a verdict of its own.
+        others: alternatives.
+        with_tests: whether users have some test examples, and judge by these.
+    """
+    found = []
+    for user in users:
+        own = user["methods"]
+        if not {*judged, *others} <= own.keys():
+            continue
+        tests = {name: unpacked(own[name]["test_correct"]) for name in (*judged, *others)}
+        order = np.random.default_rng(user["seed"]).permutation(len(tests[others[0]]))
+        seen, rest = (order[:TESTS], order[TESTS:]) if with_tests else (order[:0], order)
+        correct = {
+            name: values[seen] if with_tests else unpacked(own[name]["correct"]) for name, values in tests.items()
+        }
+        truth = {name: float(values[rest].mean()) for name, values in tests.items()}
+        for name in judged:
+            differences = np.stack([correct[name] - correct[other] for other in others], axis=-1)[None]
+            known: Differences = over_draws(differences) if with_tests else left_out(differences, FOLDS)
+            scores = [float(correct[other].mean()) for other in others]
+            verdict = judge(name, others, scores, known, ROPE)
+            found.append(Case(user["k"], name, verdict, truth[name] - max(truth[other] for other in others)))
+    return found
+
+
+def rates(found: Sequence[Case]) -> str:
+    """A row for each K and one for all: how many verdicts there are of each kind, how many are false, and power."""
+    heads = ["K", "verdicts", "helps: said, false", "harms: said, false", "told, of those that help", "that harm"]
+    rows = []
+    for k in (*sorted({case.k for case in found}), None):
+        own = [case for case in found if k in (None, case.k)]
+        said = {
+            word: [case for case in own if case.verdict.word == word] for word in ("helps", "harms", "cannot tell")
+        }
+        false = sum(not case.helps for case in said["helps"]), sum(not case.harms for case in said["harms"])
+        true = [case for case in own if case.helps], [case for case in own if case.harms]
+        told = sum(case.helps for case in said["helps"]), sum(case.harms for case in said["harms"])
+        rows.append(
+            [
+                "all" if k is None else str(k),
+                str(len(own)),
+                f"{len(said['helps'])}, {_share(false[0], len(own) - len(true[0]))}",
+                f"{len(said['harms'])}, {_share(false[1], len(own) - len(true[1]))}",
+                _share(told[0], len(true[0])),
+                _share(told[1], len(true[1])),
+                _share(len(said["cannot tell"]), len(own)),
+            ]
+        )
+    return table([*heads, "cannot tell"], rows)
+
+
+def reliability(found: Sequence[Case]) -> str:
+    """The stated probability that adapters help or harm, beside how often they do."""
+    rows = []
+    edges = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    for low, high in pairwise(edges):
+        cells = [f"{100 * low:.0f} to {100 * high:.0f}%"]
+        for stated, true in (("helps", "helps"), ("harms", "harms")):
+            own = [case for case in found if low <= getattr(case.verdict, stated) < high + (high == 1.0)]
+            mean = float(np.mean([getattr(case.verdict, stated) for case in own])) if own else 0.0
+            share = _share(sum(getattr(case, true) for case in own), len(own))
+            cells += [f"{100 * mean:.0f}%" if own else "-", share]
+        rows.append(cells)
+    return table(["stated", "helps: stated", "true", "harms: stated", "true"], rows)
+
+
+def report(users: Sequence[Record]) -> str:
+    """All tables."""
+    unique = {(user["scenario"], user["target"], user["k"], user["seed"]): user for user in users}
+    kept = [user for user in unique.values() if len({*WITHOUT_ADAPTERS} & user["methods"].keys()) in (1, 3)]
+    chose = [user for user in kept if (user["scenario"], user["target"]) in CHOSE]
+    confirm = [user for user in kept if (user["scenario"], user["target"]) not in CHOSE]
+    parts = []
+    for title, others, judged in (
+        ("Against a head alone and a fresh LoRA", WITHOUT_ADAPTERS, (EVIDENCE,)),
+        ("Against a head alone and a fresh LoRA, a verdict on each method that reuses adapters", WITHOUT_ADAPTERS,
+         WITH_ADAPTERS),
+        ("Against a head alone", (HEAD_ONLY,), (EVIDENCE,)),
+    ):  # fmt: skip
+        parts.append(f"### {title}")
+        for name, some in (("Tasks that chose the rule", chose), ("Other tasks", confirm)):
+            found = cases(some, judged, others)
+            parts.append(f"{name}:\n\n{rates(found)}" if found else f"{name}: no users.")
+    parts.append(f"### With {TESTS} test examples besides")
+    parts.append(rates(cases(kept, (EVIDENCE,), WITHOUT_ADAPTERS, with_tests=True)))
+    parts.append("### Stated and true")
+    parts.append(reliability(cases(kept, WITH_ADAPTERS, WITHOUT_ADAPTERS)))
+    return "\n\n".join(parts)
+
+
+def _share(part: int, whole: int) -> str:
+    """A share with its 95% interval (Clopper and Pearson)."""
+    if not whole:
+        return "-"
+    low, high = stats.binomtest(part, whole).proportion_ci(0.95)
+    return f"{part} of {whole} ({100 * low:.0f} to {100 * high:.0f}%)"

@@ -1,0 +1,102 @@
+"""Simulated users: the last block with a LoRA against PEFT's, and tables of verdicts against a count by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from few_shot_transfer.calibration import Case, cases, rates, reliability
+from few_shot_transfer.known import verdicts
+from few_shot_transfer.users import ALPHA, RANK, WITH_ADAPTERS, WITHOUT_ADAPTERS, LastBlock, packed, unpacked
+from peft import LoraConfig, get_peft_model
+from sentence_classifier import SentenceClassifier
+from transformers import BertConfig
+
+from peft_composition.comparing import Verdict
+
+
+def test_the_last_block_with_a_lora_is_peft_s() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model: Any = SentenceClassifier(config).eval()
+    layer = model.bert.encoder.layer[-1]
+    lengths = [7, 3, 5, 7]
+    ids = torch.randint(1, 40, (4, 7))
+    mask = (torch.arange(7)[None] < torch.tensor(lengths)[:, None]).long()
+    seen: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    states = [state[:length].half() for state, length in zip(seen[0], lengths)]
+    factors = [torch.randn(2, *size) * 0.1 for _ in range(3) for size in ((RANK, 32), (32, RANK))]
+    with torch.no_grad():
+        found = LastBlock(layer, states).features(torch.tensor([[0, 1], [2, 3]]), factors, ALPHA / RANK)
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value"], layers_to_transform=[1])
+    adapted: Any = get_peft_model(model, lora)
+    for fold, rows in enumerate(([0, 1], [2, 3])):
+        names = ("query", "key", "value")
+        for number, name in enumerate(names):
+            part = getattr(adapted.base_model.model.bert.encoder.layer[1].attention.self, name)
+            part.lora_A["default"].weight.data = factors[2 * number][fold]
+            part.lora_B["default"].weight.data = factors[2 * number + 1][fold]
+        pooled: list[torch.Tensor] = []
+        hook = adapted.base_model.model.classifier.register_forward_pre_hook(
+            lambda _, given, kept=pooled: kept.append(given[0])
+        )
+        with torch.no_grad():
+            adapted(input_ids=ids[rows], attention_mask=mask[rows])
+        hook.remove()
+        assert torch.allclose(found[fold], pooled[0], atol=3e-3)  # states are kept in half precision
+
+
+def test_answers_are_packed_and_unpacked() -> None:
+    bits = [0, 0, 1, 0, 1, 1, 0, 1, 1]
+    assert unpacked(packed(bits)).tolist() == bits
+
+
+def user(right: dict[str, list[int]], tests: dict[str, list[int]]) -> dict[str, Any]:
+    methods = {name: {"correct": packed(right[name]), "test_correct": packed(tests[name])} for name in right}
+    return {"scenario": "s", "target": "t", "k": 20, "seed": 0, "methods": methods}
+
+
+def test_verdicts_are_judged_by_the_test_examples() -> None:
+    names = [*WITHOUT_ADAPTERS, *WITH_ADAPTERS]
+    good, bad = [1] * 40, [0, 1] * 20
+    right = {name: good if name in WITH_ADAPTERS else bad for name in names}
+    tests = {name: ([1] * 900 + [0] * 100 if name in WITH_ADAPTERS else [1] * 700 + [0] * 300) for name in names}
+    (true,) = cases([user(right, tests)], ["evidence"], WITHOUT_ADAPTERS)
+    assert true.verdict.word == "helps"
+    assert np.isclose(true.truth, 0.2)
+    worse = {**tests, "fresh LoRA": [1] * 950 + [0] * 50}
+    (false,) = cases([user(right, worse)], ["evidence"], WITHOUT_ADAPTERS)
+    assert false.verdict.word == "helps"
+    assert np.isclose(false.truth, -0.05)
+    lines = rates([true, false]).splitlines()
+    assert lines[-1].split("|")[2].strip() == "2"
+    assert "2, 1 of 1 (3 to 100%)" in lines[-1]  # said twice, once where it does not help
+    assert "1 of 1" in lines[-1].split("|")[5]  # told, of those that help
+
+
+def test_stated_and_true_shares() -> None:
+    def case(helps: float, truth: float) -> Case:
+        verdict = Verdict("cannot tell", "m", "o", 0.0, 0.0, 0.0, helps, 0.0, 1 - helps, 0.01, 0.9, None)
+        return Case(5, "m", verdict, truth)
+
+    found = [case(0.1, -0.2), case(0.1, 0.2), case(0.95, 0.2)]
+    lines = reliability(found).splitlines()
+    assert lines[2].split("|")[2:4] == [" 10% ", " 1 of 2 (1 to 99%) "]
+    assert lines[-1].split("|")[2:4] == [" 95% ", " 1 of 1 (3 to 100%) "]
+    assert lines[-1].split("|")[4:6] == [" 90% ", " 1 of 2 (1 to 99%) "]
+
+
+def test_a_known_answer() -> None:
+    bits = {"head only": "0110" * 300, "uniform": "1" * 1200, "evidence": "1110" * 300}
+    (line,) = verdicts([{"scenario": "s", "target": "t", "k": 5, "seed": 0, "methods": bits}]).splitlines()[2:]
+    assert "helps (100%)" in line
+    assert "against head only" in line
+    assert line.rstrip(" |").endswith("on 1,000")
