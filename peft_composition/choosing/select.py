@@ -112,7 +112,7 @@ def select_adapters(
             if place == 0:
                 screened = torch.stack([found[own].values - found[0].values for own in sorted(alive)])
             if place + 1 < len(plan):
-                alive = alive[: max(finalists, math.ceil(len(alive) / KEPT))]
+                alive = alive[: _kept(len(alive), finalists)]
     _meet()  # what one process downloaded must not be dropped while another reads it
     everything = steps.rungs[-1]
     front = [references[own - 1] for own in alive[:finalists]]
@@ -165,8 +165,13 @@ def _plan(candidates: int, rungs: int, finalists: int, halving: bool) -> list[tu
         if count <= finalists and rung < rungs - 1 and plan:
             continue  # those that are left are scored on all
         plan.append((rung, count))
-        count = max(finalists, math.ceil(count / KEPT))
+        count = _kept(count, finalists)
     return plan
+
+
+def _kept(candidates: int, finalists: int) -> int:
+    """How many go on to the next rung."""
+    return max(finalists, math.ceil(candidates / KEPT))
 
 
 def _key(base: nn.Module, references: Sequence[AdapterReference], steps: Ladder, seed: int) -> str:
