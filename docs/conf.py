@@ -88,6 +88,7 @@ PUBLIC = (
     "peft_composition",
     "peft_composition.analysis",
     "peft_composition.checkpoint",
+    "peft_composition.choosing",
     "peft_composition.evidence",
     "peft_composition.explaining",
 )

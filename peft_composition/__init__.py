@@ -15,6 +15,7 @@ add_peft_type()
 from .checkpoint.card import complete_card, write_model_card  # noqa: E402
 from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora  # noqa: E402
 from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub  # noqa: E402
+from .choosing import search_adapters, select_adapters  # noqa: E402
 from .comparing import compare_methods  # noqa: E402
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .evidence import fit_mixing_weights, score_adapters  # noqa: E402
@@ -58,6 +59,8 @@ __all__ = [
     "prune_adapters",
     "push_to_hub",
     "score_adapters",
+    "search_adapters",
+    "select_adapters",
     "to_lora",
     "write_model_card",
     "__version__",

@@ -19,7 +19,13 @@ FORMAT = "peft-composition candidates 1"
 
 
 def write_candidates(path: str | os.PathLike[str], base: str, found: Sequence[FoundAdapter]) -> None:
-    """Write what `search_adapters` found into a file that `read_candidates` reads."""
+    """Write what `search_adapters` found into a file that `read_candidates` reads.
+
+    Args:
+        path: of the file; its folder is made.
+        base: that was searched for.
+        found: the adapters.
+    """
     rows = [{**asdict(own), "composable": own.is_composable} for own in found]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +85,12 @@ def _of_search(text: str, where: str) -> list[dict[str, Any]]:
 
 def adapters_in(folder: str | os.PathLike[str]) -> list[str]:
     """The adapters in a folder's subfolders, by name; the folder itself if it is an adapter.
+
+    Args:
+        folder: with an adapter in each subfolder; subfolders without one are left out.
+
+    Returns:
+        Their folders.
 
     Raises:
         ValueError: there is none.

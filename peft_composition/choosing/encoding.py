@@ -24,6 +24,9 @@ def load_processor(base: str, kind: Kind, revision: str | None = None) -> Any:
         kind: of the examples.
         revision: for a Hub id.
 
+    Returns:
+        It; a tokenizer without a token to pad with pads with that of the end.
+
     Raises:
         ValueError: the base has none.
     """
