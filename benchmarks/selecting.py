@@ -27,11 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.few_shot_transfer import scenario as scenarios
-from examples.few_shot_transfer.bench import features_of
-from examples.few_shot_transfer.data import Tasks, balanced, few_shot, labels_of
-from examples.few_shot_transfer.models import Classifier
-from examples.few_shot_transfer.upstream import foundation, train_adapter
 from peft_composition.choosing.ladder import _levels
 from peft_composition.choosing.risk import chance_of_harm
 from peft_composition.choosing.select import FINALISTS, _kept, _plan, select_adapters
@@ -39,6 +34,16 @@ from peft_composition.evidence.scores import LeftOut, leave_one_out_distances, l
 from peft_composition.evidence.streamed import read_in_turn
 
 from . import machine
+
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # the study
+
+from few_shot_transfer import scenario as scenarios
+from few_shot_transfer.bench import features_of
+from few_shot_transfer.data import Tasks, balanced, few_shot, labels_of
+from few_shot_transfer.models import Classifier
+from few_shot_transfer.upstream import foundation, train_adapter
+from random_lora import with_random_factors
 
 
 RELATED = {"vader-domains": ("amazon", "nyt", "tweets")}
@@ -61,12 +66,11 @@ def pool(folder: Path, trained: Path, count: int) -> list[Path]:
                 scenario = scenarios.load(name)
                 data, model = Tasks(scenario), foundation(scenario, trained / "foundation")
                 for task in tasks:
-                    own = train_adapter(scenario, task, scenario.upstream.ranks[0], data, model, trained / "upstream")
-                    sources.append(own.folder)
-                    _copy(own.folder, made / f"{kind}-{task}", 1.0)
-                    _copy(own.folder, made / f"{kind}-{task}-half", 0.5)
-        from random_lora import with_random_factors
-
+                    rank = scenario.upstream.ranks[0]
+                    source = train_adapter(scenario, task, rank, data, model, trained / "upstream").folder
+                    sources.append(source)
+                    _copy(source, made / f"{kind}-{task}", 1.0)
+                    _copy(source, made / f"{kind}-{task}-half", 0.5)
         number = 0
         while len([*made.iterdir()]) < count:
             source = sources[number % len(sources)]
@@ -166,7 +170,8 @@ def _halved(
     """What `select_adapters` does, on features: the order, the examples passed, and the gains of the first round."""
     levels = torch.tensor(_levels(labels.tolist(), seed))
     count = len(support) - 1
-    alive, cost, behind, screened = torch.arange(count), 0, [], torch.empty(0)
+    alive, cost, screened = torch.arange(count), 0, torch.empty(0)
+    behind: list[Tensor] = []
     plan = _plan(count, int(levels.max()) + 1, FINALISTS, True)
     for place, (rung, _) in enumerate(plan):
         rows = levels <= rung
