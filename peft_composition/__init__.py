@@ -19,7 +19,7 @@ from .choosing import search_adapters, select_adapters  # noqa: E402
 from .comparing import compare_methods  # noqa: E402
 from .config import CompositionConfig  # noqa: E402  (the config names PeftType.COMPOSITION)
 from .evidence import fit_mixing_weights, score_adapters  # noqa: E402
-from .explaining import prune_adapters  # noqa: E402
+from .explaining import explain, prune_adapters  # noqa: E402
 from .training import (  # noqa: E402
     HeadWarmupCallback,
     MixingWeightsCallback,
@@ -51,6 +51,7 @@ __all__ = [
     "add_to_checkpoint",
     "compare_methods",
     "composition_optimizer",
+    "explain",
     "fit_mixing_weights",
     "last_complete_checkpoint",
     "lora_from_checkpoint",

@@ -21,6 +21,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from ..drafts import CARD_DRAFT, draft_in
 from ..names import LORA_SUBFOLDER
 from ..references import Provenance, is_hub_id
+from .explained import PAGE, remove_outdated_report
 from .exported import remove_outdated_export
 from .markdown import BEGIN, END, is_on_hub, section_of
 from .saved import SavedComposition
@@ -97,6 +98,12 @@ def complete_card(folder: Path) -> None:
         warnings.warn(
             f"{folder / LORA_SUBFOLDER} held the plain LoRA of earlier weights and was removed. To export the new "
             f"weights, call peft_composition.add_to_checkpoint({str(folder)!r}).",
+            stacklevel=2,
+        )
+    if remove_outdated_report(folder):
+        warnings.warn(
+            f"{folder / PAGE} was about earlier weights and was removed. To explain the new weights, call "
+            "peft_composition.explain(model, data).save_beside(folder).",
             stacklevel=2,
         )
     if (folder / REPOCARD_NAME).is_file():

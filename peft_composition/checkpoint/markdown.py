@@ -14,6 +14,7 @@ from ..names import LORA_SUBFOLDER, block_of
 from ..references import Provenance, is_hub_id
 from ..text import SHORT, in_code, in_markdown, in_python, one_line
 from .base_models import AUTO_CLASSES, class_to_load, stated_class
+from .explained import section_about
 from .saved import SavedComposition
 
 
@@ -57,6 +58,7 @@ def section_of(saved: SavedComposition, repo_id: str | None, metrics: Mapping[st
         shown=shown,
         blocks={block: [row.mean_over(modules) for row in shown] for block, modules in blocks.items()},
         licenses=sorted({row.license for row in adapters}),
+        why=section_about(saved.folder, saved.subfolder),
         metrics=metrics,
     )
     begin = " ".join([BEGIN, *(f"{name}={_in_address(value)}" for name, value in fields.items() if value)])

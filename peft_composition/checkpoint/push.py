@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,8 @@ from ..config import CompositionConfig
 from ..names import LORA_SUBFOLDER
 from ..public import publish
 from .card import write_model_card
+from .explained import NAMES as REPORT_FILES
+from .explained import Report, write_report
 from .export import LoraExport, lora_from_checkpoint
 from .exported import sha256_of, weights_file
 from .saved import SavedComposition
@@ -67,6 +69,7 @@ def push_to_hub(
     commit_message: str = "Upload composition",
     metrics: Mapping[str, float] | None = None,
     lora: bool = True,
+    explanation: Report | None = None,
 ) -> CommitInfo:
     """Push the compositions of a model to the Hub, with their model card and as plain LoRAs.
 
@@ -85,6 +88,8 @@ def push_to_hub(
         lora: whether to push the exact export, too, in the subfolder `lora`, for users who do not have this plugin
             (default: True). Not for a composition with `save_adapters=False`, whose repository must not contain the
             factors.
+        explanation: of the active composition, from `explain`: a page and a picture beside it, and a section in the
+            card. Default: none; the report of an earlier push is removed, because it was about other weights.
 
     Returns:
         The commit.
@@ -105,6 +110,8 @@ def push_to_hub(
         for name, config in configs.items():
             if lora and config.save_adapters:
                 lora_from_checkpoint(_folder_of(folder, name)).save_beside(_folder_of(folder, name), LORA_SUBFOLDER)
+        if explanation is not None:
+            write_report(_folder_of(folder, explanation.adapter_name), explanation)
         for name in configs:
             publish(_folder_of(folder, name))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -118,7 +125,8 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=[f"{export}/*" for export in exports],  # files of an earlier push would be outdated
+            # Files of an earlier push would be outdated.
+            delete_patterns=[*(f"{export}/*" for export in exports), *(_reports(configs))],
         )
 
 
@@ -161,6 +169,10 @@ def _folder_of(folder: str | os.PathLike[str], adapter_name: str) -> Path:
 
 def _lora_folder(adapter_name: str) -> str:
     return (Path(_subfolder_of(adapter_name) or "") / LORA_SUBFOLDER).as_posix()
+
+
+def _reports(adapter_names: Iterable[str]) -> list[str]:
+    return [(Path(_subfolder_of(name) or "") / file).as_posix() for name in adapter_names for file in REPORT_FILES]
 
 
 def _require_public_sources(config: CompositionConfig) -> None:
