@@ -157,8 +157,23 @@ def hub() -> Iterator[Names]:
         assert b"0.91" in files["README.md"]
 
 
+@contextmanager
+def search() -> Iterator[Names]:
+    """A Hub that is a server of this process, with a base model and an adapter of it; nothing in the folder."""
+    with HubServer() as server, as_the_hub(server, "cache"):
+        config = {"peft_type": "LORA", "base_model_name_or_path": "org/base-model", "r": 8, "lora_alpha": 8}
+        files = {"adapter_config.json": json.dumps({**config, "task_type": "SEQ_CLS"}).encode()}
+        server.push("org/base-model", {"config.json": b"{}"})
+        server.push("me/lora-a", {**files, "adapter_model.safetensors": b"weights"})
+        server.repositories["me/lora-a"].tags = ["base_model:adapter:org/base-model", "license:apache-2.0"]
+        yield {}
+        found = json.loads(Path("candidates.json").read_text())
+        assert [(own["id"], own["composable"]) for own in found["adapters"]] == [("me/lora-a", True)]
+
+
 SETUPS: dict[str, Callable[[], AbstractContextManager[Names]]] = {
-    setup.__name__: setup for setup in (text, composed, generation, quantized, images, similarity, mlx, fsdp, hub)
+    setup.__name__: setup
+    for setup in (text, composed, generation, quantized, images, similarity, mlx, fsdp, hub, search)
 }
 
 
