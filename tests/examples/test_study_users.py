@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from few_shot_transfer.calibration import Case, cases, rates, reliability
+from few_shot_transfer.calibration import CHOSE, Case, cases, rates, reliability
 from few_shot_transfer.known import verdicts
-from few_shot_transfer.users import ALPHA, RANK, WITH_ADAPTERS, WITHOUT_ADAPTERS, LastBlock, packed, unpacked
+from few_shot_transfer.records import read
+from few_shot_transfer.users import (
+    ALPHA,
+    EVIDENCE,
+    HEAD_ONLY,
+    RANK,
+    WITH_ADAPTERS,
+    WITHOUT_ADAPTERS,
+    LastBlock,
+    packed,
+    unpacked,
+)
 from peft import LoraConfig, get_peft_model
 from sentence_classifier import SentenceClassifier
 from transformers import BertConfig
@@ -100,3 +112,19 @@ def test_a_known_answer() -> None:
     assert "helps (100%)" in line
     assert "against head only" in line
     assert line.rstrip(" |").endswith("on 1,000")
+
+
+def test_the_page_has_the_tables_of_the_committed_users() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    users = [user for file in sorted((docs / "study" / "users").glob("*.jsonl")) for user in read(file, "methods")]
+    assert len(users) >= 200
+    page = (docs / "concepts" / "verdicts.md").read_text(encoding="utf-8")
+    for others in (WITHOUT_ADAPTERS, (HEAD_ONLY,)):
+        for is_chosen in (True, False):
+            some = [user for user in users if ((user["scenario"], user["target"]) in CHOSE) is is_chosen]
+            found = cases(some, [EVIDENCE], others)
+            assert rates(found) in page
+            # What the page promises: at most 5% of those whom adapters do not help are told so, and likewise of harm.
+            for word in ("helps", "harms"):
+                untrue = [case for case in found if not getattr(case, word)]
+                assert sum(case.verdict.word == word for case in untrue) <= 0.05 * len(untrue)
