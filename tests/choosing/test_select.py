@@ -197,6 +197,42 @@ def test_two_processes_share_100_candidates_and_survive_kill_9(tmp_path: Path) -
     assert all(len(file.read_bytes().splitlines()) > len(places) / 3 for file in before)  # they shared them out
 
 
+MEMORY = """
+import gc, sys
+from pathlib import Path
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+from peft_composition.choosing import adapters_in, select_adapters
+from tests import tiny
+from tests.choosing import candidates
+
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+torch.manual_seed(0)
+sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+base = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).eval()
+first = tiny.save_lora(Path(sys.argv[1], "0"), base, ["query", "value"], seed=1, r=256)
+size = (first / "adapter_model.safetensors").stat().st_size / 1e6
+for number in range(1, 64):
+    (first.parent / str(number)).symlink_to(first)
+pool = adapters_in(sys.argv[1])
+select_adapters(base, pool[:10], candidates.rows(12), progress=False)  # with a composition of 8
+before = resident()
+select_adapters(base, pool, candidates.rows(12), progress=False)
+print(size, resident() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_candidates(tmp_path: Path) -> None:
+    done = warm.run("-c", MEMORY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    size, growth = map(float, done.stdout.split())
+    assert size > 2
+    assert growth < 8 * size  # of 64
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubServer]:
     with HubServer() as server, as_the_hub(server, tmp_path / "cache"):
