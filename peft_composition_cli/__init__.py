@@ -11,10 +11,25 @@ from . import select
 from . import inspect
 from . import compose
 from . import compare
+from . import explain
+from . import prune
 from . import export
 from . import weights
 from . import merge
 # isort: on
 
 
-__all__ = ["app", "compare", "compose", "export", "inspect", "main", "merge", "search", "select", "weights"]
+__all__ = [
+    "app",
+    "compare",
+    "compose",
+    "explain",
+    "export",
+    "inspect",
+    "main",
+    "merge",
+    "prune",
+    "search",
+    "select",
+    "weights",
+]

@@ -1,0 +1,44 @@
+"""`peft-composition prune`: a saved composition without the adapters that it does not need, in a new folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..explaining import prune_adapters
+from ..terminal import print_json, say
+from .saved import load
+
+
+def run(
+    folder: Path,
+    out: Path,
+    data: str,
+    columns: Mapping[str, Any],
+    *,
+    tolerance: float,
+    k: int | None,
+    base: str | None,
+    task: str | None,
+    batch_size: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Prune, save what is left, and print what leaving each adapter out costs."""
+    loaded = load(folder, data, columns, k=k, seed=seed, base=base, task=task)
+    report = prune_adapters(
+        loaded.model,
+        loaded.rows,
+        tolerance=tolerance,
+        collate=loaded.rows.collate,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    loaded.model.save_pretrained(str(out))
+    if as_json:
+        print_json({"out": str(out), **asdict(report)})
+        return
+    print(report)
+    say(f"Saved: {out}")

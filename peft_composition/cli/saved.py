@@ -1,0 +1,110 @@
+"""A saved composition, loaded with its base model, and labelled examples encoded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..checkpoint.base_models import base_config
+from ..checkpoint.saved import SavedComposition
+from ..choosing import EncodedRows, LabelledData, load_processor, read_data
+from ..text import one_line
+from .inputs import recorded_loader
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a command works on.
+
+    Attributes:
+        model: the composition on its base model, in eval mode.
+        rows: the examples, encoded.
+        test: further examples; None where none were asked for.
+    """
+
+    model: PeftModel
+    rows: EncodedRows
+    test: EncodedRows | None
+
+
+def load(
+    folder: Path,
+    data: str,
+    columns: Mapping[str, Any],
+    *,
+    k: int | None,
+    seed: int,
+    base: str | None,
+    task: str | None,
+    test: str | None = None,
+) -> Loaded:
+    """Load a saved composition and read examples for it.
+
+    Args:
+        folder: of the composition.
+        data: where the examples are, as for `read_data`.
+        columns: its further arguments.
+        k: how many of each class to draw; None: all.
+        seed: of the draw.
+        base: the base model. None: the recorded one.
+        task: its task type. None: the recorded one.
+        test: further examples.
+    """
+    composition = SavedComposition.opened(folder)
+    config = composition.config
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{folder} does not name its base model; give --base")
+    examples = read_data(data, **columns)
+    revision = config.revision if base == config.base_model_name_or_path else None
+    loader = recorded_loader(config, task, base_config(base, revision))
+    model, new = loader.from_pretrained(
+        base, revision=revision, num_labels=config.num_labels if loader.is_classifier else None, is_reported=False
+    )
+    if loader.is_classifier != (examples.kind != "answer"):
+        needs = "classes (--label)" if loader.is_classifier else "--prompt and --answer"
+        raise ValueError(f"{one_line(folder)} is for a {loader.builds.__name__}, which needs {needs}; give them")
+    saved = tuple(config.modules_to_save or ())
+    is_untrained = composition.has_untrained_head or any(
+        module not in saved and not any(part in saved for part in module.split(".")) for module in new
+    )
+    if test is not None and is_untrained:
+        raise ValueError(f"the head of {one_line(folder)} is untrained and cannot predict test data; leave out --test")
+    examples = _in_the_heads_order(examples, model, data, columns)
+    tests = None if test is None else read_data(test, **{**columns, "classes": examples.classes or None})
+    if k is not None:
+        examples, _ = examples.draw(k, seed)
+    processor = load_processor(base, examples.kind, revision)
+    is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    return Loaded(
+        PeftModel.from_pretrained(model, str(folder)).eval(),
+        EncodedRows(examples, processor, is_seq2seq),
+        None if tests is None else EncodedRows(tests, processor, is_seq2seq),
+    )
+
+
+def _in_the_heads_order(examples: LabelledData, model: Any, data: str, columns: Mapping[str, Any]) -> LabelledData:
+    """The examples with classes numbered as in the model's config, where it names the same classes."""
+    names = [str(name) for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())]
+    if sorted(names) != sorted(examples.classes) or names == [*examples.classes]:
+        return examples
+    return read_data(data, **{**columns, "classes": names})
+
+
+def typed(command: str, folder: Path, options: Mapping[str, Any]) -> list[str]:
+    """The words of a command for a report; of absolute paths the last part alone: the rest would tell of a machine."""
+    words = ["peft-composition", command, _shown(folder)]
+    for name, value in options.items():
+        for each in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+            if each is not None:
+                words += [f"--{name.replace('_', '-')}", _shown(each)]
+    return words
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return Path(text).name if text.startswith("~") or Path(text).is_absolute() else text

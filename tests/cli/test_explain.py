@@ -1,0 +1,134 @@
+"""`peft-composition explain` and `prune` on own data: texts and answers, what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner, Result
+
+from peft_composition import explain, prune_adapters
+from peft_composition.checkpoint.saved import saved_mixing_weights
+from peft_composition.choosing import EncodedRows, load_processor, read_data
+from peft_composition_cli import app
+
+from .. import docs_setups
+
+
+WORDS = {
+    "bad": ["bad film", "not good", "a bad shop", "film was bad", "the bad film"],
+    "good": ["good film", "good", "a good shop", "film was good", "the good shop"],
+}
+
+
+def run(*args: object) -> Result:
+    return CliRunner(env={"COLUMNS": "300"}).invoke(app, list(map(str, args)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A saved composition, as in the documentation, and reviews."""
+    monkeypatch.chdir(tmp_path)
+    with docs_setups.composed() as names:
+        with open("mine.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text", "label"], *([t, name] for name in WORDS for t in WORDS[name])])
+        names["model"].save_pretrained("composed")
+        yield tmp_path
+
+
+def loaded() -> Any:
+    base = AutoModelForSequenceClassification.from_pretrained("org/base-model", num_labels=2)
+    return PeftModel.from_pretrained(base, "composed").eval()
+
+
+def rows() -> EncodedRows:
+    return EncodedRows(read_data("mine.csv"), load_processor("org/base-model", "text"))
+
+
+def test_explain_is_what_the_function_says(folder: Path) -> None:
+    options = ("--out", "r/report.html", "--out", "r/report.md", "--test", "mine.csv", "--json")
+    result = run("explain", "composed", "--data", folder / "mine.csv", *options)
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    found = explain(loaded(), rows(), collate=rows().collate, labels=["bad", "good"])
+    assert said["out"] == ["r/report.html", "r/report.md"]
+    assert [row["change"]["mean"] for row in said["left_out"]] == pytest.approx(
+        [row.change.mean for row in found.left_out], abs=1e-6
+    )
+    assert said["classes"]["names"] == ["bad", "good"]
+    assert said["tested"]["examples"] == 10
+    assert said["data"] == "mine.csv: 10 examples of 2 classes, 5 of each"
+    assert said["command"] == "peft-composition explain composed --data mine.csv --test mine.csv"
+    page = Path("r/report.html").read_text()
+    assert "What composed is made of" in page
+    assert str(folder) not in page + Path("r/report.md").read_text() + result.stdout
+
+
+def test_explain_puts_the_report_beside(folder: Path) -> None:
+    result = run("explain", "composed", "--data", "mine.csv", "--beside", "--k", 3)
+    assert result.exit_code == 0, result.output
+    assert "on 6 examples" in result.stdout
+    assert "The mix of 3 adapters gets" in result.stdout
+    assert Path("composed/composition-report.html").is_file()
+    assert "## Why these weights" in Path("composed/README.md").read_text()
+
+
+def test_prune_saves_what_is_left(folder: Path) -> None:
+    result = run("prune", "composed", "--data", "mine.csv", "--out", "smaller", "--tolerance", 5, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    model = loaded()
+    report = prune_adapters(model, rows(), tolerance=5.0, collate=rows().collate)
+    assert tuple(said["dropped"]) == report.dropped
+    assert len(said["kept"]) == 1
+    assert {name for row in saved_mixing_weights("smaller").values() for name in row} == set(report.kept)
+    base = AutoModelForSequenceClassification.from_pretrained("org/base-model", num_labels=2)
+    again = PeftModel.from_pretrained(base, "smaller").eval()
+    batch = {key: value for key, value in rows().collate(rows()[:4]).items() if key != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
+    text = run("prune", "composed", "--data", "mine.csv", "--out", "second", "--tolerance", 5)
+    assert "2 of 3 adapters dropped on 10 examples" in text.stdout
+    assert "Saved: second" in text.stdout
+
+
+def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with docs_setups.generation():
+        lines = [json.dumps({"q": f"the film was {word}", "a": word}) for word in ("good", "bad", "not good")]
+        Path("asked.jsonl").write_text("\n".join(lines * 2))
+        composed = run("compose", "me/style-a", "you/style-b", "--base", "org/base-lm", "--out", "mix")
+        assert composed.exit_code == 0, composed.output
+        result = run("explain", "mix", "--data", "asked.jsonl", "--prompt", "q", "--answer", "a", "--out", "r.html")
+        assert result.exit_code == 0, result.output
+        assert "on 6 examples" in result.stdout
+        refused = run("explain", "mix", "--data", "asked.jsonl", "--text", "q", "--label", "a")
+        assert refused.exit_code == 1
+        assert "which needs --prompt and --answer" in refused.output
+
+
+def test_what_is_refused(folder: Path) -> None:
+    for args, code, message in (
+        (["explain", "composed", "--data", "mine.csv", "--out", "report.pdf"], 2, "must end with one of"),
+        (["explain", "composed", "--data", "mine.csv", "--k", "9"], 1, "k=9, but"),
+        (["explain", "composed", "--data", "none.csv"], 1, "none.csv"),
+        (["prune", "composed", "--data", "mine.csv", "--out", "composed"], 2, "is not empty"),
+        (["prune", "composed", "--data", "mine.csv", "--out", "new", "--tolerance", "-1"], 2, "tolerance"),
+        (["prune", "me/lora-a", "--data", "mine.csv", "--out", "new"], 1, "is not a saved composition"),
+    ):
+        result = run(*args)
+        assert (result.exit_code, message in result.output) == (code, True), result.output
+    assert not Path("new").exists()
+    composed = run("compose", "me/lora-a", "lora-c", "--base", "org/base-model", "--num-labels", "3", "--out", "mix")
+    assert composed.exit_code == 0, composed.output
+    assert run("explain", "mix", "--data", "mine.csv").exit_code == 0  # judged by features, not by its new head
+    result = run("explain", "mix", "--data", "mine.csv", "--test", "mine.csv")
+    assert result.exit_code == 1
+    assert "is untrained and cannot predict test data; leave out --test" in result.output
