@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from peft_composition import compare_methods
 from peft_composition.comparing.bodies import composed, random_factors
@@ -202,3 +204,20 @@ def test_rows_come_from_loaders_and_from_batches(pair) -> None:
     assert torch.equal(Rows(whole, None).labels, whole[0]["labels"])
     loader = DataLoader(points(), batch_size=5)  # type: ignore[arg-type]
     assert torch.equal(Rows(loader, None).batch([3, 1])["x"], whole[0]["x"][[3, 1]])
+
+
+def test_a_head_of_several_layers_and_a_head_on_tokens(tmp_path: Path) -> None:
+    """RoBERTa's head selects the first token itself; Llama's is followed by pooling."""
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "num_labels": 3, "pad_token_id": 1}
+    tokens = torch.randint(3, 60, (12, 7), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": torch.tensor(number % 3)} for number, row in enumerate(tokens)]
+    roberta = RobertaForSequenceClassification(RobertaConfig(**sizes, max_position_embeddings=32))
+    llama = LlamaForSequenceClassification(LlamaConfig(**sizes))
+    for base, targets in ((roberta, ["query", "value"]), (llama, ["q_proj", "v_proj"])):
+        folder = tmp_path / type(base).__name__
+        tiny.save_lora(folder, base, targets, seed=0, r=2, task_type="SEQ_CLS")
+        before = {name: value.clone() for name, value in base.state_dict().items()}
+        result = compare_methods(base, [str(folder)], rows, **QUICK)
+        assert len(result) == 8
+        assert all(torch.equal(base.state_dict()[name], value) for name, value in before.items())
