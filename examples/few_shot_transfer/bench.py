@@ -31,6 +31,7 @@ from .upstream import Adapter, peft_options
 
 BATCH = 64
 UNIFORM, BASE = "uniform", "base"
+HALVES = ("first halves", "second halves")  # of the texts of the training pool
 Draw = tuple[int, int]  # K and the seed
 
 
@@ -101,6 +102,16 @@ class Bench:
             return self._kept(candidate, split, list(range(len(self.judged[split]))))
         return self._kept(candidate, "support", self.support(split))
 
+    def half_features(self, candidate: str, half: str, draw: Draw) -> Tensor:
+        """Features of one half, of `HALVES`, of every text of a draw.
+
+        Raises:
+            ValueError: for images.
+        """
+        if self.model.spec.kind != "sentence":
+            raise ValueError(f"only texts have halves, and {self.scenario.name} has images")
+        return self._kept(candidate, half, self.support(draw))
+
     def mixed(self, weights: Sequence[float], split: str | Draw) -> Tensor:
         """Features of the model mixed by these weights, module by module, computed now."""
         rows = self.judged[split] if isinstance(split, str) else self.task.train.select(self.support(split))
@@ -131,14 +142,18 @@ class Bench:
         known = self._memory[path.name]
         missing = [index for index in wanted if index not in known]
         if missing:
-            pool = self.task.train if split == "support" else self.judged[split]
             with self._switches[candidate]():
-                found = features_of(self.composition.model, self.model, pool.select(missing))
+                found = features_of(self.composition.model, self.model, self._rows(split, missing))
             known.update({index: row.clone() for index, row in zip(missing, found)})
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(known, path.with_suffix(".draft"))
             path.with_suffix(".draft").replace(path)
         return torch.stack([known[index] for index in wanted])
+
+    def _rows(self, split: str, places: Sequence[int]) -> Dataset:
+        if split in HALVES:
+            return halved(self.task.train.select(places), HALVES.index(split))
+        return (self.task.train if split == "support" else self.judged[split]).select(places)
 
     def _key(self, candidate: str, split: str) -> str:
         """Names what features depend on: tasks with the same data and the same adapters share them."""
@@ -151,9 +166,16 @@ class Bench:
                 "model": [self.model.name, asdict(self.scenario.model)],
                 "bodies": bodies,
                 "data": [asdict(self.scenario.data[spec.data]), spec.classes, asdict(self.scenario.splits)],
-                "rows": [split, None if split == "support" else sizes],
+                "rows": [split, sizes if split in self.judged else None],
             }
         )
+
+
+def halved(data: Dataset, half: int) -> Dataset:
+    """The first (0) or second (1) half of the words of every text; of an odd number the first half has one more."""
+    words = [text.split() for text in data["input"][:]]
+    parts = [own[: -(-len(own) // 2)] if half == 0 else own[-(-len(own) // 2) :] for own in words]
+    return Dataset.from_dict({"input": [" ".join(own) for own in parts], "label": data["label"][:]})
 
 
 def compose(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario, **fields: Any) -> PeftModel:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from few_shot_transfer import evidence
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.__main__ import app
-from few_shot_transfer.bench import features_of
+from few_shot_transfer.bench import HALVES, features_of, halved
 from few_shot_transfer.gains import gains, means, of_tasks
 from few_shot_transfer.plots import gain_over_shots
 from few_shot_transfer.records import read
@@ -118,6 +119,36 @@ def test_a_head_on_features_learns() -> None:
     assert torch.equal(head.weight, again.weight)
 
 
+# One example of each class
+
+
+def test_halves_of_texts_by_hand() -> None:
+    data = Dataset.from_dict({"input": ["a b c d e", "one", "x  y"], "label": [0, 1, 0]})
+    assert halved(data, 0)["input"][:] == ["a b c", "one", "x"]
+    assert halved(data, 1)["input"][:] == ["d e", "", "y"]
+    assert halved(data, 1)["label"][:] == [0, 1, 0]
+
+
+class Halves:
+    """A bench of two adapters, of which the second has the halves of a text side by side."""
+
+    names = ("first", "second")
+
+    def labels(self, draw: tuple[int, int]) -> Tensor:
+        return torch.arange(5)
+
+    def half_features(self, candidate: str, half: str, draw: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(len(candidate) + 10 * HALVES.index(half))
+        noise = torch.randn(5, 8, generator=generator)
+        return noise + 20 * torch.eye(5, 8) if candidate == "second" else noise
+
+
+def test_of_halves_the_adapter_wins_that_keeps_them_together() -> None:
+    bench: Any = Halves()
+    weights = evidence._chosen(bench, (1, 0), evidence.OF_HALVES)
+    assert float(weights[1]) > 0.8
+
+
 # Stand-ins
 
 
@@ -198,6 +229,9 @@ def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_
         (3, 1, "vote"),
         (3, 2, "vote"),
     }
+
+    with pytest.raises(ValueError, match="only texts have halves, and digits has images"):
+        list(evidence.compare(bench, [(1, 0)], [evidence.OF_HALVES], [], progress=False))
 
     base = bench.model.build(2, seed=0)
     alone = PeftModel.from_pretrained(base, str(bench.adapters[1].folder), adapter_name="x").eval()
