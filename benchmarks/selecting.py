@@ -15,8 +15,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from few_shot_transfer.data import Tasks, balanced, few_shot, labels_of
 from few_shot_transfer.models import Classifier
 from few_shot_transfer.upstream import foundation, train_adapter
 from random_lora import with_random_factors
+
+from . import planted
 
 
 RELATED = {"vader-domains": ("amazon", "nyt", "tweets")}
@@ -158,7 +161,7 @@ def draws(
                     "base": float(accuracy[-1]),
                     "precision": len(related.intersection(top)) / len(related),
                     "cost": costs.get(name, whole_cost) / whole_cost,
-                    "risk": chance_of_harm(gains, likely_screened if name.startswith("likelihood") else screened)
+                    "risk": chance_of_harm(gains, likely_screened if name.startswith("likelihood") else screened, True)
                     if "halving" in name
                     else None,
                 }
@@ -241,10 +244,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--support", type=int, default=40, help="examples of a class that draws are taken from")
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--cost", type=int, nargs="*", help="instead: measure select_adapters with so many candidates")
+    parser.add_argument("--small", action="store_true", help="instead: a tiny network with planted adapters")
     parser.add_argument("--alone", action="store_true", help="with --cost N: in this process")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args(words)
-    torch.set_num_threads(int(torch.get_num_threads()))
+    if options.small:
+        with tempfile.TemporaryDirectory() as folder:
+            candidates = planted.make_pool(Path(folder), options.candidates, BROKEN)
+            (x, labels), (more, tests) = planted.points(200, 1), planted.points(2000, 2)
+            found = planted.features(candidates, torch.cat([x, more]))
+        lines = list(draws(found, labels, tests, options.shots, options.draws))
+        _write(options.out / "selecting-small.json", candidates, found, lines)
+        return
     trained = options.trained or options.folder
     scenario = scenarios.load("vader-domains")
     model = foundation(scenario, trained / "foundation")
@@ -274,15 +285,17 @@ def main(words: Sequence[str] | None = None) -> None:
     labels = torch.tensor([labels_of(task.train)[row] for row in drawn])
     tests = torch.tensor([labels_of(task.test)[row] for row in test_rows])
     lines = list(draws(found, labels, tests, options.shots, options.draws))
+    _write(options.out / "selecting-cpu.json", candidates, found, lines)
+
+
+def _write(path: Path, candidates: Sequence[Path], found: Mapping[str, Tensor], lines: list[dict[str, Any]]) -> None:
     facts = {
         "candidates": len(candidates),
         "readable": len(found) - 1,
         "related": sum(name.startswith("related") for name in found),
-        "support": options.support,
-        "test": len(tests),
         "lines": lines,
     }
-    (options.out / "selecting-cpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(table(lines))
 
 

@@ -134,7 +134,9 @@ def select_adapters(
         config=config,
         candidates=len(references),
         examples=len(everything),
-        risk_worse_than_base=chance_of_harm(last[alive[0]].values - last[0].values, screened),
+        risk_worse_than_base=chance_of_harm(
+            last[alive[0]].values - last[0].values, screened, are_left_out=everything.labels is not None
+        ),
         measure="log-likelihood" if everything.labels is None else "margin",
         passed=trials.passed + tried * len(everything),
         seconds=time.perf_counter() - started,

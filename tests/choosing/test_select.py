@@ -271,7 +271,7 @@ def test_the_risk_comes_true_as_often_as_it_says(count: int, spread: float) -> N
         common = generator.normal(0, 0.15, 12)
         gains = torch.from_numpy(true[:, None] + common + generator.normal(0, 0.4, (count, 12)))
         pick = int(gains.mean(1).argmax())
-        stated.append(chance_of_harm(gains[pick], gains))
+        stated.append(chance_of_harm(gains[pick], gains, False))
         happened.append(float(true[pick] < 0))
     difference = float(np.mean(stated) - np.mean(happened))
     if count > 1 and spread == 0:
@@ -286,6 +286,9 @@ def test_without_the_others_it_is_students_chance() -> None:
     gains = torch.tensor([0.2, -0.1, 0.4, 0.3], dtype=torch.float64)
     mean, error = 0.2, float(gains.std()) / 2
     expected = 0.5 * float(torch.erfc(torch.tensor(mean / (error * 3**0.5) / 2**0.5, dtype=torch.float64)))
-    assert chance_of_harm(gains, gains[None]) == pytest.approx(expected, rel=1e-9)
-    assert chance_of_harm(gains[:1], gains[None, :1]) == 0.5
-    assert chance_of_harm(torch.ones(3), torch.ones(1, 3)) == 0.0
+    assert chance_of_harm(gains, gains[None], False) == pytest.approx(expected, rel=1e-9)
+    wider = mean / (float(gains.std()) * (1 / 4 + 1 / 3) ** 0.5 * 3**0.5)  # each was left out
+    expected = 0.5 * float(torch.erfc(torch.tensor(wider / 2**0.5, dtype=torch.float64)))
+    assert chance_of_harm(gains, gains[None], True) == pytest.approx(expected, rel=1e-9)
+    assert chance_of_harm(gains[:1], gains[None, :1], False) == 0.5
+    assert chance_of_harm(torch.ones(3), torch.ones(1, 3), True) == 0.0
