@@ -73,6 +73,7 @@ def _draw(axes: Axes, names: Sequence[str], intervals: Sequence[tuple[float, flo
     axes.set_yticks(range(len(names)), shown, fontsize=8, parse_math=False)
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"{label}, 95% interval", fontsize=8)
     for side in ("top", "right", "left"):

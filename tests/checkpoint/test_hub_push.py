@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertModel, Trainer, TrainingArguments
 
-from peft_composition import CompositionCardMixin, CompositionConfig, push_to_hub
+from peft_composition import CompositionCardMixin, CompositionConfig, explain, push_to_hub
 
 from .. import tiny
 from ..hub_metadata import errors_in
@@ -110,6 +110,13 @@ def push(repo: str, adapters: list[str] = UPSTREAM, seed: int = 0, fields: Any =
     model = composition(adapters, seed, **(fields or {}))
     push_to_hub(model, repo, **kwargs)
     return model
+
+
+def push_explained(repo: str, seed: int = 0) -> PeftModel:
+    """With a report about the composition of seed 0."""
+    tokens = torch.randint(1, 60, (12, 9), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": own, "labels": number % LABELS} for number, own in enumerate(tokens)]
+    return push(repo, seed=seed, explanation=explain(composition(UPSTREAM), rows))
 
 
 def push_as_transformers_does(repo: str) -> PeftModel:
@@ -435,6 +442,23 @@ def test_a_lora_that_is_no_longer_pushed_is_taken_away(hub: HubServer, online: C
 
     assert not [file for file in content(hub, "me/pushed") if file.startswith("lora/")]
     assert 'subfolder="lora"' not in card_of(hub, "me/pushed")
+
+
+def test_a_report_is_pushed_with_the_weights_that_it_is_about(hub: HubServer, online: Client) -> None:
+    assert online(attempt, push_explained, "me/explained").error == ""
+    files = content(hub, "me/explained")
+    assert {"composition-report.html", "composition-report.png", "composition-report.json"} <= set(files)
+    assert files["composition-report.html"].count(b"<h1>") == 1
+    card = card_of(hub, "me/explained")
+    assert "## Why these weights" in card
+    assert online(validate, card) == ""
+
+    assert "not about the composition" in online(attempt, push_explained, "me/refused", seed=1).error
+    assert "me/refused" not in hub.repositories
+
+    assert online(attempt, push, "me/explained", seed=1).error == ""  # other weights, without a report
+    assert not [file for file in content(hub, "me/explained") if file.startswith("composition-report")]
+    assert "## Why these weights" not in card_of(hub, "me/explained")
 
 
 # Compositions that name their adapters
