@@ -65,9 +65,9 @@ nitpick_ignore_regex = [
     ),
     (
         "py:class",
-        r"(Weights|Similarities|Part)|peft_composition\.references\.(Provenance|LoraLayout)",
+        r"(Weights|Similarities|Part)|peft_composition\.(references\.(Provenance|LoraLayout)|checkpoint\.explained\.Report)",
     ),  # see the docstrings
-    ("py:class", r"'[\w-]+'"),  # a value in a Literal
+    ("py:class", r"'[\w -]+'"),  # a value in a Literal
     (
         "py:.*",
         r"(Tensor|Module|nn\.Module|PeftModel|Trainer|TrainingArguments|Figure|CommitInfo|Path|Callable|Any|optional|dtype)",
