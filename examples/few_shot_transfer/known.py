@@ -67,18 +67,19 @@ def verdicts(records: Sequence[Record]) -> str:
         order = np.random.default_rng(record["seed"]).permutation(len(right[EVIDENCE]))
         seen, rest = order[:SEEN], order[SEEN:]
         others = [name for name in right if name not in (UNIFORM, EVIDENCE)]
-        differences = np.stack([right[EVIDENCE] - right[name] for name in others], axis=-1)
-        scores = [float(right[name][seen].mean()) for name in others]
-        verdict = judge(EVIDENCE, others, scores, over_draws(differences[None, seen]), ROPE)
-        truth = float(right[EVIDENCE][rest].mean()) - max(float(right[name][rest].mean()) for name in others)
-        rows.append(
-            [
-                f"`{record['scenario']}`, {record['target']}",
-                str(record["k"]),
-                str(record["seed"]),
-                f"{verdict.word} ({100 * max(verdict.helps, verdict.equivalent, verdict.harms):.0f}%)",
-                f"{100 * verdict.difference:+.1f} against {verdict.against}",
-                f"{100 * truth:+.1f} on {len(rest):,}",
-            ]
-        )
-    return table(["task", "K", "draw", f"verdict from {SEEN} test examples", "points", "truth"], rows)
+        for judged in (EVIDENCE, UNIFORM):
+            differences = np.stack([right[judged] - right[name] for name in others], axis=-1)
+            scores = [float(right[name][seen].mean()) for name in others]
+            verdict = judge(judged, others, scores, over_draws(differences[None, seen]), ROPE)
+            truth = float(right[judged][rest].mean()) - max(float(right[name][rest].mean()) for name in others)
+            rows.append(
+                [
+                    f"`{record['scenario']}`, {record['target']}",
+                    str(record["seed"]),
+                    judged,
+                    f"{verdict.word} ({100 * max(verdict.helps, verdict.equivalent, verdict.harms):.0f}%)",
+                    f"{100 * verdict.difference:+.1f} against {verdict.against}",
+                    f"{100 * truth:+.1f} on {len(rest):,}",
+                ]
+            )
+    return table(["task", "draw", "judged", f"verdict from {SEEN} test examples", "points", "truth"], rows)

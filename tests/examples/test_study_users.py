@@ -108,7 +108,7 @@ def test_stated_and_true_shares() -> None:
 
 def test_a_known_answer() -> None:
     bits = {"head only": "0110" * 300, "uniform": "1" * 1200, "evidence": "1110" * 300}
-    (line,) = verdicts([{"scenario": "s", "target": "t", "k": 5, "seed": 0, "methods": bits}]).splitlines()[2:]
+    line, _ = verdicts([{"scenario": "s", "target": "t", "k": 5, "seed": 0, "methods": bits}]).splitlines()[2:]
     assert "helps (100%)" in line
     assert "against head only" in line
     assert line.rstrip(" |").endswith("on 1,000")
@@ -128,3 +128,15 @@ def test_the_page_has_the_tables_of_the_committed_users() -> None:
             for word in ("helps", "harms"):
                 untrue = [case for case in found if not getattr(case, word)]
                 assert sum(case.verdict.word == word for case in untrue) <= 0.05 * len(untrue)
+
+
+def test_the_page_has_the_verdicts_whose_answer_is_known() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "concepts" / "verdicts.md").read_text(encoding="utf-8")
+    files = sorted((docs / "study" / "known").glob("*.jsonl"))
+    for file in files:
+        lines = verdicts(read(file, "methods")).splitlines()[2:]
+        assert len(lines) == 6
+        assert all(line in page for line in lines)
+        assert all((" helps (" in line) is ("movies" in line) for line in lines)
+    assert files
