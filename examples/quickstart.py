@@ -97,7 +97,7 @@ class Settings:
     draws: int = field(default=5, metadata={"help": "How often the examples are drawn anew, at least 2."})
     steps: int = field(default=20, metadata={"help": "Full-batch training steps of every method, after the warm-up."})
     upstream_steps: int = field(default=60, metadata={"help": "Training steps of each upstream adapter."})
-    test_size: int = field(default=300, metadata={"help": "Test sentences, half positive, half negative."})
+    test_size: int = field(default=200, metadata={"help": "Test sentences, half positive, half negative."})
     full_fine_tuning: bool = field(default=False, metadata={"help": "Compare with full fine-tuning too (slow)."})
     smoke: bool = field(default=False, metadata={"help": "Only see that everything runs; the figures mean nothing."})
     output: Path = field(default=Path("quickstart-output"), metadata={"help": "Folder for the adapters."})

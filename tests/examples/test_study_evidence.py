@@ -202,6 +202,23 @@ def test_training_finds_the_adapter_and_keeps_still_without_a_gain_or_within_the
     assert part.tolist() == pytest.approx([0.25, 0.25])
 
 
+def test_the_base_models_share_trains_where_it_may_and_free_weights_need_no_sum_and_decay_pulls_back() -> None:
+    labels = torch.arange(20) % 2
+    known, quarter = separable(labels), torch.tensor([0.25, 0.25], dtype=torch.float64)
+    turned = Corners(torch.stack([known.adapters[0], known.base]), known.uniform, known.adapters[1])  # the base knows
+    share = {
+        base: 1 - float(train(turned, labels, quarter, 2, Recipe(gain=10.0, base=base), 8, seed=0)[1].sum())
+        for base in (False, True)
+    }
+    assert share[True] > share[False] > 0.5  # N logits that fall reach it, too, but not as far
+    free, held = (
+        train(known, labels, quarter, 2, Recipe(gain=2.0, free=True, decay=decay), 8, seed=0)[1]
+        for decay in (0.0, 90.0)
+    )
+    assert float(free[1]) > 0.5
+    assert float((held - quarter).abs().max()) < float((free - quarter).abs().max()) / 2
+
+
 # A real task, small
 
 
