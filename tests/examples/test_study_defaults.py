@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.few_shot_transfer.defaults import (
-    Inputs,
-    adapted,
-    readme_lines,
-)
+from examples.few_shot_transfer.defaults import Inputs, adapted, readme_lines
+from examples.few_shot_transfer.records import read
 
 
 def test_the_readmes_lines_take_a_tasks_names() -> None:
@@ -21,3 +18,12 @@ def test_the_readmes_lines_take_a_tasks_names() -> None:
     assert not any(name in lines for name in ("org/base-model", "me/lora-a", "num_labels=2"))
     with pytest.raises(ValueError, match='the README\'s lines have no "org/base-model"'):
         adapted(lines, inputs)
+
+
+def test_every_committed_run_is_there_once_and_has_its_uniform_mix() -> None:
+    for name in ("real", "training"):
+        records = read(Path(__file__).parents[2] / "docs" / "study" / "defaults" / f"{name}.jsonl", key="method")
+        runs = [(r["scenario"], r["target"], r["k"], r["seed"], r["method"]) for r in records]
+        assert len(set(runs)) == len(runs) > 0
+        assert {(*run[:4], "uniform") for run in runs} <= set(runs)
+        assert all(0 <= record["accuracy"] <= 100 for record in records)
