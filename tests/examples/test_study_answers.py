@@ -220,6 +220,17 @@ def test_a_prompt_goes_around_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
         sources.load("prompted", {**options, "answers": {"prime": "no"}})
 
 
+def test_of_the_prompts_one_is_known_to_adapters() -> None:
+    spec = scenarios.load("language/prompts")
+    (known,) = {spec.data[name].options["prompt"] for name in ("tweets", "amazon")}
+    assert {spec.data[name].options["prompt"] for name in ("groups", "reuters")} == {"{input}\nTopic:"}
+    for setting in spec.settings():
+        assert setting.upstream == ("tweets", "amazon", "groups", "reuters")
+        own = spec.data[setting.target].options
+        assert (own["prompt"] == known) == (setting.target == "movies")
+        assert setting.target == "movies" or not set(own["answers"].values()) & {" negative", " positive"}
+
+
 def test_other_scenarios_are_refused() -> None:
     result = CliRunner().invoke(app, ["answers", "distractors"])
     assert result.exit_code == 2
