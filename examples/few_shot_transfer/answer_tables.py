@@ -12,6 +12,7 @@ from .records import Record
 
 HOW = {
     "accuracy": ("accuracy", "%", 1),
+    "exact": ("exact match of what is generated", "%", 1),
     "nll": ("NLL of the answer among the options", "nats", 2),
     "nll_token": ("NLL of a token of the answer over the whole vocabulary", "nats", 2),
 }
@@ -22,7 +23,7 @@ def answer_gains(records: Sequence[Record], measure: str) -> str:
 
     Args:
         records: of `compare_answers`.
-        measure: "accuracy", "nll" or "nll_token".
+        measure: one of `HOW`.
     """
     name, unit, digits = HOW[measure]
     shots = sorted({record["k"] for record in records if record["k"] is not None})

@@ -1,7 +1,7 @@
 """Mixing weights of a language model by evidence, over many draws: what they gain on the uniform mix.
 
 A model without a head answers alike at every draw. So each adapter alone is run once over a pool of examples that
-support sets are drawn from, and each distinct mix once over the test examples; weights are rounded to twelfths
+support sets are drawn from, and each distinct mix once over the test examples; weights are rounded to quarters
 before they are run. All of it is kept on disk.
 """
 
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from .upstream import Adapter, foundation, train_adapter
 
 
 POOL = 80  # examples that support sets are drawn from
-PARTS = 12  # weights are run in this many parts
+PARTS = 4  # weights are run in this many parts
 TRAINED = {"learned": False, "posterior, then learned": True}  # whether the posterior is the start
 
 
@@ -78,14 +78,9 @@ def _most_right(seen: Seen, seed: int) -> Tensor:
     return torch.eye(len(right), dtype=torch.float64)[best]
 
 
-def _posterior(seen: Seen, seed: int, temper: Callable[[Seen], Tensor]) -> Tensor:
-    return posterior(seen.nll * temper(seen)[:, None], torch.ones(len(seen.nll)))
-
-
 WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
-    "posterior, every token counts": partial(_posterior, temper=lambda seen: torch.ones_like(seen.length)),
-    "posterior, mean over examples": partial(_posterior, temper=lambda seen: 1 / seen.length / len(seen.length)),
+    "posterior, every token counts": lambda seen, _: posterior(seen.nll, seen.length, temper=1.0),
     "posterior over the options": _over_options,
     "most right answers": _most_right,
 }
@@ -133,20 +128,22 @@ class AnswerBench:
         chosen = self.support(draw)
         found = [self._scores(number, "pool") for number in range(len(self.adapters))]
         labels = torch.tensor(self.rows["pool"].select(chosen)["label"][:])
-        return Seen(torch.stack([nll[chosen] for nll, _ in found], 1), found[0][1][chosen], labels)
+        return Seen(torch.stack([own[0][chosen] for own in found], 1), found[0][1][chosen], labels)
 
     def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
         """How a mix answers the test questions; a number is an adapter alone.
 
         Returns:
-            `accuracy` in percent, the likeliest option being the answer; `nll` of the right one among the options; and
-            `nll_token`, a token of the right answer over the whole vocabulary.
+            `accuracy` in percent, the likeliest option being the answer; `exact`, how often greedy generation would
+            give the right answer, in percent; `nll` of the right one among the options; and `nll_token`, of a token of
+            the right answer over the whole vocabulary.
         """
-        nll, tokens = self._scores(weights, "test")
+        nll, tokens, said = self._scores(weights, "test")
         labels = torch.tensor(labels_of(self.rows["test"]))
         place = torch.arange(len(labels)), labels
         return {
             "accuracy": round(100 * float((nll.argmin(1) == labels).double().mean()), 4),
+            "exact": round(100 * float(said[place].mean()), 4),
             "nll": round(-float((-nll).log_softmax(1)[place].mean()), 5),
             "nll_token": round(float((nll[place] / tokens[place]).mean()), 5),
         }
@@ -178,7 +175,7 @@ class AnswerBench:
             return one_adapter(layers, name, weights)
         return mixed_by(layers, name, list(weights))
 
-    def _scores(self, weights: Sequence[float] | int, split: str) -> tuple[Tensor, Tensor]:
+    def _scores(self, weights: Sequence[float] | int, split: str) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(weights, int) and max(weights) == 1:
             weights = list(weights).index(1)
         path = self.folder / f"{self._key(weights, split)}.pt"
@@ -188,8 +185,8 @@ class AnswerBench:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(found, path.with_suffix(".draft"))
             path.with_suffix(".draft").replace(path)
-        nll, tokens = torch.load(path)
-        return nll, tokens
+        nll, tokens, said = torch.load(path)
+        return nll, tokens, said
 
     def _key(self, weights: Sequence[float] | int, split: str) -> str:
         folders = [adapter.folder.name for adapter in self.adapters]

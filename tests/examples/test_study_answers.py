@@ -45,7 +45,7 @@ QUESTIONS = Dataset.from_dict(
 def test_likelihoods_of_options_are_those_of_single_rows(tmp_path: Path, kind: Any, shape: str, target: str) -> None:
     language = LanguageModel(ModelSpec(kind, (target,), str(save(tmp_path, shape))))
     model = language.build(0, 0).double().eval().requires_grad_(False)
-    nll, tokens = option_scores(model, language, QUESTIONS)
+    nll, tokens, said = option_scores(model, language, QUESTIONS)
     for row, (question, options) in enumerate(zip(QUESTIONS["input"][:], QUESTIONS["options"][:])):
         asked = language.tokenizer(question, add_special_tokens=shape != "causal")["input_ids"]
         for place, option in enumerate(options):
@@ -59,6 +59,7 @@ def test_likelihoods_of_options_are_those_of_single_rows(tmp_path: Path, kind: A
             expected = -sum(float(logits[i].log_softmax(-1)[token]) for i, token in enumerate(told))
             assert float(nll[row, place]) == pytest.approx(expected, rel=1e-9)
             assert int(tokens[row, place]) == len(told)
+            assert bool(said[row, place]) == (logits.argmax(-1).tolist() == told)
 
 
 # From what adapters make of options to weights
@@ -81,7 +82,6 @@ def by_hand(scores: list[float]) -> list[float]:
     [
         ("posterior", lambda length: 1 / length),
         ("posterior, every token counts", lambda length: 1),
-        ("posterior, mean over examples", lambda length: 1 / length / 5),
     ],
 )
 def test_tempered_posteriors_by_a_loop(way: str, factor: Any) -> None:
@@ -111,6 +111,7 @@ def test_rounded_weights_sum_to_one() -> None:
     assert answers.in_parts([1 / 3] * 3, 20) == [0.35, 0.35, 0.3]
     assert answers.in_parts([0.52, 0.44, 0.04], 20) == [0.5, 0.45, 0.05]
     assert answers.in_parts([0.25] * 4) == [0.25] * 4
+    assert answers.in_parts([0.9, 0.05, 0.05, 0.0]) == [1.0, 0.0, 0.0, 0.0]
 
 
 # Tables
@@ -120,7 +121,16 @@ def test_gains_on_uniform_by_hand() -> None:
     facts = {"scenario": "s", "target": "t", "adapter": None}
     still = {"uniform": 60.0, "base": 50.0}
     records: list[Any] = [
-        {**facts, "k": None, "seed": None, "method": name, "accuracy": value, "nll": 0.5, "nll_token": 2.0}
+        {
+            **facts,
+            "k": None,
+            "seed": None,
+            "method": name,
+            "accuracy": value,
+            "exact": 5.0,
+            "nll": 0.5,
+            "nll_token": 2.0,
+        }
         for name, value in still.items()
     ]
     for name, value in (("a", 72.0), ("b", 55.0)):
@@ -187,12 +197,17 @@ def test_a_task_from_end_to_end(
     again = CliRunner().invoke(app, command, catch_exceptions=False).stdout  # nothing is done again
     assert again == shown[shown.index("| accuracy") :]
 
+    # What is said to be generated is what generate gives.
+    (bench,) = answers.open_answer_benches(scenarios.load(str(path)), tmp_path / "out", None, progress=False)
+    by_peft = PeftModel.from_pretrained(bench.model.build(0, 0), str(bench.adapters[0].folder))
+    generated = bench.model.correct(by_peft, bench.rows["test"])
+    assert 100 * sum(generated) / 12 == pytest.approx(bench.judged(0)["exact"], abs=1e-3)
+
     # One of the adapters has seen the answers, and is found by them.
     uniform = next(own["nll_token"] for own in records if own["method"] == "uniform")
     by_evidence = [own for own in records if own["method"] == "posterior" and own["k"] == 4]
     assert all(own["weights"]["one"] > 0.9 for own in by_evidence)
     assert all(own["nll_token"] < uniform - 0.15 for own in by_evidence)
-    (bench,) = answers.open_answer_benches(scenarios.load(str(path)), tmp_path / "out", None, progress=False)
     # What is cached is what the library finds on the model, and an adapter alone is what PEFT makes of it.
     composition = bench._composition
     rows = bench.rows["pool"].select(bench.support((4, 1)))
@@ -200,10 +215,10 @@ def test_a_task_from_end_to_end(
     expected = answers.WAYS["posterior"](bench.seen((4, 1)), 1).tolist()
     assert list(report.weights.values()) == pytest.approx(expected, abs=1e-4)
     by_peft = PeftModel.from_pretrained(bench.model.build(0, 0), str(bench.adapters[1].folder))
-    nll, _ = option_scores(by_peft, bench.model, bench.rows["test"])
+    nll, *_ = option_scores(by_peft, bench.model, bench.rows["test"])
     torch.testing.assert_close(bench._scores(1, "test")[0], nll, rtol=1e-4, atol=1e-5)
     put_weights(composition, [0.25, 0.75])
-    nll, _ = option_scores(composition.model, bench.model, bench.rows["test"])
+    nll, *_ = option_scores(composition.model, bench.model, bench.rows["test"])
     torch.testing.assert_close(bench._scores([0.25, 0.75], "test")[0], nll, rtol=1e-4, atol=1e-5)
 
 
