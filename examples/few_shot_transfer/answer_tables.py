@@ -45,10 +45,10 @@ def answer_gains(records: Sequence[Record], measure: str) -> str:
 
 
 def _still(records: Sequence[Record], measure: str) -> dict[str, float]:
-    """What does not depend on a draw; the best adapter is the one with the best accuracy, then the least NLL."""
+    """What does not depend on a draw; the best adapter is the best by this measure."""
     found = {record["method"]: record[measure] for record in records if record["k"] is None}
-    singles = [record for record in records if record["method"] == "single"]
-    found[BEST] = max(singles, key=lambda record: (record["accuracy"], -record["nll"]))[measure]
+    best = min if measure.startswith("nll") else max
+    found[BEST] = best(record[measure] for record in records if record["method"] == "single")
     return found
 
 

@@ -134,7 +134,8 @@ def test_gains_on_uniform_by_hand() -> None:
         for name, value in still.items()
     ]
     for name, value in (("a", 72.0), ("b", 55.0)):
-        records.append({**records[0], "method": "single", "adapter": name, "accuracy": value})
+        other = {"method": "single", "adapter": name, "accuracy": value, "nll": value / 100}
+        records.append({**records[0], **other})
     for seed, value in enumerate((70.0, 71.0, 66.0)):
         records.append(
             {**facts, "k": 2, "seed": seed, "method": "posterior", "accuracy": value, "nll": 0.4 - seed / 100}
@@ -149,6 +150,7 @@ def test_gains_on_uniform_by_hand() -> None:
         f"| posterior | +9.0 [{low:+.1f}, {high:+.1f}] |",
     ]
     low, high = stats.t.interval(0.95, 2, -0.11, stats.sem([0.4, 0.39, 0.38]))
+    assert "| best single (by test) | +0.05 |" in answer_gains(records, "nll")
     assert f"| posterior | -0.11 [{low:+.2f}, {high:+.2f}] |" in answer_gains(records, "nll")
 
 
