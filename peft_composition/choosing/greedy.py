@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..evidence.fit import fit_mixing_weights
 from ..evidence.passes import Candidate, Composition, Examples, Precision, composition_in, passes
+from ..evidence.temporary import adapted
 from ..evidence.weights import CAUTION
 from ..references import AdapterReference
 from ..tuner.single import mixed_by
@@ -89,17 +88,7 @@ def _mix(composition: Composition, count: int, places: Sequence[int]) -> Candida
 @contextmanager
 def _composed(base: nn.Module, references: Sequence[AdapterReference]) -> Iterator[Composition]:
     """A context with a composition of these adapters on the base; afterwards the model is as before."""
-    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     weights = [1 / len(references)] * len(references)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = CompositionConfig(adapters=[*references], mixing="fixed", weights=weights)
-            model = get_peft_model(base, config)
-        try:
-            yield composition_in(model, None)
-        finally:
-            model.unload()
-    finally:
-        for parameter in trained:
-            parameter.requires_grad = True
+    config = CompositionConfig(adapters=[*references], mixing="fixed", weights=weights)
+    with adapted(base, config, ignored="") as model:
+        yield composition_in(model, None)

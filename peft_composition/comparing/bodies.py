@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..evidence.passes import Composition, composition_in
+from ..evidence.temporary import adapted
 from ..tuner.factors import Factors
 from ..tuner.mixing import Mixing
 
@@ -23,14 +23,9 @@ from ..tuner.mixing import Mixing
 def composed(base: nn.Module, adapters: Sequence[Any]) -> Iterator[Composition]:
     """A context with a learned composition on the base model; afterwards the base is as before."""
     config = CompositionConfig(adapters=list(adapters), mixing="learned")
-    with warnings.catch_warnings():
-        # Every method trains a head of its own, so the adapters' heads are not needed.
-        warnings.filterwarnings("ignore", message="These tensors of the upstream adapters")
-        model = get_peft_model(base, config)
-    try:
+    # Every method trains a head of its own, so the adapters' heads are not needed.
+    with adapted(base, config, ignored="These tensors of the upstream adapters") as model:
         yield composition_in(model, None)
-    finally:
-        model.unload()
 
 
 def mixing_parameters(composition: Composition) -> list[nn.Parameter]:
@@ -136,10 +131,6 @@ def fresh_lora(base: nn.Module, modules: Sequence[str], rank: int) -> Iterator[F
         rank: of the LoRA; alpha is twice that.
     """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(modules))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT sets it rightly itself
-        model = get_peft_model(base, config)
-    try:
-        yield FreshLora(cast(PeftModel, model), [layer for layer in model.modules() if isinstance(layer, LoraLayer)])
-    finally:
-        model.unload()
+    # PEFT sets fan_in_fan_out rightly itself.
+    with adapted(base, config, ignored="fan_in_fan_out is set to") as model:
+        yield FreshLora(model, [layer for layer in model.modules() if isinstance(layer, LoraLayer)])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from ..config import CompositionConfig
 from ..tuner.locating import composition_layers
 from .passes import Candidate
+from .temporary import adapted
 
 
 def read_in_turn(base: nn.Module, adapters: Sequence[Any]) -> list[Candidate]:
@@ -39,16 +39,7 @@ def read_in_turn(base: nn.Module, adapters: Sequence[Any]) -> list[Candidate]:
 @contextmanager
 def _alone(base: nn.Module, reference: Any) -> Iterator[None]:
     """A context with one adapter on the base model; afterwards the model is as before."""
-    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    try:
-        with warnings.catch_warnings():
-            # Features are scored, so the adapters' heads are not needed.
-            warnings.filterwarnings("ignore", message="These tensors of the upstream adapters")
-            model = get_peft_model(base, CompositionConfig(adapters=[reference], mixing="uniform"))
-        try:
-            yield
-        finally:
-            model.unload()
-    finally:
-        for parameter in trained:
-            parameter.requires_grad = True
+    # Features are scored, so the adapters' heads are not needed.
+    config = CompositionConfig(adapters=[reference], mixing="uniform")
+    with adapted(base, config, ignored="These tensors of the upstream adapters"):
+        yield
