@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from .differences import Differences, _t
+from .differences import Differences, Floats
 
 
 Word = Literal["helps", "equivalent", "harms", "cannot tell"]
@@ -95,13 +94,7 @@ def judge(
         level: probability that a word needs.
     """
     require_good_limits(rope, level)
-    least = found.sample(DRAWS, seed=0).min(1)
-    helps, harms = float((least > rope).mean()), float((least < -rope).mean())
-    chances: dict[Word, float] = {"helps": helps, "equivalent": 1 - helps - harms, "harms": harms}
-    is_worse = found.probabilities(rope)[:, 0].max() >= 1 - (1 - level) / len(others)
-    word: Word = next((name for name, chance in chances.items() if chance >= level), "cannot tell")
-    if word == "harms" and not is_worse:
-        word = "cannot tell"
+    word, chances, least = _decide(found, rope, level)
     best = int(np.argmax(scores))
     low, high = np.quantile(least, [0.025, 0.975])
     more = examples_to_tell(found, rope, level) if word == "cannot tell" else None
@@ -112,9 +105,9 @@ def judge(
         difference=float(found.mean[best]),
         low=float(low),
         high=float(high),
-        helps=helps,
+        helps=chances["helps"],
         equivalent=chances["equivalent"],
-        harms=harms,
+        harms=chances["harms"],
         rope=rope,
         level=level,
         more=more,
@@ -128,19 +121,34 @@ def require_good_limits(rope: float, level: float) -> None:
 
 
 def examples_to_tell(found: Differences, rope: float, level: float = LEVEL) -> int | None:
-    """About how many more examples a word would need, if differences and their spread stayed as they are.
+    """How many more examples a word would need, if differences and their spread stayed as they are.
 
-    Standard errors shrink with the root of the number of examples; the needed one follows from the distance of the
-    smallest difference to the nearer end of the region.
+    Standard errors shrink with the root of the number of examples; with that many more, `judge` tells.
 
     Returns:
         The number, at least 1; None for more than 100,000.
     """
-    number = int(np.argmin(found.mean))
-    mean, error = float(found.mean[number]), float(found.error[number])
-    distance = abs(abs(mean) - rope)
-    if distance == 0:
+
+    def tells(more: int) -> bool:
+        shrunk = replace(found, covariance=found.covariance * (found.examples / (found.examples + more)))
+        return _decide(shrunk, rope, level)[0] != "cannot tell"
+
+    too_few, enough = 0, MOST_MORE
+    if not tells(enough):
         return None
-    needed = found.examples * (float(_t().ppf(level, found.df)) * error / distance) ** 2
-    more = math.ceil(needed - found.examples)
-    return None if more > MOST_MORE else max(more, 1)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if tells(middle) else (middle, enough)
+    return enough
+
+
+def _decide(found: Differences, rope: float, level: float) -> tuple[Word, dict[Word, float], Floats]:
+    """The word, the probabilities of all words but the last, and draws of the smallest difference."""
+    least = found.sample(DRAWS, seed=0).min(1)
+    helps, harms = float((least > rope).mean()), float((least < -rope).mean())
+    chances: dict[Word, float] = {"helps": helps, "equivalent": 1 - helps - harms, "harms": harms}
+    is_worse = found.probabilities(rope)[:, 0].max() >= 1 - (1 - level) / len(found.mean)
+    word: Word = next((name for name, chance in chances.items() if chance >= level), "cannot tell")
+    if word == "harms" and not is_worse:
+        word = "cannot tell"
+    return word, chances, least

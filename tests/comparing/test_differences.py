@@ -147,6 +147,38 @@ def test_it_must_be_better_than_each_other() -> None:
 def test_how_many_more_examples() -> None:
     found = of([0.05], 0.05)
     needed = 31 * (stats.t.ppf(0.9, 30) * 0.05 / 0.04) ** 2
-    assert examples_to_tell(found, 0.01) == math.ceil(needed - 31)
+    assert examples_to_tell(found, 0.01) == pytest.approx(needed - 31, abs=3)  # the word is from 20,000 draws
     assert examples_to_tell(of([0.01], 0.05), 0.01) is None  # on the edge no number would do
     assert "more examples would tell" in str(judge("mix", ["head"], [0.5], found, 0.01))
+    # Zero is within the region when both of its ends are far enough.
+    both = 31 * (stats.t.ppf(0.95, 30) * 0.05 / 0.01) ** 2
+    assert examples_to_tell(of([0.0], 0.05), 0.01) == pytest.approx(both - 31, rel=0.04)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6])
+@pytest.mark.parametrize(
+    ("mean", "error", "word"),
+    [
+        ([0.03], 0.03, "helps"),
+        ([0.05, 0.05], 0.04, "helps"),
+        ([0.05, 0.06, 0.2], 0.05, "helps"),
+        ([0.005], 0.03, "equivalent"),
+        ([0.0, 0.1], 0.02, "equivalent"),
+        ([-0.03], 0.03, "harms"),
+        ([-0.05, -0.05, -0.05], 0.04, "harms"),
+    ],
+)
+def test_with_that_many_more_it_tells_and_with_fewer_it_does_not(
+    mean: list[float], error: float, word: str, correlation: float
+) -> None:
+    now, others = of(mean, error, correlation), ["a", "b", "c"][: len(mean)]
+
+    def with_more(number: int) -> str:
+        then = of(mean, error * math.sqrt(31 / (31 + number)), correlation)
+        return judge("mix", others, [0.5] * len(mean), then, 0.01).word
+
+    more = judge("mix", others, [0.5] * len(mean), now, 0.01).more
+    assert more is not None
+    assert with_more(0) == "cannot tell"
+    assert with_more(more + 1) == word
+    assert with_more(int(0.85 * more) - 1) == "cannot tell"
