@@ -48,7 +48,7 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Any]:
     """
     where = one_line(os.fspath(path))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} could not be read: {one_line(error)}") from error
     found: list[Any] = []

@@ -137,7 +137,9 @@ def _sliced(batches: Sequence[Batch], rows: Sequence[int]) -> list[Batch]:
             index = torch.tensor(own)
             found.append(
                 {
-                    key: value[index.to(value.device)] if isinstance(value, Tensor) and len(value) == count else value
+                    key: value[index.to(value.device)]
+                    if isinstance(value, Tensor) and value.dim() and len(value) == count
+                    else value
                     for key, value in batch.items()
                 }
             )

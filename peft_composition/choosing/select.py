@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +19,15 @@ from ..evidence.batches import Collate, processes
 from ..evidence.passes import Precision
 from ..evidence.scores import bayesian_bootstrap, interval
 from ..evidence.table import DRAWS
-from ..references import AdapterReference
+from ..references import AdapterReference, is_local
 from .downloads import Downloads
 from .greedy import choose_together, weigh
+from .identity import key_of
 from .journal import Journal
-from .ladder import KEPT, Ladder, ladder
+from .ladder import KEPT, ladder
 from .risk import chance_of_harm
 from .selection import RankedAdapter, Selection
+from .together import together
 from .trials import Trial, Trials
 
 
@@ -66,7 +67,8 @@ def select_adapters(
         data: the examples, as for `score_adapters`, two of each class at least; or `EncodedRows`.
         most: how many to choose at most.
         halving: whether to drop candidates that are behind on fewer examples. False: all are scored on all examples.
-        log: a file for what was scored, as JSON lines. If it exists, the selection goes on from there.
+        log: a file for what was scored, as JSON lines. If it exists, the selection goes on from there; adapters whose
+            files have changed are scored again.
         cache_budget: GB that downloads may take; repositories that were in the cache before are not counted and stay.
         task_type: of the resulting config.
         head: as for `score_adapters`.
@@ -94,7 +96,8 @@ def select_adapters(
     references = _references(candidates)
     steps = ladder(base, data, head, collate or getattr(data, "collate", None), batch_size, seed)
     rank = dist.get_rank() if processes() > 1 else 0
-    journal = Journal(log, _key(base, references, steps, seed), rank)
+    key = "" if log is None else together(lambda: key_of(base, references, steps, mixed_precision, seed))[0]
+    journal = together(lambda: Journal(log, key, rank, steps.sizes))[rank]
     finalists = max(FINALISTS, 2 * most)
     plan = _plan(len(references), len(steps.rungs), finalists, halving)
     total = sum(len(range(rank, count + 1, processes())) for _, count in plan)
@@ -145,16 +148,24 @@ def select_adapters(
 
 def _references(candidates: Sequence[Any]) -> list[AdapterReference]:
     """The candidates with names; one that is given twice counts once."""
-    if isinstance(candidates, (str, os.PathLike)):
+    if isinstance(candidates, (str, os.PathLike, Mapping)):
         candidates = [candidates]
     found: dict[str, Any] = {}
     for entry in candidates:
-        own = entry if isinstance(entry, dict) else {"path": os.fspath(entry)}
-        place = {key: value for key, value in own.items() if key != "name" and value is not None}
-        found.setdefault(json.dumps(place, sort_keys=True, default=str), entry)
+        found.setdefault(_place(entry), entry)
     if not found:
         raise ValueError("there are no candidates to select from")
     return CompositionConfig(adapters=[*found.values()], mixing="uniform").references
+
+
+def _place(entry: Any) -> str:
+    """Where a candidate is, the same for each way to write it. A link is a place of its own."""
+    own = entry if isinstance(entry, Mapping) else {"path": entry}
+    path, subfolder = own.get("path"), own.get("subfolder")
+    if isinstance(path, (str, os.PathLike)) and is_local(os.fspath(path)):
+        return os.path.abspath(os.path.join(path, subfolder or ""))
+    place = {key: value for key, value in own.items() if key not in ("name", "local_files_only") and value}
+    return json.dumps(place, sort_keys=True, default=str)
 
 
 def _plan(candidates: int, rungs: int, finalists: int, halving: bool) -> list[tuple[int, int]]:
@@ -174,21 +185,6 @@ def _plan(candidates: int, rungs: int, finalists: int, halving: bool) -> list[tu
 def _kept(candidates: int, finalists: int) -> int:
     """How many go on to the next rung."""
     return max(finalists, math.ceil(candidates / KEPT))
-
-
-def _key(base: nn.Module, references: Sequence[AdapterReference], steps: Ladder, seed: int) -> str:
-    """What a journal is of."""
-    config = getattr(base, "config", None)
-    facts = [
-        type(base).__name__,
-        getattr(config, "_name_or_path", None),
-        sum(parameter.numel() for parameter in base.parameters()),
-        [{**own} for own in references],
-        steps.digest,
-        steps.sizes,
-        seed,
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _meet() -> None:

@@ -20,7 +20,9 @@ from ..references import AdapterReference
 from ..text import LONG, one_line
 from ..upstream.errors import AdapterError
 from .downloads import Downloads
+from .identity import files_of
 from .journal import Journal
+from .together import together
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Trials:
         self._downloads = downloads
         self._mixed_precision = mixed_precision
         self._bar = bar
+        self._seen: dict[int, str | None] = {}
         self.reasons: dict[int, str] = {}
         self.passed = 0
 
@@ -92,16 +95,16 @@ class Trials:
             ValueError: the base model itself cannot be scored.
         """
         world, rank = processes(), dist.get_rank() if processes() > 1 else 0
-        own: dict[int, dict[str, Any] | str] = {}
-        for number in [0, *numbers]:
-            if number % world == rank:
-                own[number] = self._remembered(rung, number, examples)
-                self._bar.update()
-        parts: list[Any] = [own]
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, own)
-        found = {number: result for part in parts for number, result in part.items()}
+
+        def share() -> dict[int, dict[str, Any] | str]:
+            own: dict[int, dict[str, Any] | str] = {}
+            for number in [0, *numbers]:
+                if number % world == rank:
+                    own[number] = self._remembered(rung, number, examples)
+                    self._bar.update()
+            return own
+
+        found = {number: result for part in together(share) for number, result in part.items()}
         if isinstance(found[0], str):
             raise ValueError(found[0])
         self.passed += len(examples) * len(found)
@@ -113,11 +116,8 @@ class Trials:
         }
 
     def _remembered(self, rung: int, number: int, examples: Examples) -> dict[str, Any] | str:
-        known = self._journal.found.get((rung, number))
-        if known is not None:
-            return known
         try:
-            trial = per_example(self._pass(number, examples))
+            line = self._line(rung, number, examples)
         except (torch.OutOfMemoryError, MemoryError):
             raise  # of the machine, and not of the candidate
         except AdapterError as error:
@@ -125,16 +125,30 @@ class Trials:
         except Exception as error:  # whatever a file that others made can cause
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             return one_line(f"{kind}{error}", LONG)
-        line = {"values": trial.values.tolist(), "right": trial.is_right.tolist()}
-        self._journal.add(rung, number, line)
+        if line is not self._journal.found.get((rung, number)):
+            self._journal.add(rung, number, line)
         return line
+
+    def _line(self, rung: int, number: int, examples: Examples) -> dict[str, Any]:
+        """What the journal has about these files of a candidate, or else what a pass gives."""
+        with self._downloads.of(self._references[number - 1]) if number else nullcontext():
+            files = self._files(number)
+            known = self._journal.found.get((rung, number))
+            if known is not None and known.get("files") == files and (files is not None or number == 0):
+                return known
+            trial = per_example(self._pass(number, examples))
+        return {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
+
+    def _files(self, number: int) -> str | None:
+        if number and self._journal.is_kept and number not in self._seen:
+            self._seen[number] = files_of(self._references[number - 1])
+        return self._seen.get(number)
 
     def _pass(self, number: int, examples: Examples) -> Passed:
         if number == 0:
             mix = Candidate("base", "base", nullcontext)
             return passes(self._base, [mix], examples, self._mixed_precision, are_shared=False)[0]
-        reference = self._references[number - 1]
-        with warnings.catch_warnings(), self._downloads.of(reference):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `inspect` shows them; here they would be one for each candidate
-            mix = read_in_turn(self._base, [reference])[0]
+            mix = read_in_turn(self._base, [self._references[number - 1]])[0]
             return passes(self._base, [mix], examples, self._mixed_precision, are_shared=False)[0]

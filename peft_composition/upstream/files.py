@@ -154,7 +154,7 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     config = download_files(reference, CONFIG_NAME, reference.get("revision"))
     if config is None:
         raise AdapterError(reference["name"], _no_config(reference["path"], _files_on_hub(reference, None)))
-    commit = _commit_of(config)
+    commit = commit_of(config)
     not_cached: NotCachedError | None = None
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if _is_known_to_be_missing(reference, filename, commit):
@@ -228,7 +228,7 @@ def download_files(reference: AdapterReference, filename: str, revision: str | N
         raise AdapterError(name, f"{path}{at} could not be downloaded: {error}") from error
 
 
-def _commit_of(cached: Path) -> str | None:
+def commit_of(cached: Path) -> str | None:
     """The commit from a path in the Hub cache, .../snapshots/<commit>/..."""
     for folder in cached.parents:
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):

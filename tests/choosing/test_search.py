@@ -187,3 +187,11 @@ def test_files_of_candidates_that_are_refused(tmp_path: Path, content: str, comp
 def test_a_list_of_lines_is_a_file_of_candidates(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("me/a  # the first\n\n./local\n")
     assert read_candidates(tmp_path / "c") == ["me/a", "./local"]
+
+
+def test_files_of_candidates_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "c").write_bytes(b"\xef\xbb\xbfme/a\nme/b\n")
+    assert read_candidates(tmp_path / "c") == ["me/a", "me/b"]
+    content = {"format": "peft-composition candidates 1", "adapters": [{"id": "me/a"}]}
+    (tmp_path / "c").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert read_candidates(tmp_path / "c") == [{"path": "me/a"}]
