@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..evidence.fit import put_weights
-from ..evidence.passes import ALL_KINDS, Composition, candidates
+from ..evidence.passes import ALL_KINDS, Composition, advice, candidates
+from ..evidence.scores import NotFiniteError
+from ..text import quoted
 from ..tuner.single import evaluating
 from .bodies import composed, fresh_lora, mixing_parameters, random_factors
 from .tasks import Judged, Split, Task
@@ -162,7 +164,10 @@ class _Reusing:
     def _read(self, key: str, switch: Callable[[], AbstractContextManager[None]]) -> Any:
         model = self.composition.model
         with self.clock.timed(key, key), evaluating([model]), switch():
-            return self.task.read(model, self.every)
+            try:
+                return self.task.read(model, self.every)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"Scoring {quoted(key)}: {error}. {advice(key in self.names)}") from error
 
     def _mixed(self, weights: Tensor) -> Any:
         """What is read under weights by evidence; where they are uniform it was read before."""

@@ -21,7 +21,7 @@ from ..tuner.single import evaluating, mixed_by, one_adapter
 from .batches import Batch, Collate, all_labels, inputs_on, processes, read_batches
 from .heads import Features, find_head
 from .posterior import Answers, answers
-from .scores import LeftOut, leave_one_out_distances
+from .scores import LeftOut, NotFiniteError, leave_one_out_distances
 
 
 Kind = Literal["adapter", "uniform", "base", "mix", "without"]
@@ -180,13 +180,26 @@ def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, cand
             else:
                 features = read_features(model, examples, mixed_precision)
                 found = leave_one_out_distances(features, examples.labels)
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f"Scoring {_what(candidate)}: {error}. {advice(candidate.kind == 'adapter')}"
+            ) from error
         except ValueError as error:
-            name = quoted(candidate.name)
-            what = {"adapter": f"adapter {name} alone", "without": f"the mix without adapter {name}"}.get(
-                candidate.kind, f"the {candidate.kind}"
-            )
-            raise ValueError(f"Scoring {what}: {error}") from error
+            raise ValueError(f"Scoring {_what(candidate)}: {error}") from error
     return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started)
+
+
+def _what(candidate: Candidate) -> str:
+    name = quoted(candidate.name)
+    named = {"adapter": f"adapter {name} alone", "without": f"the mix without adapter {name}"}
+    return named.get(candidate.kind, f"the {candidate.kind}")
+
+
+def advice(is_of_adapter: bool) -> str:
+    """What to do where scores are not finite."""
+    if is_of_adapter:
+        return "In float16 large values overflow: load the base model in bfloat16 or float32, or leave the adapter out"
+    return "In float16 large values overflow: load the base model in bfloat16 or float32"
 
 
 def read_features(model: nn.Module, examples: Examples, mixed_precision: Precision) -> Tensor:
@@ -201,14 +214,22 @@ def read_features(model: nn.Module, examples: Examples, mixed_precision: Precisi
 
 
 def read_answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Precision) -> Answers:
-    """Scores of the answers of all examples, from the model as it is."""
+    """Scores of the answers of all examples, from the model as it is.
+
+    Raises:
+        NotFiniteError: a likelihood is NaN or infinite.
+    """
     is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     found = []
     for batch in batches:
         with autocast(model, mixed_precision):
             output = model(**inputs_on(batch, model, with_labels=is_seq2seq))
         found.append(answers(output.logits, batch["labels"], is_shifted=not is_seq2seq))
-    return Answers(*(torch.cat(parts) for parts in zip(*found)))
+    whole = Answers(*(torch.cat(parts) for parts in zip(*found)))
+    broken = int((~whole.nll.isfinite()).sum())
+    if broken:
+        raise NotFiniteError(f"{broken} of {len(whole.nll)} answers have a likelihood that is NaN or infinite")
+    return whole
 
 
 def _shared(mixes: Sequence[Candidate], run: Callable[[Candidate], Passed]) -> list[Passed]:

@@ -16,6 +16,10 @@ BETAS = torch.logspace(math.log10(0.16), math.log10(48.0), 13, dtype=torch.float
 """Possible sharpness of the predictions of class means: 13 values, equally spaced on a logarithmic scale."""
 
 
+class NotFiniteError(ValueError):
+    """A model's features or likelihoods are NaN or infinite."""
+
+
 class LeftOut(NamedTuple):
     """Distances of the examples that can be left out, because they are not the only ones of their class.
 
@@ -140,5 +144,5 @@ def _wide(features: Tensor) -> Tensor:
     wide = features.detach().to(device, torch.float64)
     broken = int((~wide.isfinite()).sum())
     if broken:
-        raise ValueError(f"{broken} of {wide.numel()} features are NaN or infinite")
+        raise NotFiniteError(f"{broken} of {wide.numel()} features are NaN or infinite")
     return wide

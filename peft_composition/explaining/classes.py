@@ -94,6 +94,8 @@ def predictions(model: nn.Module, examples: Examples) -> Tensor:
                     f"test: the model must return one row of logits for each of {len(batch['labels'])} examples, got "
                     f"{shape}"
                 )
+            if bool(logits.isnan().any()):
+                raise ValueError(f"test: {int(logits.isnan().sum())} of {logits.numel()} logits are NaN")
             found.append(logits.argmax(1).cpu())
     return torch.cat(found)
 

@@ -10,8 +10,9 @@ from typing import Any, cast
 from torch import nn
 
 from ..evidence.batches import Collate
-from ..evidence.passes import Composition, Examples, Precision, composition_in, passes, read_examples
+from ..evidence.passes import Composition, Examples, Precision, candidates, composition_in, passes, read_examples
 from ..evidence.score import require_pairs
+from ..evidence.scores import NotFiniteError
 from ..evidence.table import Measure
 from ..text import one_line
 from ..tuner.dropping import drop_adapters, is_mix
@@ -134,7 +135,11 @@ def prune_adapters(
         require_pairs(examples.labels)
     names = composition.config.adapter_names
     alone = [without(composition, {number}) for number in range(len(names))]
-    first, *others = passes(composition.model, [THE_MIX, *alone], examples, mixed_precision)
+    try:
+        first, *others = passes(composition.model, [THE_MIX, *alone], examples, mixed_precision)
+    except NotFiniteError:
+        passes(composition.model, candidates(composition, ("adapter",)), examples, mixed_precision)  # names whose
+        raise
     whole = Outcome.of(first)
     rows = left_out_rows(composition, whole, dict(enumerate(others)), seed)
     dropped, left = _choose(composition, examples, mixed_precision, whole, rows, tolerance, seed)
