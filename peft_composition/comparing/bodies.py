@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..evidence.passes import Composition, composition_in
-from ..evidence.temporary import adapted
+from ..evidence.temporary import adapted, same_randomness
 from ..tuner.factors import Factors
 from ..tuner.mixing import Mixing
 
@@ -104,7 +104,7 @@ class FreshLora:
 
     def renew(self, seed: int) -> None:
         """Give A random values and B zeros, as PEFT does."""
-        with torch.random.fork_rng(devices=[]):
+        with same_randomness():
             torch.manual_seed(seed)
             for layer in self.layers:
                 layer.reset_lora_parameters("default", True)

@@ -113,6 +113,8 @@ def compare_methods(
     """
     require_good_limits(rope, level)
     _check(base, methods, judged, scales, seeds, repeats)
+    if k is not None and k < 1:
+        raise ValueError(f"k must be at least 1, got {k}; leave it out to take all examples")
     budget = Budget(steps, batch_size, learning_rate, lora_learning_rate)
     rows = Rows(data, collate)
     tests = None if test is None else Rows(test, collate)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -36,7 +37,7 @@ def adapted(base: nn.Module, config: PeftConfig, ignored: str) -> Iterator[PeftM
     added: set[tuple[nn.Module, int]] = set()
     try:
         try:
-            with warnings.catch_warnings():
+            with same_randomness(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=ignored)
                 model = get_peft_model(cast(Any, base), config)
         finally:
@@ -55,6 +56,12 @@ def adapted(base: nn.Module, config: PeftConfig, ignored: str) -> Iterator[PeftM
                 delattr(owner, name)
         for parameter, was in trained:
             parameter.requires_grad = was
+
+
+def same_randomness() -> AbstractContextManager[None]:
+    """A context after which PyTorch's random numbers go on as if nothing had been drawn or seeded within."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices=devices)
 
 
 def _hooks(model: nn.Module) -> set[tuple[nn.Module, int]]:

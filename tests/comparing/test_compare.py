@@ -169,6 +169,8 @@ def test_random_factors_keep_the_norms_of_products(pair) -> None:
         ({"methods": ("uniform", "evidence")}, "nothing to judge adapters against: add 'base'"),
         ({"seeds": 3}, "seeds=3 draws of all examples would be the same: give k"),
         ({"k": 8}, "leave 0 of 24 examples to judge by, too few: lower k"),
+        ({"k": 0}, "k must be at least 1, got 0; leave it out"),
+        ({"k": -5}, "k must be at least 1, got -5"),
         ({"k": 9}, "k=9, but class 0 has only 8 examples"),
         ({"steps": 0}, "steps must be more than 0, got 0"),
         ({"scales": ()}, "scales more than 0"),
@@ -185,6 +187,13 @@ def test_wrong_arguments(change: dict[str, Any], message: str, pair) -> None:
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(base.state_dict()[name], value) for name, value in before.items())
     assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_random_numbers_go_on_as_before(pair) -> None:
+    base = tiny.build("mlp")
+    before = torch.get_rng_state()
+    compare_methods(base, pair("mlp"), points(), **QUICK)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_examples_that_do_not_fit(pair) -> None:
