@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .application import Command, app, reported
+from .data_options import Answer, Data, Image, Label, Prompt, Split, Subset, Text, columns_of
 from .options import AsJson, ForTask
 from .weights import HEATMAP_SUFFIXES
 
@@ -25,13 +26,7 @@ class Judged(StrEnum):
 @app.command(cls=Command)
 def compare(
     base: Annotated[str, typer.Option(help="Base model, Hub id or folder.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Labelled examples: a file (.csv, .tsv, .json, .jsonl, .parquet), a folder with a subfolder of "
-            "images for each class, or the id of a data set on the Hub."
-        ),
-    ],
+    data: Data,
     adapters: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
         typer.Argument(
@@ -48,26 +43,13 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    text: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Column of the texts; twice for pairs. Default: text or sentence.", show_default=False),
-    ] = None,
-    image: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Column of the images, or of paths to them.", show_default=False),
-    ] = None,
-    label: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Column of the classes. Default: label or labels.", show_default=False),
-    ] = None,
-    prompt: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Column of what a language model reads; with --answer.", show_default=False),
-    ] = None,
-    answer: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Column of what it should answer.", show_default=False),
-    ] = None,
+    text: Text = None,
+    image: Image = None,
+    label: Label = None,
+    prompt: Prompt = None,
+    answer: Answer = None,
+    split: Split = "train",
+    subset: Subset = None,
     test: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -111,7 +93,7 @@ def compare(
     with reported():
         from peft_composition.cli import compare as command
 
-        columns = {"text": text, "image": image, "label": label, "prompt": prompt, "answer": answer}
+        columns = columns_of(text, image, label, prompt, answer, split, subset)
         command.run(
             base,
             adapters or candidates,

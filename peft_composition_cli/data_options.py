@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -48,3 +48,17 @@ K = Annotated[
         show_default=False,
     ),
 ]
+
+
+def columns_of(
+    text: list[str] | None,
+    image: str | None,
+    label: str | None,
+    prompt: str | None,
+    answer: str | None,
+    split: str,
+    subset: str | None,
+) -> dict[str, Any]:
+    """These options as `read_data` takes them."""
+    columns = {"text": text or None, "image": image, "label": label, "prompt": prompt, "answer": answer}
+    return {**columns, "split": split, "subset": subset}

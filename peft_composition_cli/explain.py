@@ -8,8 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from .application import Command, app, reported
-from .data_options import Answer, Data, Image, K, Label, Prompt, Split, Subset, Text
-from .options import AsJson, Saved, Task
+from .data_options import Answer, Data, Image, K, Label, Prompt, Split, Subset, Text, columns_of
+from .options import AsJson, RecordedBase, RecordedTask, Saved
 
 
 REPORT_SUFFIXES = (".html", ".md", ".png", ".json")  # as `Explanation.save` writes
@@ -43,14 +43,8 @@ def explain(
     split: Split = "train",
     subset: Subset = None,
     k: K = None,
-    base: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Base model, Hub id or folder. Default: as recorded.", show_default=False),
-    ] = None,
-    task: Annotated[
-        Optional[Task],  # noqa: UP045
-        typer.Option(help="Task type, for the class of the base model. Default: as recorded.", show_default=False),
-    ] = None,
+    base: RecordedBase = None,
+    task: RecordedTask = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the intervals, and of --k.")] = 0,
     as_json: AsJson = False,
@@ -67,15 +61,7 @@ def explain(
         command.run(
             folder,
             data,
-            {
-                "text": text,
-                "image": image,
-                "label": label,
-                "prompt": prompt,
-                "answer": answer,
-                "split": split,
-                "subset": subset,
-            },
+            columns_of(text, image, label, prompt, answer, split, subset),
             out=out or (),
             is_beside=beside,
             test=test,

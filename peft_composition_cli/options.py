@@ -41,6 +41,16 @@ ForTask = Annotated[
     Optional[Task],  # noqa: UP045  (typer reads it at run time)
     typer.Option("--task", help="Task type. Default: what the adapters state.", show_default=False),
 ]
+RecordedBase = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--base", help="Base model, Hub id or folder. Default: as recorded.", show_default=False),
+]
+RecordedTask = Annotated[
+    Optional[Task],  # noqa: UP045
+    typer.Option(
+        "--task", help="Task type, for the class of the base model. Default: as recorded.", show_default=False
+    ),
+]
 AsDtype = Annotated[
     Optional[Dtype],  # noqa: UP045
     typer.Option("--dtype", help="Dtype of the saved weights. Default: unchanged.", show_default=False),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from .application import Command, app, reported
-from .data_options import Answer, Data, Image, K, Label, Prompt, Split, Subset, Text
-from .options import AsJson, Out, Saved, Task, require_empty
+from .data_options import Answer, Data, Image, K, Label, Prompt, Split, Subset, Text, columns_of
+from .options import AsJson, Out, RecordedBase, RecordedTask, Saved, require_empty
 
 
 @app.command(cls=Command)
@@ -27,14 +27,8 @@ def prune(
     split: Split = "train",
     subset: Subset = None,
     k: K = None,
-    base: Annotated[
-        Optional[str],  # noqa: UP045  (typer reads it at run time)
-        typer.Option(help="Base model, Hub id or folder. Default: as recorded.", show_default=False),
-    ] = None,
-    task: Annotated[
-        Optional[Task],  # noqa: UP045
-        typer.Option(help="Task type, for the class of the base model. Default: as recorded.", show_default=False),
-    ] = None,
+    base: RecordedBase = None,
+    task: RecordedTask = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the intervals, and of --k.")] = 0,
     as_json: AsJson = False,
@@ -48,15 +42,7 @@ def prune(
             folder,
             out,
             data,
-            {
-                "text": text,
-                "image": image,
-                "label": label,
-                "prompt": prompt,
-                "answer": answer,
-                "split": split,
-                "subset": subset,
-            },
+            columns_of(text, image, label, prompt, answer, split, subset),
             tolerance=tolerance,
             k=k,
             base=base,

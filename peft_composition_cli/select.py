@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .application import Command, app, reported
-from .data_options import Answer, Data, Image, K, Label, Prompt, Split, Subset, Text
+from .data_options import Answer, Data, Image, K, Label, Prompt, Split, Subset, Text, columns_of
 from .options import AsJson
 
 
@@ -75,14 +75,13 @@ def select(
     with reported():
         from peft_composition.cli import select as command
 
-        columns = {"text": text or None, "image": image, "label": label, "prompt": prompt, "answer": answer}
         command.run(
             base,
             adapters or [],
             candidates,
             search,
             data,
-            {**columns, "split": split, "subset": subset},
+            columns_of(text, image, label, prompt, answer, split, subset),
             k=k,
             seed=seed,
             out=out,

@@ -75,11 +75,18 @@ def start(*arguments: object, printed: Path, cwd: str | Path = ROOT, **environme
 
 def without(*packages: str) -> str:
     """A line of code that makes these packages seem not installed to what is imported behind it."""
-    return (
-        f"import sys; gone = {packages!r}; assert 'peft_composition.analysis' not in sys.modules; "
-        "gone += tuple(name for name in sys.modules if name.partition('.')[0] in gone); "
-        "sys.modules.update(dict.fromkeys(gone))"
-    )
+    return f"from tests.warm import forget; forget{packages!r}"
+
+
+def forget(*packages: str) -> None:
+    """Let packages seem not installed; ours must not hold anything of them since it was imported itself."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft_composition":
+            for value in vars(module).values():
+                origin = getattr(value, "__module__", None) or getattr(value, "__name__", None)
+                assert str(origin).partition(".")[0] not in packages, f"{name} imports {origin} when it is imported"
+    gone = [name for name in (*packages, *sys.modules) if name.partition(".")[0] in packages]
+    sys.modules.update(dict.fromkeys(gone))
 
 
 def _ended(members: list[ForkServerProcess], timeout: float) -> int:
