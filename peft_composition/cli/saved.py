@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,13 @@ def load(
     if test is not None and is_untrained:
         raise ValueError(f"the head of {one_line(folder)} is untrained and cannot predict test data; leave out --test")
     examples = _in_the_heads_order(examples, model, data, columns)
+    if test is not None and examples.classes and _class_names(model)[:1] == ["LABEL_0"]:
+        order = ", ".join(f"{number} {one_line(name)}" for number, name in enumerate(examples.classes))
+        warnings.warn(
+            "The base model has no names for the head's classes, so those of the examples are numbered in order: "
+            f"{order}. If the head was trained in another order, its accuracy is wrong: give numbers as labels.",
+            stacklevel=2,
+        )
     tests = None if test is None else read_data(test, **{**columns, "classes": examples.classes or None})
     if k is not None:
         examples, _ = examples.draw(k, seed)
@@ -89,10 +97,14 @@ def load(
 
 def _in_the_heads_order(examples: LabelledData, model: Any, data: str, columns: Mapping[str, Any]) -> LabelledData:
     """The examples with classes numbered as in the model's config, where it names the same classes."""
-    names = [str(name) for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())]
+    names = _class_names(model)
     if sorted(names) != sorted(examples.classes) or names == [*examples.classes]:
         return examples
     return read_data(data, **{**columns, "classes": names})
+
+
+def _class_names(model: Any) -> list[str]:
+    return [str(name) for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())]
 
 
 def typed(command: str, folder: Path, options: Mapping[str, Any]) -> list[str]:

@@ -51,14 +51,17 @@ def run(
     for line in str(selection).splitlines():
         print(line)
     print()
-    say(f"To compose them: {_command(base, selection)}")
+    what = "them" if len(selection.chosen) > 1 else "it (one adapter alone; no other improved it)"
+    say(f"To compose {what}: {_command(base, selection, len(examples.classes))}")
 
 
-def _command(base: str, selection: Selection) -> str:
+def _command(base: str, selection: Selection, classes: int) -> str:
     """The command that composes what was chosen."""
     names = [
         own["path"] + (f"@{own['revision']}" if own.get("revision") else "") for own in selection.config.references
     ]
     weights = ",".join(f"{weight:.4f}" for weight in selection.chosen.values())
     words = ["peft-composition", "compose", "--base", base, *names, "--mixing", "fixed", "--weights", weights]
+    if classes:
+        words += ["--num-labels", str(classes)]
     return shlex.join([*words, "--out", "mix"])

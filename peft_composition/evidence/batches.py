@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from ..text import one_line
+from ..text import one_line, quoted
 
 
 Batch = dict[str, Any]
@@ -85,13 +85,26 @@ def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[An
         return data
     if collate is None and (not len(data) or is_batch(data[0])):
         return data
-    rows = [data[index] for index in range(len(data))]
+    rows = [for_the_model(data[index]) for index in range(len(data))]
     if collate is None:
         from transformers import default_data_collator
 
         _require_equal_lengths(rows)
         collate = default_data_collator if isinstance(rows[0], Mapping) else default_collate
     return [collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def for_the_model(row: Any) -> Any:
+    """A row without its texts, which no model takes; a Trainer leaves such columns out, too."""
+    if not isinstance(row, Mapping):
+        return row
+    label = _labels(row)
+    if isinstance(label, str):
+        raise ValueError(
+            f"labels must be whole numbers from 0, one for each class, got {quoted(label)}. Number the classes, or "
+            "read the data by read_data of peft_composition.choosing, with EncodedRows"
+        )
+    return {key: value for key, value in row.items() if not isinstance(value, str)}
 
 
 def _require_equal_lengths(rows: Sequence[Any]) -> None:

@@ -75,6 +75,11 @@ class PruneReport:
             fate = "dropped" if row.name in self.dropped else "kept"
             facts = f"{row.weight:6.3f}  {_signed(own):31}  {own.lost:4}  {own.won:3}  {fate}"
             lines.append(f"{one_line(row.name):{width}}  {facts}")
+        if not self.dropped:
+            lines.append(
+                f"Each stays: without it an example might lose more than {self.tolerance:g} (the lower end). "
+                "More examples make intervals narrower; a larger tolerance drops more."
+            )
         return "\n".join(lines)
 
 

@@ -56,6 +56,7 @@ def test_explain_is_what_the_function_says(folder: Path) -> None:
     options = ("--out", "r/report.html", "--out", "r/report.md", "--test", "mine.csv", "--json")
     result = run("explain", "composed", "--data", folder / "mine.csv", *options)
     assert result.exit_code == 0, result.output
+    assert "so those of the examples are numbered in order: 0 bad, 1 good. If the head" in result.stderr
     said = json.loads(result.stdout)
     found = explain(loaded(), rows(), collate=rows().collate, labels=["bad", "good"])
     assert said["out"] == ["r/report.html", "r/report.md"]

@@ -53,8 +53,12 @@ def test_what_it_prints_composes(place: Path) -> None:
     written = json.loads((place / "new" / "result.json").read_text())
     assert {own["adapter"] for own in written["ranking"]} == {"me/lora-a", "you/lora-b"}
     assert len((place / "log.jsonl").read_text().splitlines()) == 4
-    command = result.stdout.rpartition("To compose them: peft-composition ")[2].split()
-    assert run(*command).exit_code == 0
+    before, _, command = result.stdout.rpartition(": peft-composition ")
+    is_one = len(written["chosen"]) == 1
+    assert before.endswith("To compose it (one adapter alone; no other improved it)" if is_one else "To compose them")
+    composed = run(*command.split())
+    assert composed.exit_code == 0, composed.output
+    assert "--num-labels 2" in command
     assert (place / "mix" / "adapter_config.json").is_file()
 
 

@@ -167,6 +167,19 @@ def test_padding_does_not_count(pair) -> None:
         assert row.score == pytest.approx(other.score, abs=1e-4)
 
 
+def test_rows_may_have_texts_and_labels_must_be_numbers(pair) -> None:
+    model = tiny.compose("mlp", pair("mlp"))
+    rows = [{"text": f"point {n}", "x": POINTS[n], "labels": int(CLASSES[n])} for n in range(12)]
+
+    def numbers(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}  # fails on texts
+
+    found = [row.score for row in score_adapters(model, rows, collate=numbers)]
+    assert found == pytest.approx([row.score for row in score_adapters(model, points())], abs=1e-6)
+    with pytest.raises(ValueError, match="whole numbers from 0, one for each class, got 'good'"):
+        score_adapters(model, [{**row, "labels": "good"} for row in rows])
+
+
 # Weights
 
 
