@@ -110,7 +110,11 @@ class EncodedRows(Sequence[dict[str, Any]]):
         examples = self.examples
         given = examples.inputs[number]
         if examples.kind == "image":
-            return {"pixel_values": self._pixels(given[0]), "labels": examples.labels[number]}
+            try:
+                pixels = self._pixels(given[0])
+            except ValueError as error:
+                raise ValueError(f"{one_line(examples.source)}, example {number}: {error}") from error
+            return {"pixel_values": pixels, "labels": examples.labels[number]}
         if examples.kind == "text":
             found = self._processor(*given, truncation=True, max_length=self._most)
             return {**found, "labels": examples.labels[number]}
@@ -138,7 +142,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
         if isinstance(image, (str, os.PathLike, bytes, dict)):
             image = _opened(image)
         if hasattr(image, "convert"):
-            image = image.convert("RGB")
+            image = _in_8_bits(image).convert("RGB")
         return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -150,10 +154,31 @@ def _opened(image: Any) -> Any:
     from io import BytesIO
 
     stored: Any = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
-    path: Any = image.get("path") if isinstance(image, dict) else image
+    path: Any = image.get("path") if isinstance(image, dict) else None if stored is not None else image
+    if stored is None and path is None:
+        raise ValueError("an image has neither bytes nor a path")
+    named = f"the image {one_line(path)}" if path else "an image"
     try:
         with Image.open(BytesIO(stored) if stored is not None else path) as opened:
             opened.load()
             return opened.copy()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the image {one_line(path)} could not be opened: {one_line(error)}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{named} could not be opened: {one_line(error)}") from error
+
+
+def _in_8_bits(image: Any) -> Any:
+    """Images of 16 bits or of floating-point numbers, which pillow would cut off at 255, scaled to 0 to 255."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    most = 1 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= most):  # NaN, too
+        raise ValueError(
+            f"an image of mode {image.mode!r} has values from {low:g} to {high:g}; they must be 0 to {most}: "
+            "scale it, or save it with 8 bits"
+        )
+    return Image.fromarray(np.round(values * (255 / most)).astype(np.uint8))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from peft_composition import score_adapters
-from peft_composition.choosing import EncodedRows, load_processor, read_data
+from peft_composition.choosing import EncodedRows, LabelledData, load_processor, read_data
 
 from .. import tiny
 
@@ -84,6 +86,37 @@ def test_images_are_opened_when_they_are_asked_for(tmp_path: Path) -> None:
     encoded[0]
     with pytest.raises(ValueError, match=r"the image .*own\.png could not be opened"):
         encoded[1]
+
+
+def test_images_of_16_bits_and_of_floats_are_scaled(tmp_path: Path) -> None:
+    ramp = numpy.arange(64, dtype=numpy.float64).reshape(8, 8) / 63
+    wide = numpy.round(ramp * 65535).astype(numpy.uint16)
+    floats = ramp.astype(numpy.float32)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(floats).save(tmp_path / "floats.tif")
+    given = [tmp_path / "wide.png", tmp_path / "floats.tif", Image.fromarray(wide), Image.fromarray(floats)]
+    for image in given:
+        (row,) = pictures([image])
+        pixels = row["pixel_values"] * 0.5 + 0.5  # as the processor normalizes
+        assert pixels.numpy() == pytest.approx(numpy.broadcast_to(ramp, (3, 8, 8)), abs=1 / 255)
+    with pytest.raises(
+        ValueError, match=r"example 0: an image of mode 'F' has values from 0 to 255; they must be 0 to 1"
+    ):
+        pictures([Image.fromarray(floats * 255)])[0]
+
+
+def test_an_image_that_is_not_there_or_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="the test, example 1: an image has neither bytes nor a path"):
+        pictures([Image.new("RGB", (8, 8)), {"bytes": None, "path": None}])[1]
+    Image.new("RGB", (40, 40)).save(tmp_path / "own.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"example 0: the image .*own\.png could not be opened: .*decompression bomb"):
+        pictures([str(tmp_path / "own.png")])[0]
+
+
+def pictures(images: list[Any]) -> EncodedRows:
+    data = LabelledData("image", tuple((own,) for own in images), (0,) * len(images), (), ("a",), "the test")
+    return EncodedRows(data, ViTImageProcessor(size={"height": 8, "width": 8}))
 
 
 def test_a_base_without_a_tokenizer_is_named(tmp_path: Path) -> None:
