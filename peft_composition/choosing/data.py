@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..text import one_line, quoted, shown
@@ -136,12 +138,28 @@ def read_data(
     if prompt is not None and answer is not None:
         prompts = _column(table, prompt, _text)
         answers = _column(table, answer, _text)
-        return LabelledData("answer", tuple((own,) for own in prompts), (), tuple(answers), (), table.source)
+        return _told(LabelledData("answer", tuple((own,) for own in prompts), (), tuple(answers), (), table.source))
     kind, columns = _inputs(table, text, image)
     parts = [_column(table, column, _text if kind == "text" else _image) for column in columns]
     label = label if label is not None else _default(table, LABELS, "label")
     numbers, names = _classes(table, label, classes)
-    return LabelledData(kind, tuple(zip(*parts)), tuple(numbers), (), tuple(names), table.source)
+    return _told(LabelledData(kind, tuple(zip(*parts)), tuple(numbers), (), tuple(names), table.source))
+
+
+def _told(data: LabelledData) -> LabelledData:
+    """The same; warns of rows that are there several times."""
+    keys = list(zip(data.inputs, data.labels or data.answers))
+    try:
+        copies = len(keys) - len(set(keys))
+    except TypeError:  # images in memory are not compared
+        copies = 0
+    if copies:
+        warnings.warn(
+            f"{one_line(data.source)}: {copies} of {len(keys)} rows are copies of others; they count several times in "
+            "evidence and intervals: drop them",
+            stacklevel=3,
+        )
+    return data
 
 
 def _inputs(table: Table, text: str | Sequence[str] | None, image: str | None) -> tuple[Kind, list[str]]:
@@ -175,7 +193,8 @@ def _column(table: Table, column: str, read: Any) -> list[Any]:
         row = table.rows[number]
         value = row.get(column)
         try:
-            if value is None or (isinstance(value, str) and not value.strip()):
+            is_nan = isinstance(value, float) and math.isnan(value)  # so pandas says that there is none
+            if value is None or is_nan or (isinstance(value, str) and not value.strip()):
                 raise ValueError("is empty")
             values.append(read(value))
         except ValueError as error:
@@ -184,7 +203,7 @@ def _column(table: Table, column: str, read: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, Real)):
         raise ValueError(f"must be text, got {shown(value)}")
     return str(value)
 
@@ -199,7 +218,13 @@ def _classes(table: Table, column: str, given: Sequence[str] | None) -> tuple[li
     """The class of every row as a number, and the names of the classes."""
     values = _column(table, column, _class)
     known = table.names.get(column)
-    if known is not None and all(isinstance(own, int) and 0 <= own < len(known) for own in values):
+    if known is not None and all(isinstance(own, int) for own in values):
+        for number, own in enumerate(values):
+            if not 0 <= own < len(known):
+                raise ValueError(
+                    f"{table.where(number)}: column {quoted(column)} is {own}, but its classes are numbered 0 to "
+                    f"{len(known) - 1}; -1 stands for rows without a label: drop them"
+                )
         values = [known[own] for own in values]
     words = [str(own) for own in values]
     names = list(map(str, given or known or _sorted(set(words))))
@@ -224,8 +249,10 @@ def _classes(table: Table, column: str, given: Sequence[str] | None) -> tuple[li
 
 
 def _class(value: Any) -> str | int:
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+    if isinstance(value, Integral) and not isinstance(value, bool):
         value = int(value)
+    elif isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
+        value = int(float(value))
     if not isinstance(value, (str, int)):
         raise ValueError(f"must be a class, a name or a whole number, got {shown(value)}")
     return value.strip() if isinstance(value, str) else value
@@ -234,6 +261,6 @@ def _class(value: Any) -> str | int:
 def _sorted(names: set[str]) -> list[str]:
     """Numbers by size, names by the alphabet."""
     try:
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))  # "1" and "01" are two
     except ValueError:
         return sorted(names)

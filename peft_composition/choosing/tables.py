@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,18 +28,18 @@ class Table:
     Attributes:
         source: the file, folder or data set, as the user named it.
         rows: a mapping for each example, by column.
-        first: number of the first row as people count in that source: the line in a csv or jsonl file.
+        numbers: of the rows as people count in that source: the line in a csv or jsonl file where it begins.
         names: by column the names of its classes, where the source has numbers for them.
     """
 
     source: str
     rows: Sequence[Mapping[str, Any]]
-    first: int
+    numbers: Sequence[int]
     names: Mapping[str, Sequence[str]]
 
     def where(self, row: int) -> str:
         """A row's place, for a message."""
-        return f"{one_line(self.source)}, row {self.first + row}"
+        return f"{one_line(self.source)}, row {self.numbers[row]}"
 
 
 def read_table(data: str | os.PathLike[str] | Sequence[Mapping[str, Any]], split: str, subset: str | None) -> Table:
@@ -94,7 +95,7 @@ def _in_memory(data: Any, split: str) -> Table:
                 f"a row must be a mapping of columns to values, got a {type(data[number]).__name__}: "
                 f"{shown(data[number])}"
             )
-    return Table("the given data", data, 0, _class_names(data))
+    return Table("the given data", data, range(len(data)), _class_names(data))
 
 
 def _class_names(data: Any) -> dict[str, Sequence[str]]:
@@ -103,33 +104,46 @@ def _class_names(data: Any) -> dict[str, Sequence[str]]:
     return {column: list(own.names) for column, own in features.items() if getattr(own, "names", None)}
 
 
-def _csv(path: Path, source: str) -> tuple[list[dict[str, Any]], int]:
+def _csv(path: Path, source: str) -> tuple[list[dict[str, Any]], Sequence[int]]:
     with _readable(source), _long_fields(), open(path, encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
+        header = next((line for line in file if line.strip()), "")
         file.seek(0)
-        given = "\t" if path.suffix.lower() == ".tsv" else None
+        stated = re.fullmatch(r'"?sep=(.)"?\s*', header)  # a line that Excel writes and reads
+        given = "\t" if path.suffix.lower() == ".tsv" else stated and stated[1]
         separator = given or max(SEPARATORS, key=header.count)
         rows: list[dict[str, Any]] = []
+        lines: list[int] = []
         columns: list[str] | None = None
-        for number, cells in enumerate(csv.reader(file, delimiter=separator, strict=True), 1):
-            if not cells:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        end = 0
+        for cells in reader:
+            number, end = end + 1, reader.line_num
+            if not any(cell.strip() for cell in cells):  # spreadsheets write separators alone for empty rows
+                continue
+            if stated is not None:
+                stated = None
                 continue
             if columns is None:
                 columns = [cell.strip() for cell in cells]
+                while not columns[-1]:  # and for empty columns
+                    columns.pop()
                 twice = [column for column in columns if columns.count(column) > 1]
                 if twice:
                     raise ValueError(f"{one_line(source)} has two columns called {quoted(twice[0])}")
                 continue
+            while len(cells) > len(columns) and not cells[-1].strip():
+                cells.pop()
             if len(cells) != len(columns):
                 raise ValueError(
                     f"{one_line(source)}, row {number} has {len(cells)} values, but the header has {len(columns)} "
                     f"columns ({_listed(columns)}). A text with {separator!r} or line breaks in it needs quotes"
                 )
             rows.append(dict(zip(columns, cells)))
-    return rows, 2
+            lines.append(number)
+    return rows, lines
 
 
-def _json(path: Path, source: str) -> tuple[list[Any], int]:
+def _json(path: Path, source: str) -> tuple[list[Any], Sequence[int]]:
     with _readable(source):
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(found, dict):
@@ -141,10 +155,10 @@ def _json(path: Path, source: str) -> tuple[list[Any], int]:
             found = lists[0]
     if not isinstance(found, list):
         raise ValueError(f"{one_line(source)} must hold a list of objects, one for each example")
-    return _objects(found, source, 1), 1
+    return _objects(found, source, 1), range(1, len(found) + 1)
 
 
-def _jsonl(path: Path, source: str) -> tuple[list[Any], int]:
+def _jsonl(path: Path, source: str) -> tuple[list[Any], Sequence[int]]:
     rows = []
     with _readable(source), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -154,7 +168,7 @@ def _jsonl(path: Path, source: str) -> tuple[list[Any], int]:
                 raise ValueError(f"{one_line(source)}, row {number} is not JSON: {error}") from None
     while rows and rows[-1] is None:
         rows.pop()
-    return _objects(rows, source, 1), 1
+    return _objects(rows, source, 1), range(1, len(rows) + 1)
 
 
 def _objects(rows: list[Any], source: str, first: int) -> list[Any]:
@@ -164,13 +178,14 @@ def _objects(rows: list[Any], source: str, first: int) -> list[Any]:
     return rows
 
 
-def _parquet(path: Path, source: str) -> tuple[list[Any], int]:
+def _parquet(path: Path, source: str) -> tuple[list[Any], Sequence[int]]:
     try:
         from pyarrow import parquet
     except ImportError:
         raise ImportError(f"{one_line(source)} needs pyarrow, which comes with datasets: {EXTRA}") from None
     with _readable(source):
-        return parquet.read_table(path).to_pylist(), 0
+        rows = parquet.read_table(path).to_pylist()
+    return rows, range(len(rows))
 
 
 def _from_folder(path: Path, source: str, split: str) -> Table:
@@ -193,7 +208,7 @@ def _from_folder(path: Path, source: str, split: str) -> Table:
     empty = [folder.name for folder in classes if not any(row["label"] == folder.name for row in rows)]
     if empty:
         raise ValueError(f"{one_line(source)} has no images in its subfolder {quoted(empty[0])}")
-    return Table(source, rows, 0, {})
+    return Table(source, rows, range(len(rows)), {})
 
 
 def _from_hub(source: str, split: str, subset: str | None) -> Table:
@@ -213,7 +228,7 @@ def _of_dataset(found: Any, source: str, split: str) -> Table:
         if split not in found:
             raise ValueError(f"{one_line(source)} has no split {quoted(split)}; it has {_listed(found)}")
         found = found[split]
-    return Table(source, found, 0, _class_names(found))
+    return Table(source, found, range(len(found)), _class_names(found))
 
 
 def _datasets(source: str) -> Any:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import warnings
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
 
 from peft_composition.choosing import LabelledData, read_data
+from peft_composition.choosing.data import _sorted
 
 
 ROWS = [
@@ -144,6 +148,8 @@ def test_too_few_for_a_draw() -> None:
     [
         ("d.csv", "text,label\na,x\nb\n", {}, r"d\.csv, row 3 has 1 values, but the header has 2 columns"),
         ("d.csv", "text,label\na,x\n,y\n", {}, r"d\.csv, row 3: column 'text' is empty"),
+        ("d.csv", 'text,label\n\n\n"a\nb",x\n,y\n', {}, r"d\.csv, row 6: column 'text' is empty"),
+        ("d.csv", 'text,label\n,\n"a\nb",x\n"a\n",y,z\n', {}, r"d\.csv, row 5 has 3 values"),
         ("d.csv", "text,label\na,x\nb,  \n", {}, r"d\.csv, row 3: column 'label' is empty"),
         ("d.csv", "text,label\na,x\nb,x\n", {}, "column 'label' has one class only, 'x', in all 2 rows"),
         ("d.csv", "a,b\n1,2\n", {}, r"d\.csv has no column 'text': give text=\.\.\., one of 'a', 'b'"),
@@ -174,6 +180,55 @@ def test_faults_are_named(
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=complaint):
         read_data(tmp_path / name, **arguments)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label,,\na,x,,\nb,y,,\nc,x,,\n",
+        "text,label,\na,x\nb,y,\nc,x\n",
+        "text,label\na,x\nb,y\nc,x\n,\n,\n",
+        "sep=;\ntext;label\na;x\nb;y\nc;x\n",
+        '"sep=|"\r\ntext|label\r\na|x\r\nb|y\r\nc|x\r\n',
+        "\n\ntext;label\na;x\nb;y\nc;x\n",
+    ],
+)
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "d.csv").write_bytes(content.encode())
+    found = read_data(tmp_path / "d.csv")
+    assert (found.inputs, found.labels, found.classes) == ((("a",), ("b",), ("c",)), (0, 1, 0), ("x", "y"))
+
+
+@pytest.mark.parametrize("order", list(permutations(["1", "01", "+1"])))
+def test_numbers_that_are_written_in_several_ways_have_one_order(order: tuple[str, ...]) -> None:
+    rows = [{"text": f"{number}", "label": order[number % 3]} for number in range(9)]
+    assert read_data(rows).classes == ("+1", "01", "1")
+    assert _sorted(dict.fromkeys(order)) == ["+1", "01", "1"]  # type: ignore[arg-type]  (a set in this order)
+
+
+def test_labels_of_numpy_and_rows_without_text_or_label() -> None:
+    kinds = (numpy.int64, numpy.int8, numpy.float32)
+    for kind in kinds:
+        rows = [{"text": f"{number}", "label": kind(number % 2)} for number in range(6)]
+        assert read_data(rows).classes == ("0", "1")
+    with pytest.raises(ValueError, match="row 1: column 'text' is empty"):
+        read_data([{"text": "a", "label": 0}, {"text": float("nan"), "label": 1}])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["n", "p"])})
+    own = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, -1, 0]}, features)
+    with pytest.raises(ValueError, match=r"row 2: column 'label' is -1, but its classes are numbered 0 to 1; .*drop"):
+        read_data(own)
+
+
+def test_copies_are_counted_and_told() -> None:
+    """A text with two labels is no copy."""
+    rows = [{"text": f"{number % 5}", "label": number % 2} for number in range(12)]
+    with pytest.warns(UserWarning, match="the given data: 2 of 12 rows are copies of others; they count several"):
+        read_data(rows)
+    with pytest.warns(UserWarning, match="7 of 12 rows are copies"):
+        read_data(rows, prompt="text", answer="text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_data(rows[:10])
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
