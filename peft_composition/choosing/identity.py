@@ -85,7 +85,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
         for name in names:
             yield from _parts(getattr(tensor, name))
     else:
-        yield tensor
+        yield tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _sums(tensor: Tensor) -> list[int]:

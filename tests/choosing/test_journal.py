@@ -110,6 +110,17 @@ def test_the_digest_notices_one_value_and_two_that_changed_places(dtype: torch.d
     assert digest_of_weights(model, model[1]) != digest_of_weights(model, None)
 
 
+def test_the_digest_reads_tensors_of_every_kind() -> None:
+    kinds = [torch.eye(3).to_sparse(), torch.ones(9, dtype=torch.bool), torch.ones(2, dtype=torch.complex64)]
+    kinds += [torch.tensor(1.5), torch.zeros(0), torch.ones(4).to(torch.float8_e4m3fn), torch.ones(2, device="meta")]
+    found = set()
+    for kind in kinds:
+        model = torch.nn.Module()
+        model.register_buffer("own", kind)
+        found.add(digest_of_weights(model, None))
+    assert len(found) == len(kinds)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
