@@ -16,6 +16,7 @@ from ..references import AdapterReference
 from ..terminal import print_comparison, print_json, say
 from ..text import one_line
 from .inputs import references_of, task_and_loader
+from .outputs import require_writable
 
 
 def run(
@@ -33,6 +34,7 @@ def run(
     **options: Any,
 ) -> None:
     """Compare, print the table and the verdict, and plot them if a file is given."""
+    require_writable([png])
     references = _references(adapters)
     examples = read_data(data, **columns)
     tests = None if test is None else read_data(test, **columns, classes=examples.classes or None)
@@ -61,14 +63,15 @@ def run(
         seed=seed,
         **options,
     )
-    if png is not None:
-        png.parent.mkdir(parents=True, exist_ok=True)
-        plot_comparison(result).savefig(png, dpi=150)
     if as_json:
         print_json(result.as_json())
+    else:
+        print_comparison(result)
+    if png is None:
         return
-    print_comparison(result)
-    if png is not None:
+    png.parent.mkdir(parents=True, exist_ok=True)
+    plot_comparison(result).savefig(png, dpi=150)
+    if not as_json:
         say(f"Plot: {png}")
 
 

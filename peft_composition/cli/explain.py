@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..explaining import explain
+from ..explaining import Explanation, explain
 from ..terminal import print_json, say
 from ..text import one_line
+from .outputs import require_writable
 from .saved import load, typed
 
 
@@ -29,6 +30,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Explain, print the main things, and write the report into files and beside the composition."""
+    require_writable([*out, folder / "README.md" if is_beside else None])
     loaded = load(folder, data, columns, k=k, seed=seed, base=base, task=task, test=test)
     options = {"data": data, **columns, "test": test, "k": k, "base": base, "task": task, "seed": seed or None}
     if options.get("split") == "train":
@@ -45,14 +47,24 @@ def run(
         batch_size=batch_size,
         seed=seed,
     )
-    written = [str(explanation.save(path)) for path in out]
-    if is_beside:
-        explanation.save_beside(folder)
+    written: list[str] = []
+    beside = None
+    try:
+        for path in out:
+            written.append(str(explanation.save(path)))
+        if is_beside:
+            explanation.save_beside(folder)
+            beside = str(folder)
+    finally:  # what was found is not lost if it cannot be written
+        _show(explanation, written, beside, as_json)
+
+
+def _show(explanation: Explanation, written: list[str], beside: str | None, as_json: bool) -> None:
     if as_json:
-        print_json({**explanation.to_dict(), "out": written, "beside": str(folder) if is_beside else None})
+        print_json({**explanation.to_dict(), "out": written, "beside": beside})
         return
     print(explanation)
     for path in written:
         say(f"Report: {path}")
-    if is_beside:
-        say(f"Report and card: {folder}")
+    if beside is not None:
+        say(f"Report and card: {beside}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..explaining import prune_adapters
 from ..terminal import print_json, say
+from .outputs import require_writable
 from .saved import load
 
 
@@ -27,6 +28,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Prune, save what is left, and print what leaving each adapter out costs."""
+    require_writable([out / "adapter_config.json"])
     loaded = load(folder, data, columns, k=k, seed=seed, base=base, task=task)
     report = prune_adapters(
         loaded.model,

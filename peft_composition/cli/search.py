@@ -9,10 +9,12 @@ from typing import Any
 from ..choosing.candidates import write_candidates
 from ..choosing.search import search_adapters
 from ..terminal import print_found, print_json, say
+from .outputs import require_writable
 
 
 def run(base: str, out: Path | None, as_json: bool, **filters: Any) -> None:
     """Print a row for every adapter that was found."""
+    require_writable([out])
     found = search_adapters(base, **filters)
     if out is not None:
         write_candidates(out, base, found)

@@ -12,6 +12,7 @@ from ..choosing import Selection, read_candidates, read_data, search_adapters, s
 from ..terminal import print_json, say
 from .inputs import references_of
 from .labelled import expanded, is_first, load_task
+from .outputs import require_writable
 
 
 def run(
@@ -30,6 +31,8 @@ def run(
 ) -> None:
     """Print what was chosen; with several processes, the first one prints."""
     prints = is_first()
+    if prints:
+        require_writable([out])
     found: list[Any] = [*references_of(expanded(adapters))] if adapters else []
     if candidates is not None:
         found += read_candidates(candidates)
@@ -42,17 +45,17 @@ def run(
     selection = select_adapters(task.base, found, task.rows, task_type=task.type, seed=seed, **options)
     if not prints:
         return
+    if as_json:
+        print_json(selection.as_json())
+    else:
+        for line in str(selection).splitlines():
+            print(line)
+        print()
+        what = "them" if len(selection.chosen) > 1 else "it (one adapter alone; no other improved it)"
+        say(f"To compose {what}: {_command(base, selection, len(examples.classes))}")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(selection.as_json(), indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(selection.as_json())
-        return
-    for line in str(selection).splitlines():
-        print(line)
-    print()
-    what = "them" if len(selection.chosen) > 1 else "it (one adapter alone; no other improved it)"
-    say(f"To compose {what}: {_command(base, selection, len(examples.classes))}")
 
 
 def _command(base: str, selection: Selection, classes: int) -> str:
