@@ -16,6 +16,9 @@ def chance_of_harm(pick: Tensor, screened: Tensor, are_left_out: bool) -> float:
     explains is that of their true gains. The pick's own mean is drawn towards the mean of all by as much as it is
     uncertain (empirical Bayes with a normal prior; a posterior does not depend on how the pick was picked).
 
+    Caution, not a guarantee: mean and spread count as known, and so does their independence of the pick's own errors,
+    though the base's noise is in all gains. In simulated pools of weak candidates 0.02 was stated where 0.14 was true.
+
     Args:
         pick: gains of the pick over the base on all examples, paired by example, shape (m,).
         screened: gains of all candidates in the first round, shape (candidates, examples).
