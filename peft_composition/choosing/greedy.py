@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..config import CompositionConfig
 from ..evidence.fit import fit_mixing_weights
 from ..evidence.passes import Candidate, Composition, Examples, Precision, composition_in, passes
+from ..evidence.table import per_example
 from ..evidence.temporary import adapted
 from ..evidence.weights import CAUTION
 from ..references import AdapterReference
 from ..tuner.single import mixed_by
-from .trials import Trial, per_example
+from .trials import Trial
 
 
 def choose_together(
@@ -49,7 +50,7 @@ def choose_together(
         while len(chosen) < min(most, len(references)):
             others = [place for place in range(len(references)) if place not in chosen]
             mixes = [_mix(composition, len(references), [*chosen, place]) for place in others]
-            found = [per_example(own).values for own in passes(composition.model, mixes, examples, mixed_precision)]
+            found = [per_example(own)[0] for own in passes(composition.model, mixes, examples, mixed_precision)]
             tried += len(mixes)
             gains = [own - best for own in found]
             place = max(range(len(others)), key=lambda number: float(gains[number].mean()))

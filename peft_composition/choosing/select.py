@@ -15,10 +15,11 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from ..config import CompositionConfig
-from ..evidence.batches import Collate, processes
+from ..evidence.batches import Collate, processes, rank
 from ..evidence.passes import Precision
 from ..evidence.scores import bayesian_bootstrap, interval
 from ..evidence.table import DRAWS
+from ..evidence.together import together
 from ..references import AdapterReference, is_local
 from .downloads import Downloads
 from .greedy import choose_together, weigh
@@ -27,7 +28,6 @@ from .journal import Journal
 from .ladder import KEPT, ladder
 from .risk import chance_of_harm
 from .selection import RankedAdapter, Selection
-from .together import together
 from .trials import Trial, Trials
 
 
@@ -95,13 +95,13 @@ def select_adapters(
         raise ValueError(f"most must be at least 1, got {most}")
     references = _references(candidates)
     steps = ladder(base, data, head, collate or getattr(data, "collate", None), batch_size, seed)
-    rank = dist.get_rank() if processes() > 1 else 0
+    own_rank = rank()
     key = "" if log is None else together(lambda: key_of(base, references, steps, mixed_precision, seed))[0]
-    journal = together(lambda: Journal(log, key, rank, steps.sizes))[rank]
+    journal = together(lambda: Journal(log, key, own_rank, steps.sizes))[own_rank]
     finalists = max(FINALISTS, 2 * most)
     plan = _plan(len(references), len(steps.rungs), finalists, halving)
-    total = sum(len(range(rank, count + 1, processes())) for _, count in plan)
-    with tqdm(total=total, desc="Scoring candidates", unit="pass", disable=not progress or rank > 0) as bar:
+    total = sum(len(range(own_rank, count + 1, processes())) for _, count in plan)
+    with tqdm(total=total, desc="Scoring candidates", unit="pass", disable=not progress or own_rank > 0) as bar:
         trials = Trials(base, references, journal, Downloads(cache_budget * 1e9 / processes()), mixed_precision, bar)
         last: dict[int, Trial] = {}
         alive = list(range(1, len(references) + 1))

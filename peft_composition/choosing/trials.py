@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..evidence.batches import processes
+from ..evidence.batches import processes, rank
 from ..evidence.passes import Candidate, Examples, Passed, Precision, passes
-from ..evidence.scores import LeftOut, margins
 from ..evidence.streamed import read_in_turn
+from ..evidence.table import per_example
+from ..evidence.together import together
 from ..references import AdapterReference
 from ..text import LONG, one_line
 from ..upstream.errors import AdapterError
 from .downloads import Downloads
 from .identity import files_of
 from .journal import Journal
-from .together import together
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,6 @@ class Trial:
     def score(self) -> float:
         """The mean."""
         return float(self.values.mean())
-
-
-def per_example(passed: Passed) -> Trial:
-    """The scores of a pass, for each example."""
-    found = passed.found
-    if isinstance(found, LeftOut):
-        values = margins(found)
-        return Trial(values, values > 0)
-    return Trial(-found.nll / found.tokens, found.is_right)
 
 
 class Trials:
@@ -94,12 +84,12 @@ class Trials:
         Raises:
             ValueError: the base model itself cannot be scored.
         """
-        world, rank = processes(), dist.get_rank() if processes() > 1 else 0
+        world, own_rank = processes(), rank()
 
         def share() -> dict[int, dict[str, Any] | str]:
             own: dict[int, dict[str, Any] | str] = {}
             for number in [0, *numbers]:
-                if number % world == rank:
+                if number % world == own_rank:
                     own[number] = self._remembered(rung, number, examples)
                     self._bar.update()
             return own
@@ -136,7 +126,7 @@ class Trials:
             known = self._journal.found.get((rung, number))
             if known is not None and known.get("files") == files and (files is not None or number == 0):
                 return known
-            trial = per_example(self._pass(number, examples))
+            trial = Trial(*per_example(self._pass(number, examples)))
         return {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
 
     def _files(self, number: int) -> str | None:

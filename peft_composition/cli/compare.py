@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.base_models import base_config
-from ..choosing import EncodedRows, LabelledData, load_processor, read_candidates, read_data
+from ..choosing import EncodedRows, load_processor, read_candidates, read_data
 from ..comparing import compare_methods, plot_comparison
 from ..comparing.methods import FRESH, LEARNED, METHODS
 from ..config import CompositionConfig
@@ -16,6 +16,7 @@ from ..references import AdapterReference
 from ..terminal import print_comparison, print_json, say
 from ..text import one_line
 from .inputs import references_of, task_and_loader
+from .labelled import task_of
 from .outputs import require_writable
 
 
@@ -39,7 +40,7 @@ def run(
     examples = read_data(data, **columns)
     tests = None if test is None else read_data(test, **columns, classes=examples.classes or None)
     config = base_config(base)
-    wanted = task or _task_of(examples, bool(getattr(config, "is_encoder_decoder", False)))
+    wanted = task or task_of(examples, bool(getattr(config, "is_encoder_decoder", False)))
     task, loader = task_and_loader(references, wanted, config, check_base=True, is_strict=True)
     if loader.is_classifier != (examples.kind != "answer"):
         needs = "--label" if loader.is_classifier else "--prompt and --answer"
@@ -79,9 +80,3 @@ def _references(adapters: list[str] | Path | None) -> list[AdapterReference]:
     if isinstance(adapters, Path):
         return CompositionConfig(adapters=read_candidates(adapters)).references
     return references_of(adapters or [])
-
-
-def _task_of(examples: LabelledData, is_encoder_decoder: bool) -> str:
-    if examples.kind != "answer":
-        return "SEQ_CLS"
-    return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"

@@ -34,7 +34,7 @@ def load_task(base: str, data: LabelledData) -> Task:
     """Load a base model for examples, and encode these."""
     config = base_config(base)
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    task = "SEQ_CLS" if data.classes else "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    task = task_of(data, is_encoder_decoder)
     processor = load_processor(base, data.kind)
     loader = loaders(task, config)[0]
     model, _ = loader.from_pretrained(base, num_labels=len(data.classes) or None, is_reported=not data.classes)
@@ -42,6 +42,13 @@ def load_task(base: str, data: LabelledData) -> Task:
     if own is not None and getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = getattr(processor, "pad_token_id", None)
     return Task(model.to(_device()), EncodedRows(data, processor, is_encoder_decoder and not data.classes), task)
+
+
+def task_of(data: LabelledData, is_encoder_decoder: bool) -> str:
+    """PEFT's task type for examples: of classes, or of answers."""
+    if data.kind != "answer":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
 
 
 def expanded(adapters: Sequence[str]) -> list[str]:

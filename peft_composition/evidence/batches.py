@@ -52,6 +52,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process among them."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def inputs_on(batch: Batch, model: nn.Module, with_labels: bool) -> Batch:
     """The model's inputs, on its device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
@@ -18,10 +17,11 @@ from ..text import quoted
 from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_of, unwrapped
 from ..tuner.single import evaluating, mixed_by, one_adapter
-from .batches import Batch, Collate, all_labels, inputs_on, processes, read_batches
+from .batches import Batch, Collate, all_labels, inputs_on, processes, rank, read_batches
 from .heads import Features, find_head
 from .posterior import Answers, answers
 from .scores import LeftOut, NotFiniteError, leave_one_out_distances
+from .together import sendable, together
 
 
 Kind = Literal["adapter", "uniform", "base", "mix", "without"]
@@ -234,19 +234,14 @@ def read_answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Pr
 
 def _shared(mixes: Sequence[Candidate], run: Callable[[Candidate], Passed]) -> list[Passed]:
     """Every process runs its part of the candidates, and all get all results. An error is everybody's."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     own: dict[int, Passed | Exception] = {}
-    for number in range(rank, len(mixes), world):
+    for number in range(rank(), len(mixes), processes()):
         try:
             own[number] = run(mixes[number])
         except Exception as error:  # raised below, in all processes
-            own[number] = error
+            own[number] = sendable(error)
             break
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, own)
-    found: dict[int, Passed | Exception] = {}
-    for part in gathered:
-        found.update(part)
+    found = {number: result for part in together(lambda: own) for number, result in part.items()}
     for number in sorted(found):
         result = found[number]
         if isinstance(result, Exception):

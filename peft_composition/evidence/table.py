@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from ..text import one_line
 from .passes import Candidate, Kind, Passed
 from .scores import LeftOut, bayesian_bootstrap, interval, margins
@@ -119,6 +121,15 @@ class EvidenceReport:
         return text if self.scores is None else f"{text}\n\n{self.scores}"
 
 
+def per_example(passed: Passed) -> tuple[Tensor, Tensor]:
+    """The scores of a pass, margins or log-likelihoods, and whether each example was named rightly; shapes (m,)."""
+    found = passed.found
+    if isinstance(found, LeftOut):
+        values = margins(found)
+        return values, values > 0
+    return -found.nll / found.tokens, found.is_right
+
+
 def tabulate(mixes: Sequence[Candidate], passed: Sequence[Passed], examples: int, seed: int) -> AdapterScores:
     """The table of some candidates' passes.
 
@@ -133,11 +144,7 @@ def tabulate(mixes: Sequence[Candidate], passed: Sequence[Passed], examples: int
     bootstraps = bayesian_bootstrap(used, DRAWS, seed)
     rows = []
     for candidate, own in zip(mixes, passed):
-        if isinstance(own.found, LeftOut):
-            values = margins(own.found)
-            is_right = values > 0
-        else:
-            values, is_right = -own.found.nll / own.found.tokens, own.found.is_right
+        values, is_right = per_example(own)
         low, high = interval(values, bootstraps)
         accuracy = float(is_right.double().mean())
         rows.append(

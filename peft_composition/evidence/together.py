@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from ..evidence.batches import processes
+from .batches import processes
 
 
 _Found = TypeVar("_Found")
@@ -32,7 +32,7 @@ def together(run: Callable[[], _Found]) -> list[_Found]:
     try:
         own = run()
     except Exception as error:  # raised below, in all processes
-        own = _sendable(error)
+        own = sendable(error)
     found: list[Any] = [None] * processes()
     dist.all_gather_object(found, own)
     for result in found:
@@ -41,7 +41,7 @@ def together(run: Callable[[], _Found]) -> list[_Found]:
     return cast(list[_Found], found)
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """The error, or its text where other processes could not build it."""
     try:
         pickle.loads(pickle.dumps(error))
