@@ -14,7 +14,8 @@ import transformers.models.bert.modeling_bert
 import transformers.models.llama.modeling_llama
 import transformers.models.vit.modeling_vit
 
-import peft_composition  # noqa: F401
+import peft_composition.cli  # noqa: F401
+from peft_composition import *  # noqa: F403
 
 from . import kills, tiny  # noqa: F401
 

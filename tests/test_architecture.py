@@ -19,7 +19,7 @@ MOST_LINES = 400
 
 # What stands on what. A wing may import those below it and its own rooms; those on one floor do not import each other.
 FLOORS = [
-    {"__init__", "__main__", "cli", "terminal", "inspection"},
+    {"__init__", "__main__", "plugin", "cli", "terminal", "inspection"},
     {"explaining", "comparing"},
     {"choosing"},
     {"training", "sharding", "checkpoint", "analysis", "evidence"},
