@@ -76,6 +76,7 @@ class CompositionConfig(PeftConfig):
         provenance: record: name, path, commit, sha256, base model and license of every upstream adapter. Not for
             users.
         num_labels: record: number of classes of the base model's head, for classifiers. Not for users.
+        class_names: record: names of the head's classes by number, if the base model's config has them. Not for users.
         untrained_head: record: hash of a head that was saved untrained; after training, the head has another hash.
             Not for users.
         peft_composition_version: record: the version of this package that built the composition. Not for users.
@@ -140,6 +141,9 @@ class CompositionConfig(PeftConfig):
     )
     num_labels: int | None = field(
         default=None, metadata={"help": "Record: number of classes of the base model's head."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Record: names of the head's classes, by number."}
     )
     untrained_head: str | None = field(
         default=None, metadata={"help": "Record: hash of a head that was saved untrained."}

@@ -31,6 +31,8 @@ class Recorded(Protocol):
     layer_sizes: dict[str, list[int]] | None
     provenance: list[Provenance] | None
     base_model_name_or_path: str | None
+    num_labels: int | None
+    class_names: list[str] | None
 
     @property
     def adapter_names(self) -> list[str]:
@@ -41,8 +43,11 @@ def summary(config: Recorded) -> dict[str, Any]:
     """The fields of a config that describe its weights, in types of JSON.
 
     Paths are left out, because checkpoints and adapters can move; so is everything that follows from the base model.
+    Class names are there if they are known: what older versions saved has none.
     """
+    named = {} if config.class_names is None else {"class_names": list(config.class_names)}
     return {
+        **named,
         "adapters": [entry["name"] for entry in config.provenance or ()],
         "sha256": [entry["sha256"] for entry in config.provenance or ()],
         "composed_modules": dict(config.composed_modules or {}),
@@ -84,6 +89,7 @@ def require_valid_record(config: Recorded) -> None:
         _require_modules("layer_sizes", config.layer_sizes, composed)
         if not isinstance(config.layer_sizes, Mapping):
             raise _refusal("layer_sizes must be a dict", config.layer_sizes)
+    _require_class_names(config)
     _require_provenance(config.provenance, names)
 
 
@@ -95,6 +101,16 @@ def _require_modules(field: str, modules: object, composed: Mapping[str, Any]) -
     unknown = next((module for module in modules if module not in composed), None)
     if unknown is not None:
         raise _refusal(f"{field} names a module that composed_modules does not have", unknown)
+
+
+def _require_class_names(config: Recorded) -> None:
+    names = config.class_names
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _refusal("class_names must be a list of names", names)
+    if len(names) != config.num_labels or len(set(names)) != len(names):
+        raise _refusal(f"class_names must be {config.num_labels} different names, as many as num_labels", names)
 
 
 def _require_provenance(provenance: object, names: list[str]) -> None:

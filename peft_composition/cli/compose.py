@@ -64,7 +64,7 @@ def run(
     model = get_peft_model(base_model, config)
     config = cast(CompositionConfig, model.peft_config["default"])
     if is_headless:
-        config.num_labels = None
+        config.num_labels = config.class_names = None
     elif has_new_head:
         config.untrained_head = head_hash(get_peft_model_state_dict(model))
     lora = to_lora(model) if with_lora else None

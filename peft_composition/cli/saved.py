@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..checkpoint.base_models import base_config
 from ..checkpoint.saved import SavedComposition
 from ..choosing import EncodedRows, LabelledData, load_processor, read_data
 from ..text import one_line
+from ..tuner.class_names import stated_names
 from .inputs import recorded_loader
 
 
@@ -75,14 +76,14 @@ def load(
     )
     if test is not None and is_untrained:
         raise ValueError(f"the head of {one_line(folder)} is untrained and cannot predict test data; leave out --test")
-    examples = _in_the_heads_order(examples, model, data, columns)
-    if test is not None and examples.classes and _class_names(model)[:1] == ["LABEL_0"]:
-        order = ", ".join(f"{number} {one_line(name)}" for number, name in enumerate(examples.classes))
-        warnings.warn(
-            "The base model has no names for the head's classes, so those of the examples are numbered in order: "
-            f"{order}. If the head was trained in another order, its accuracy is wrong: give numbers as labels.",
-            stacklevel=2,
-        )
+    if examples.classes:
+        named = config.class_names or stated_names(model)
+        numbers = [str(number) for number in range(config.num_labels or 0)]
+        known = next((names for names in (named, numbers) if names and {*examples.classes} <= {*names}), None)
+        if known is not None:
+            examples = _numbered_as(examples, known)
+        elif test is not None:
+            _warn_of_the_order(examples.classes, named)
     tests = None if test is None else read_data(test, **{**columns, "classes": examples.classes or None})
     if k is not None:
         examples, _ = examples.draw(k, seed)
@@ -95,16 +96,28 @@ def load(
     )
 
 
-def _in_the_heads_order(examples: LabelledData, model: Any, data: str, columns: Mapping[str, Any]) -> LabelledData:
-    """The examples with classes numbered as in the model's config, where it names the same classes."""
-    names = _class_names(model)
-    if sorted(names) != sorted(examples.classes) or names == [*examples.classes]:
-        return examples
-    return read_data(data, **{**columns, "classes": names})
+def _numbered_as(examples: LabelledData, names: Sequence[str]) -> LabelledData:
+    """The examples with their classes numbered in this order, in which some may be without examples."""
+    place = {name: number for number, name in enumerate(names)}
+    labels = tuple(place[examples.classes[label]] for label in examples.labels)
+    return replace(examples, labels=labels, classes=tuple(names))
 
 
-def _class_names(model: Any) -> list[str]:
-    return [str(name) for _, name in sorted((getattr(model.config, "id2label", None) or {}).items())]
+def _warn_of_the_order(classes: Sequence[str], named: Sequence[str] | None) -> None:
+    said = "Neither the composition nor its base model has names for the head's classes"
+    if named:
+        said = f"The head's classes are called {_numbered(named)}, and not as those of the examples"
+    warnings.warn(
+        f"{said}, so those of the examples are numbered in order: {_numbered(classes)}. If the head was trained in "
+        "another order, its accuracy is wrong: give numbers as labels, or set id2label in the model's config before "
+        "the composition is saved.",
+        stacklevel=3,
+    )
+
+
+def _numbered(names: Sequence[str]) -> str:
+    shown = ", ".join(f"{number} {one_line(name)}" for number, name in enumerate(names[:20]))
+    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown
 
 
 def typed(command: str, folder: Path, options: Mapping[str, Any]) -> list[str]:

@@ -57,9 +57,14 @@ class BaseModel:
     @property
     def num_labels(self) -> int | None:
         """The number of classes of a transformers classifier; loading the composition needs the same number."""
-        if not isinstance(self.model, PreTrainedModel) or "Classification" not in type(self.model).__name__:
+        return self.number_of_labels(self.model)
+
+    @staticmethod
+    def number_of_labels(model: nn.Module) -> int | None:
+        """The number of classes of a transformers classifier; None for other models."""
+        if not isinstance(model, PreTrainedModel) or "Classification" not in type(model).__name__:
             return None
-        return self.model.config.num_labels
+        return model.config.num_labels
 
     def parameter(self, name: str) -> TargetParameter | None:
         """The parameter with a composed name; None if the name is that of a layer, or unknown."""

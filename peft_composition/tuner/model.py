@@ -18,6 +18,7 @@ from ..names import without_outer_adapters
 from . import packing
 from .base_layer import device_of, hooks_of, real_device
 from .base_model import BaseModel
+from .class_names import give_names, record_names, stated_names
 from .configs import Configs
 from .factors import Factors
 from .fingerprint import add_fingerprint, await_fingerprint, checked_weights, forget_awaited
@@ -120,6 +121,10 @@ class CompositionModel(BaseTuner):
                 await_fingerprint(carrying, adapter_name, config, injection.mixings)
             if injection.stacked is not None:
                 self._fill(injection, adapter_name)
+            if config.is_restored:
+                give_names(config, model, is_alone=len(self.peft_config) == 1)
+            else:
+                config.class_names = stated_names(model)
         if held_more_than_once(base.modules):
             find_ties(model, dict(composition_layers(model)))
         if any(packing.packable(base.modules)):
@@ -347,6 +352,7 @@ class CompositionModel(BaseTuner):
         selected = {key: _onloaded(model, key) if t.is_meta else t for key, t in selected.items()}
         if not cast(CompositionConfig, config).save_adapters:
             selected = {key: tensor for key, tensor in selected.items() if ".composition_factors." not in key}
+        record_names(cast(CompositionConfig, config), base_of(model))  # they may be set after the model was built
         add_fingerprint(cast(CompositionConfig, config), adapter_name, state_dict, selected)
         return selected
 

@@ -72,6 +72,41 @@ def test_explain_is_what_the_function_says(folder: Path) -> None:
     assert str(folder) not in page + Path("r/report.md").read_text() + result.stdout
 
 
+def test_classes_are_numbered_as_in_the_training(folder: Path) -> None:
+    """Where a training numbered classes otherwise than in order, its head would seem to be wrong on all."""
+    model = loaded()
+    model.get_base_model().config.id2label = {0: "good", 1: "bad"}
+    model.save_pretrained("named")
+    batch = {key: value for key, value in rows().collate(rows()[:10]).items() if key != "labels"}
+    with torch.no_grad():
+        predicted = loaded()(**batch).logits.argmax(-1).tolist()
+    truth = [0 if text in WORDS["good"] else 1 for (text,) in rows().examples.inputs]
+    expected = sum(one == other for one, other in zip(predicted, truth)) / 10
+    assert expected != 0.5  # else the order would not show
+    Path("few.csv").write_text("text,label\n" + "".join(f"{text},good\n" for text in WORDS["good"]))
+    shares = {}
+    for name, test in (("named", "mine.csv"), ("named", "few.csv"), ("composed", "mine.csv")):
+        result = run("explain", name, "--data", "mine.csv", "--test", test, "--json")
+        assert result.exit_code == 0, result.output
+        assert ("numbered in order" in result.stderr) == (name == "composed")
+        shares[name, test] = json.loads(result.stdout)["tested"]["accuracy"]
+    assert shares["named", "mine.csv"] == pytest.approx(expected)
+    assert shares["composed", "mine.csv"] == pytest.approx(1 - expected)
+    assert shares["named", "few.csv"] == pytest.approx(sum(p == t == 0 for p, t in zip(predicted, truth)) / 5)
+
+    # Numbers as labels are those of the head, also where some classes have no examples; other names are told.
+    Path("numbers.csv").write_text(
+        "text,label\n" + "".join(f"{text},{0 if name == 'good' else 1}\n" for name in WORDS for text in WORDS[name])
+    )
+    result = run("explain", "named", "--data", "numbers.csv", "--test", "numbers.csv", "--json")
+    assert json.loads(result.stdout)["tested"]["accuracy"] == pytest.approx(expected)
+    assert "Warning" not in result.stderr
+    other = Path("mine.csv").read_text().replace(",bad", ",poor")
+    Path("other.csv").write_text(other)
+    result = run("explain", "named", "--data", "other.csv", "--test", "other.csv")
+    assert "classes are called 0 good, 1 bad, and not as those of the examples" in result.stderr
+
+
 def test_explain_puts_the_report_beside(folder: Path) -> None:
     result = run("explain", "composed", "--data", "mine.csv", "--beside", "--k", 3)
     assert result.exit_code == 0, result.output
