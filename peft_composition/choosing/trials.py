@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evidence.batches import processes, rank
-from ..evidence.passes import Candidate, Examples, Passed, Precision, passes
+from ..evidence.passes import Candidate, Examples, Precision, one_pass
 from ..evidence.streamed import read_in_turn
 from ..evidence.table import per_example
 from ..evidence.together import together
@@ -22,6 +22,7 @@ from ..upstream.errors import AdapterError
 from .downloads import Downloads
 from .identity import files_of
 from .journal import Journal
+from .kept import KeptOutputs
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,16 @@ class Trials:
         self._mixed_precision = mixed_precision
         self._bar = bar
         self._seen: dict[int, str | None] = {}
+        self._outputs = KeptOutputs()
+        self._reached: dict[int, int] = {}
         self.reasons: dict[int, str] = {}
         self.passed = 0
 
     def run(self, rung: int, numbers: Sequence[int], examples: Examples) -> dict[int, Trial]:
         """Score some candidates and the base; every process gets all results.
 
-        A candidate stays with one process in all rungs: the other ones do not wait for its files.
+        A candidate stays with one process in all rungs: the other ones do not wait for its files, and it runs over the
+        examples alone that the rung before did not have.
 
         Returns:
             By number; those that could not be scored are in `reasons` instead.
@@ -85,6 +89,7 @@ class Trials:
             ValueError: the base model itself cannot be scored.
         """
         world, own_rank = processes(), rank()
+        self._outputs.drop_others({0, *numbers})
 
         def share() -> dict[int, dict[str, Any] | str]:
             own: dict[int, dict[str, Any] | str] = {}
@@ -97,7 +102,8 @@ class Trials:
         found = {number: result for part in together(share) for number, result in part.items()}
         if isinstance(found[0], str):
             raise ValueError(found[0])
-        self.passed += len(examples) * len(found)
+        self.passed += sum(len(examples) - self._reached.get(number, 0) for number in found)
+        self._reached.update(dict.fromkeys(found, len(examples)))
         self.reasons.update({number: own for number, own in found.items() if isinstance(own, str)})
         return {
             number: Trial(torch.tensor(line["values"], dtype=torch.float64), torch.tensor(line["right"]))
@@ -126,7 +132,7 @@ class Trials:
             known = self._journal.found.get((rung, number))
             if known is not None and known.get("files") == files and (files is not None or number == 0):
                 return known
-            trial = Trial(*per_example(self._pass(number, examples)))
+            trial = self._trial(number, examples)
         return {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
 
     def _files(self, number: int) -> str | None:
@@ -134,11 +140,14 @@ class Trials:
             self._seen[number] = files_of(self._references[number - 1])
         return self._seen.get(number)
 
-    def _pass(self, number: int, examples: Examples) -> Passed:
-        if number == 0:
-            mix = Candidate("base", "base", nullcontext)
-            return passes(self._base, [mix], examples, self._mixed_precision, are_shared=False)[0]
+    def _trial(self, number: int, examples: Examples) -> Trial:
+        before = self._outputs.take(number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `inspect` shows them; here they would be one for each candidate
-            mix = read_in_turn(self._base, [self._references[number - 1]])[0]
-            return passes(self._base, [mix], examples, self._mixed_precision, are_shared=False)[0]
+            mix = Candidate("base", "base", nullcontext)
+            if number:
+                mix = read_in_turn(self._base, [self._references[number - 1]])[0]
+            passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
+        trial = Trial(*per_example(passed))
+        self._outputs.put(number, trial.score, outputs)
+        return trial

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,18 @@ class Passed:
 
     found: LeftOut | Answers
     seconds: float
+
+
+class Outputs(NamedTuple):
+    """What a candidate put out on the first batches of some examples, on the CPU.
+
+    Attributes:
+        batches: how many.
+        found: pooled features, shape (n, width), alone in a tuple; or `Answers`.
+    """
+
+    batches: int
+    found: tuple[Tensor, ...]
 
 
 def composition_in(model: nn.Module, adapter_name: str | None) -> Composition:
@@ -170,23 +182,63 @@ def passes(
         return _shared(mixes, mine)
 
 
+def one_pass(
+    model: nn.Module,
+    candidate: Candidate,
+    examples: Examples,
+    mixed_precision: Precision = "no",
+    before: Outputs | None = None,
+) -> tuple[Passed, Outputs]:
+    """Run a candidate over the examples that it has not seen, in eval mode and without gradients.
+
+    Args:
+        model: what the candidate switches.
+        candidate: the candidate.
+        examples: what it is scored on.
+        mixed_precision: as accelerate has it.
+        before: what it put out on the first of these batches.
+
+    Returns:
+        What the examples give together, and what it put out on all of them.
+
+    Raises:
+        ValueError: as `passes`.
+    """
+    with evaluating([model]), torch.no_grad():
+        return _pass_on(model, candidate, examples, mixed_precision, before)
+
+
 def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, candidate: Candidate) -> Passed:
+    return _pass_on(model, candidate, examples, mixed_precision, None)[0]
+
+
+def _pass_on(
+    model: nn.Module, candidate: Candidate, examples: Examples, mixed_precision: Precision, before: Outputs | None
+) -> tuple[Passed, Outputs]:
     started = time.perf_counter()
     found: LeftOut | Answers
+    outputs: Outputs
+    new = replace(examples, batches=examples.batches[0 if before is None else before.batches :])
     with candidate.switch():
         try:
             if examples.labels is None:
-                found = read_answers(model, examples.batches, mixed_precision)
+                found = read_answers(model, new.batches, mixed_precision)
+                if before is not None:
+                    found = Answers(*(torch.cat(parts) for parts in zip(before.found, found)))
+                outputs = Outputs(len(examples.batches), found)
             else:
-                features = read_features(model, examples, mixed_precision)
+                features = read_features(model, new, mixed_precision)
+                if before is not None:
+                    features = torch.cat([before.found[0].to(features.device), features])
                 found = leave_one_out_distances(features, examples.labels)
+                outputs = Outputs(len(examples.batches), (features.cpu(),))
         except NotFiniteError as error:
             raise NotFiniteError(
                 f"Scoring {_what(candidate)}: {error}. {advice(candidate.kind == 'adapter')}"
             ) from error
         except ValueError as error:
             raise ValueError(f"Scoring {_what(candidate)}: {error}") from error
-    return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started)
+    return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started), outputs
 
 
 def _what(candidate: Candidate) -> str:

@@ -1,0 +1,80 @@
+"""What candidates put out on earlier rungs is not computed again, changes no score, and stays within its memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peft_composition.choosing import Selection, select_adapters, trials
+from peft_composition.choosing.kept import KeptOutputs
+from peft_composition.evidence.passes import Outputs
+
+from .. import tiny
+from . import candidates
+
+
+def counted(model: nn.Module) -> tuple[nn.Module, Counter[tuple[int, ...]]]:
+    """A model, and how often it has run on each example."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    model.get_input_embeddings().register_forward_pre_hook(  # type: ignore[operator]
+        lambda _, given: seen.update(tuple(row.tolist()) for row in given[0])
+    )
+    return model, seen
+
+
+def answers(count: int) -> dict[str, Any]:
+    ids = torch.randint(1, 60, (count, 9), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": own, "labels": torch.where(torch.arange(9) < 6, -100, own)} for own in ids]
+    return {"data": rows, "collate": lambda own: {key: torch.stack([row[key] for row in own]) for key in own[0]}}
+
+
+def select(kind: str, pool: list[str]) -> tuple[Selection, Counter[tuple[int, ...]]]:
+    model, seen = counted(tiny.build(kind).eval())
+    given = {"data": candidates.rows(40)} if kind == "bert" else answers(36)
+    return select_adapters(model, pool, most=1, progress=False, **given), seen
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_an_example_is_passed_once_and_scores_are_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = ["query", "value"] if kind == "bert" else ["q_proj", "v_proj"]
+    model = tiny.build(kind)
+    pool = [str(tiny.save_lora(tmp_path / f"{n:02}", model, targets, seed=n + 1, r=2)) for n in range(40)]
+    found, seen = select(kind, pool)
+    monkeypatch.setattr(trials, "KeptOutputs", lambda: KeptOutputs(0))
+    again, more = select(kind, pool)
+    assert found.as_json() == again.as_json()
+    # Of 41 with the base 11 go on to the second rung and 9 to the last; then come the mixes of the last weights.
+    first, second, whole = (4, 12, 40) if kind == "bert" else (4, 12, 36)
+    assert sorted({own.examples for own in found.ranking}) == [first, second, whole]
+    once = 41 * first + 11 * (second - first) + 9 * (whole - second)
+    each = 41 * first + 11 * second + 9 * whole
+    weighing = (3 if kind == "bert" else 2) * whole
+    assert sum(more.values()) == each + weighing
+    assert sum(seen.values()) == once + weighing
+    assert found.passed == once
+
+
+def test_the_worst_go_where_room_ends() -> None:
+    kept = KeptOutputs(1000)
+    for number, score in enumerate((0.3, 0.1, 0.2, 0.4)):
+        kept.put(number, score, Outputs(1, (torch.zeros(100),)))  # 400 bytes
+    assert [kept.take(number) is None for number in range(4)] == [False, True, True, False]
+    for number in range(2):
+        kept.put(number, 0.0, Outputs(1, (torch.zeros(100),)))
+    kept.drop_others({1})
+    kept.put(2, -1.0, Outputs(2, (torch.zeros(50), torch.zeros(50))))
+    kept.put(2, 1.0, Outputs(3, (torch.zeros(50), torch.zeros(50))))  # in place of the one before
+    assert kept.take(0) is None
+    assert kept.take(1) is not None
+    last = kept.take(2)
+    assert last is not None
+    assert last.batches == 3
+    kept.put(5, 0.0, Outputs(1, (torch.zeros(1000),)))  # more than fits
+    assert kept.take(5) is None
