@@ -195,13 +195,40 @@ def answers(
     answer_table([path])
 
 
+@app.command("long-answers")
+def long_answers(
+    shots: Annotated[str, typer.Option(help="Comma-separated, examples in all.")] = "2,5,20",
+    seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
+    trained: Annotated[int, typer.Option(min=0, help="So many draws of each K train the weights, too.")] = 6,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
+) -> None:
+    """The same for answers of 10 to 25 tokens in a made language, by an encoder-decoder model that is trained here."""
+    from . import answers as measuring
+    from .evidence import append
+    from .long_answers import open_made_benches
+    from .records import read
+
+    be_quiet()
+    path = (to or output / "evidence") / "long-answers.jsonl"
+    draws = [(k, seed) for k in map(int, shots.split(",")) for seed in range(seeds)]
+    for bench in open_made_benches(output):
+        append(measuring.compare_answers(bench, draws, trained, read(path, key="method")), path)
+    answer_table([path])
+
+
 @app.command("answer-table")
-def answer_table(files: Annotated[list[Path], typer.Argument(help="Records that `answers` wrote.")]) -> None:
+def answer_table(
+    files: Annotated[list[Path], typer.Argument(help="Records that `answers` wrote.")],
+    targets: Annotated[str | None, typer.Option(help="Comma-separated tasks. Default: all.")] = None,
+) -> None:
     """What ways to choose a language model's weights gain on the uniform mix, as Markdown."""
     from .answer_tables import HOW, answer_gains
     from .records import read
 
     records = [record for path in files for record in read(path, key="method")]
+    if targets:
+        records = [record for record in records if record["target"] in targets.split(",")]
     typer.echo("\n\n".join(answer_gains(records, measure) for measure in HOW))
 
 

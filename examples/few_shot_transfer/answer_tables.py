@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .answers import TRAINED, WAYS
-from .gains import BEST, Gain
+from .gains import BEST, Gain, mean_gain
 from .markdown import table
 from .records import Record
 
@@ -19,7 +19,7 @@ HOW = {
 
 
 def answer_gains(records: Sequence[Record], measure: str) -> str:
-    """One table for all tasks: their uniform mix, the best adapter by test, and what each way gains.
+    """One table for all tasks: their uniform mix, the best adapter by test, what each way gains; and means over tasks.
 
     Args:
         records: of `compare_answers`.
@@ -28,7 +28,7 @@ def answer_gains(records: Sequence[Record], measure: str) -> str:
     name, unit, digits = HOW[measure]
     shots = sorted({record["k"] for record in records if record["k"] is not None})
     tasks = list(dict.fromkeys((record["scenario"], record["target"]) for record in records))
-    rows = []
+    rows, of_ways = [], dict[str, list[list[Gain | None]]]()
     for scenario, target in tasks:
         own = [record for record in records if (record["scenario"], record["target"]) == (scenario, target)]
         still = _still(own, measure)
@@ -41,7 +41,18 @@ def answer_gains(records: Sequence[Record], measure: str) -> str:
             if found:
                 cells = [Gain.of(found, dict.fromkeys(found, uniform), k) for k in shots]
                 rows.append([_counted(way, found), *(_written(cell, digits) for cell in cells)])
+                of_ways.setdefault(way, []).append(cells)
+    if len(tasks) > 1:
+        rows.append([f"**mean of {len(tasks)} tasks**", *[""] * len(shots)])
+        for way, parts in of_ways.items():
+            means = [_mean(column) if len(parts) == len(tasks) else None for column in zip(*parts)]
+            rows.append([way, *(_written(cell, digits) for cell in means)])
     return table([f"{name}", *(f"K = {k}" for k in shots)], rows)
+
+
+def _mean(found: Sequence[Gain | None]) -> Gain | None:
+    whole = [gain for gain in found if gain is not None]
+    return mean_gain(whole) if len(whole) == len(found) else None
 
 
 def _still(records: Sequence[Record], measure: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,33 @@ WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
 }
 
 
+class Bench(Protocol):
+    """What `compare_answers` asks of a task and its adapters.
+
+    Attributes:
+        parts: weights are run in so many parts.
+    """
+
+    parts: int
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """`scenario` and `target`."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the adapters."""
+
+    def seen(self, draw: Draw) -> Seen:
+        """What each adapter alone makes of the support set."""
+
+    def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
+        """How a mix answers the test questions; a number is an adapter alone."""
+
+    def learned(self, draw: Draw, start: Sequence[float], scratch: Path) -> tuple[dict[str, float], Any]:
+        """Weights trained on the support set: what they answer, and their means over modules."""
+
+
 class AnswerBench:
     """A new task for a language model, and the adapters that meet it.
 
@@ -98,6 +125,8 @@ class AnswerBench:
         folder: where likelihoods are kept.
     """
 
+    parts = PARTS
+
     def __init__(
         self,
         scenario: Scenario,
@@ -109,6 +138,7 @@ class AnswerBench:
     ) -> None:
         self.scenario, self.setting, self.model, self.folder = scenario, setting, model, folder
         self.adapters = adapters
+        self.facts = {"scenario": scenario.name, "target": setting.target}
         self.rows = {
             "pool": task.train.select(balanced(labels_of(task.train), POOL)),
             "test": task.test.select(balanced(labels_of(task.test), scenario.downstream.test_size)),
@@ -223,7 +253,7 @@ def open_answer_benches(
 
 
 def compare_answers(
-    bench: AnswerBench,
+    bench: Bench,
     draws: Sequence[Draw],
     trained: int = 0,
     known: Sequence[Record] = (),
@@ -241,13 +271,13 @@ def compare_answers(
     Yields:
         A record for each mix without a draw (K and seed are None), and for each draw and way.
     """
-    facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
+    facts = bench.facts
     done = {
         (r["target"], r["k"], r["seed"], r["method"], r["adapter"])
         for r in known
         if r["scenario"] == facts["scenario"]
     }
-    count = len(bench.adapters)
+    count = len(bench.names)
     still: list[tuple[str, str | None, Sequence[float] | int]] = [
         *(("single", name, number) for number, name in enumerate(bench.names)),
         (UNIFORM, None, [1 / count] * count),
@@ -263,7 +293,12 @@ def compare_answers(
         for method, way in WAYS.items():
             if (facts["target"], k, seed, method, None) not in done:
                 found = way(seen, seed).tolist()
-                yield {**own, "method": method, **bench.judged(in_parts(found)), "weights": _named(bench, found)}
+                yield {
+                    **own,
+                    "method": method,
+                    **bench.judged(in_parts(found, bench.parts)),
+                    "weights": _named(bench, found),
+                }
         for method, is_evidence in TRAINED.items() if seed < trained else ():
             if (facts["target"], k, seed, method, None) not in done:
                 start = WAYS["posterior"](seen, seed).tolist() if is_evidence else [1 / count] * count
@@ -282,5 +317,5 @@ def in_parts(weights: Sequence[float], parts: int = PARTS) -> list[float]:
     return [count / parts for count in counts]
 
 
-def _named(bench: AnswerBench, weights: Sequence[float]) -> Mapping[str, float]:
+def _named(bench: Bench, weights: Sequence[float]) -> Mapping[str, float]:
     return {name: round(weight, 4) for name, weight in zip(bench.names, weights)}

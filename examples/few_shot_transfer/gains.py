@@ -74,11 +74,12 @@ def of_tasks(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dic
         for k in shots:
             of_k = [rows[name][k] for rows in found.values() if k in rows[name]]
             if of_k:
-                whole[name][k] = _mean_gain(of_k)
+                whole[name][k] = mean_gain(of_k)
     return {**found, f"mean of {len(found)} tasks": whole}
 
 
-def _mean_gain(found: Sequence[Gain]) -> Gain:
+def mean_gain(found: Sequence[Gain]) -> Gain:
+    """The mean over tasks; its interval is over draws."""
     mean = float(np.mean([own.mean for own in found]))
     margin = float(np.linalg.norm([(own.high - own.low) / 2 for own in found])) / len(found)
     return Gain(mean, mean - margin, mean + margin)

@@ -154,6 +154,28 @@ def test_gains_on_uniform_by_hand() -> None:
     assert f"| posterior | -0.11 [{low:+.2f}, {high:+.2f}] |" in answer_gains(records, "nll")
 
 
+def test_a_mean_over_tasks_by_hand() -> None:
+    facts = {"scenario": "s", "adapter": None}
+    records: list[Any] = []
+    for target, gained in (("first", [10.0, 11.0, 6.0]), ("second", [-1.0, 0.0, 4.0])):
+        for name in ("uniform", "base", "single"):
+            records.append({**facts, "target": target, "k": None, "seed": None, "method": name, "accuracy": 60.0})
+        for seed, gain in enumerate(gained):
+            one = {**facts, "target": target, "k": 2, "seed": seed, "method": "posterior", "accuracy": 60 + gain}
+            records.append(one)
+            if target == "first":
+                records.append({**one, "method": "learned"})
+    lines = answer_gains(records, "accuracy").splitlines()
+    between = [stats.t.ppf(0.975, 2) * stats.sem(own) for own in ([10.0, 11.0, 6.0], [-1.0, 0.0, 4.0])]
+    margin = math.hypot(*between) / 2
+    assert lines[-3:] == [
+        "| **mean of 2 tasks** |  |",
+        f"| posterior | +5.0 [{5 - margin:+.1f}, {5 + margin:+.1f}] |",
+        "| learned | - |",  # of one task alone
+    ]
+    assert "mean of" not in answer_gains([own for own in records if own["target"] == "first"], "accuracy")
+
+
 # From end to end
 
 
