@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -108,12 +109,17 @@ def users(
 
 
 @app.command()
-def calibration(files: Annotated[list[Path], typer.Argument(help="Records that `users` wrote.")]) -> None:
+def calibration(
+    files: Annotated[list[Path], typer.Argument(help="Records that `users` wrote.")],
+    page: Annotated[
+        Path | None, typer.Option(help="A page to write the tables into, in place of printing them.")
+    ] = None,
+) -> None:
     """How often the verdicts of `compare` on simulated users are wrong and how often they can tell, as Markdown."""
-    from .calibration import report
+    from .calibration import tables
     from .records import read
 
-    typer.echo(report([record for path in files for record in read(path, key="methods")]))
+    _print_or_fill(tables([record for path in files for record in read(path, key="methods")]), page)
 
 
 @app.command()
@@ -322,6 +328,15 @@ def _chosen(scenarios: list[str] | None, offline: bool, hub: bool) -> list[str]:
     if not names:
         raise typer.BadParameter("name a scenario, or give --offline or --hub")
     return names
+
+
+def _print_or_fill(tables: Mapping[str, str], page: Path | None) -> None:
+    from .markdown import filled
+
+    if page is None:
+        typer.echo("\n\n".join(f"### {name}\n\n{text}" for name, text in tables.items()))
+    else:
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def be_quiet() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from .records import Record
 from .users import EVIDENCE, FOLDS, HEAD_ONLY, WITH_ADAPTERS, WITHOUT_ADAPTERS, unpacked
 
 
-# The rule of the verdict was chosen on these tasks before the verdicts on all others were looked at.
+# The rule was chosen on these tasks; those on all others were looked at afterwards.
 CHOSE = (
     ("vader-domains", "movies"),
     ("vader-domains", "nyt"),
@@ -56,7 +56,7 @@ class Case:
 def cases(
     users: Sequence[Record], judged: Sequence[str], others: Sequence[str], with_tests: bool = False
 ) -> list[Case]:
-    """The verdicts on all users who have the methods.
+    """The verdicts on all users who have the alternatives, on the methods that they have.
 
     Args:
         users: what `users.simulate` made.
@@ -67,30 +67,39 @@ def cases(
     found = []
     for user in users:
         own = user["methods"]
-        if not {*judged, *others} <= own.keys():
+        if not {*others} <= own.keys() or not (with_tests or "correct" in own[others[0]]):
             continue
-        tests = {name: unpacked(own[name]["test_correct"]) for name in (*judged, *others)}
+        there = [name for name in judged if name in own]
+        tests = {name: unpacked(own[name]["test_correct"]) for name in (*there, *others)}
         order = np.random.default_rng(user["seed"]).permutation(len(tests[others[0]]))
         seen, rest = (order[:TESTS], order[TESTS:]) if with_tests else (order[:0], order)
         correct = {
             name: values[seen] if with_tests else unpacked(own[name]["correct"]) for name, values in tests.items()
         }
         truth = {name: float(values[rest].mean()) for name, values in tests.items()}
-        for name in judged:
+        for name in there:
             differences = np.stack([correct[name] - correct[other] for other in others], axis=-1)[None]
-            known: Differences = over_draws(differences) if with_tests else left_out(differences, FOLDS)
+            known: Differences = (
+                over_draws(differences) if with_tests else left_out(differences, min(FOLDS, user["k"]))
+            )
             scores = [float(correct[other].mean()) for other in others]
-            verdict = judge(name, others, scores, known, ROPE)
+            verdict = judge(name, others, scores, known, ROPE, counts_more=False)
             found.append(Case(user["k"], name, verdict, truth[name] - max(truth[other] for other in others)))
     return found
 
 
-def rates(found: Sequence[Case]) -> str:
-    """A row for each K and one for all: how many verdicts there are of each kind, how many are false, and power."""
-    heads = ["K", "verdicts", "helps: said, false", "harms: said, false", "told, of those that help", "that harm"]
+def rates(found: Sequence[Case], heading: str = "K", of: Callable[[Case], str] = lambda case: str(case.k)) -> str:
+    """How many verdicts there are of each kind, how many are false, and power: a row for each K and one for all.
+
+    Args:
+        found: the verdicts.
+        heading: of the first column.
+        of: what is in it.
+    """
+    heads = [heading, "verdicts", "helps: said, false", "harms: said, false", "told, of those that help", "that harm"]
     rows = []
-    for k in (*sorted({case.k for case in found}), None):
-        own = [case for case in found if k in (None, case.k)]
+    for name in (*dict.fromkeys(of(case) for case in sorted(found, key=lambda case: case.k)), None):
+        own = [case for case in found if name in (None, of(case))]
         said = {
             word: [case for case in own if case.verdict.word == word] for word in ("helps", "harms", "cannot tell")
         }
@@ -99,7 +108,7 @@ def rates(found: Sequence[Case]) -> str:
         told = sum(case.helps for case in said["helps"]), sum(case.harms for case in said["harms"])
         rows.append(
             [
-                "all" if k is None else str(k),
+                "all" if name is None else name,
                 str(len(own)),
                 f"{len(said['helps'])}, {_share(false[0], len(own) - len(true[0]))}",
                 f"{len(said['harms'])}, {_share(false[1], len(own) - len(true[1]))}",
@@ -126,28 +135,27 @@ def reliability(found: Sequence[Case]) -> str:
     return table(["stated", "helps: stated", "true", "harms: stated", "true"], rows)
 
 
-def report(users: Sequence[Record]) -> str:
-    """All tables."""
+def tables(users: Sequence[Record]) -> dict[str, str]:
+    """All tables of the page, by name."""
     unique = {(user["scenario"], user["target"], user["k"], user["seed"]): user for user in users}
     kept = [user for user in unique.values() if len({*WITHOUT_ADAPTERS} & user["methods"].keys()) in (1, 3)]
-    chose = [user for user in kept if (user["scenario"], user["target"]) in CHOSE]
-    confirm = [user for user in kept if (user["scenario"], user["target"]) not in CHOSE]
-    parts = []
-    for title, others, judged in (
-        ("Against a head alone and a fresh LoRA", WITHOUT_ADAPTERS, (EVIDENCE,)),
-        ("Against a head alone and a fresh LoRA, a verdict on each method that reuses adapters", WITHOUT_ADAPTERS,
-         WITH_ADAPTERS),
-        ("Against a head alone", (HEAD_ONLY,), (EVIDENCE,)),
-    ):  # fmt: skip
-        parts.append(f"### {title}")
-        for name, some in (("Tasks that chose the rule", chose), ("Other tasks", confirm)):
-            found = cases(some, judged, others)
-            parts.append(f"{name}:\n\n{rates(found)}" if found else f"{name}: no users.")
-    parts.append(f"### With {TESTS} test examples besides")
-    parts.append(rates(cases(kept, (EVIDENCE,), WITHOUT_ADAPTERS, with_tests=True)))
-    parts.append("### Stated and true")
-    parts.append(reliability(cases(kept, WITH_ADAPTERS, WITHOUT_ADAPTERS)))
-    return "\n\n".join(parts)
+    groups: dict[str, list[Record]] = {"chose": [], "others": []}
+    for user in kept:
+        is_chosen = (user["scenario"], user["target"]) in CHOSE
+        groups["chose" if is_chosen else "others"].append(user)
+    found = {}
+    with_tests: list[Case] = []
+    for name, some in groups.items():
+        for ending, others in (("", WITHOUT_ADAPTERS), ("-head", (HEAD_ONLY,))):
+            verdicts = cases(some, WITH_ADAPTERS, others)
+            found[name + ending] = rates([case for case in verdicts if case.judged == EVIDENCE])
+            found[f"{name}-methods{ending}"] = rates(verdicts, "judged", lambda case: case.judged)
+        tested = cases(some, WITH_ADAPTERS, WITHOUT_ADAPTERS, with_tests=True)
+        found[f"{name}-tests"] = rates([case for case in tested if case.judged == EVIDENCE])
+        with_tests += tested
+    found["methods-tests"] = rates(with_tests, "judged", lambda case: case.judged)
+    found["stated"] = reliability(cases(kept, WITH_ADAPTERS, WITHOUT_ADAPTERS))
+    return found
 
 
 def _share(part: int, whole: int) -> str:

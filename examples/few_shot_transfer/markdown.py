@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from .analysis import BEST_SINGLE, MEAN_SINGLE, ORACLE_SINGLE, scaled_lora
 from .scenario import FACTORS
@@ -35,3 +36,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column holds names, the others numbers."""
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(page: str, tables: Mapping[str, str]) -> str:
+    """A page with its tables written anew, each between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: the page has a table that is not among these, or lacks one of them.
+    """
+    found = re.findall(r"<!-- table: ([\w-]+) -->", page)
+    if sorted(found) != sorted(tables):
+        raise ValueError(f"the page has the tables {sorted(found)}, and there are {sorted(tables)}")
+    for name, text in tables.items():
+        before, mark, rest = page.partition(f"<!-- table: {name} -->\n")
+        page = f"{before}{mark}\n{text}\n\n{rest[rest.index('<!-- end -->') :]}"
+    return page

@@ -120,7 +120,8 @@ def simulate(
 
     Yields:
         For each user: for every method whether each example is named rightly when it is left out, the probability of
-        its class (in hundredths), and the same of test examples by the method trained on all.
+        its class (in hundredths), and the same of test examples by the method trained on all. A single example of a
+        class cannot be left out: at K = 1 there are test examples alone.
     """
     facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
     done = {(r["k"], r["seed"]) for r in known if {**r, **facts} == r}
@@ -154,9 +155,11 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | 
     labels, names, seed = bench.labels(draw), (*bench.names, UNIFORM, BASE), draw[1]
     corners = Corners.of({name: bench.features(name, draw) for name in names}, bench.names)
     judged = Corners.of({name: bench.features(name, "test") for name in names}, bench.names)
-    (folds,) = cross_fit(labels, FOLDS, 1, seed)
     everything = torch.arange(len(labels))
-    trained_on = [*((folds != fold).nonzero().flatten() for fold in range(int(folds.max()) + 1)), everything]
+    folds = None if draw[0] == 1 else cross_fit(labels, FOLDS, 1, seed)[0]
+    trained_on = [everything]
+    if folds is not None:
+        trained_on = [*((folds != fold).nonzero().flatten() for fold in range(int(folds.max()) + 1)), everything]
     picked, weights = zip(*(_chosen(bench, draw, rows) for rows in trained_on))
     inputs, tests = [], []
     for pick, weight in zip(picked, weights):
@@ -189,7 +192,7 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | 
                 test_logits[name] = predict([part[:, -1:] for part in lora_heads], torch.cat(pooled)[None, None])[0, 0]
     truth = bench.judged_labels["test"]
     return {
-        name: {**_described(logits[name][folds, everything], labels, "")}
+        name: (_described(logits[name][folds, everything], labels, "") if folds is not None else {})
         | _described(test_logits[name], truth, "test_")
         for name in (*WITHOUT_ADAPTERS, *WITH_ADAPTERS)
         if name in logits
@@ -199,6 +202,8 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | 
 def _chosen(bench: Bench, draw: Draw, rows: Tensor) -> tuple[int, Tensor]:
     """The adapter that is best by evidence of some examples of a draw, and the weights."""
     labels = bench.labels(draw)[rows]
+    if int(labels.unique(return_counts=True)[1].max()) == 1:  # as the library does where nothing can be left out
+        return 0, torch.full((len(bench.names),), 1 / len(bench.names), dtype=torch.float64)
     names = (*bench.names, UNIFORM, BASE)
     left = [leave_one_out_distances(bench.features(name, draw)[rows], labels) for name in names]
     best = int(torch.stack([log_likelihoods(own).mean() for own in left[: len(bench.names)]]).argmax())

@@ -55,8 +55,9 @@ class Differences:
         """Draws from the distribution, shape (draws, m)."""
         generator = np.random.default_rng(seed)
         values, vectors = np.linalg.eigh(self.covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0))
-        normal = generator.standard_normal((draws, len(self.mean))) @ root.T
+        # The symmetric root is the same whichever eigenvectors of equal values are found: more spread, the same draws.
+        root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+        normal = generator.standard_normal((draws, len(self.mean))) @ root
         return self.mean + normal / np.sqrt(generator.chisquare(self.df, (draws, 1)) / self.df)
 
 

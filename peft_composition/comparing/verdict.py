@@ -16,6 +16,11 @@ ROPE = 0.01
 """Differences of accuracy up to this are no difference in practice."""
 LEVEL = 0.9
 """Chosen with the region on half of the tasks of simulated users: no false \"helps\" there, and the most true ones."""
+OF_ONE = 1 / 2
+"""Of what `level` leaves: for \"helps\" against a single alternative. To beat each of several is harder by itself."""
+OF_HARM = 1 / 4
+"""Of what `level` leaves: for \"harms\". Harm is rare, so that of few true ones the false ones are a large share."""
+INTERVAL = 0.95
 DRAWS = 20_000
 MOST_MORE = 100_000  # examples; to ask for more is to say that nothing will tell
 
@@ -29,13 +34,15 @@ class Verdict:
         judged: the method.
         against: the other with the highest score.
         difference: of their scores.
-        low: lower end of the interval of the difference to the best of the others, whichever that is.
+        low: lower end of the 95% interval of that difference. It was picked among several, so that the interval is one
+            of as many that all hold together (Bonferroni).
         high: upper end.
         helps: probability that the method is better than every other by more than the region of practical equivalence.
-        equivalent: that it is as good as the best.
-        harms: that it is worse than the best by more than that region.
+        equivalent: that it is as good as the best, whichever that is.
+        harms: that it is worse than the best, whichever that is, by more than that region.
+        others: how many there are.
         rope: half the width of the region.
-        level: probability that a word but "cannot tell" needs.
+        level: probability that "equivalent", and "helps" against several others, need; see `judge`.
         more: about how many more examples would tell, if the difference stayed as it is; None where they tell now or
             where it would be more than 100,000.
     """
@@ -49,6 +56,7 @@ class Verdict:
     helps: float
     equivalent: float
     harms: float
+    others: int
     rope: float
     level: float
     more: int | None
@@ -58,6 +66,8 @@ class Verdict:
         chances = (
             f"helps {100 * self.helps:.0f}%, equivalent {100 * self.equivalent:.0f}%, harms {100 * self.harms:.0f}%"
         )
+        if self.others > 1:
+            chances = f"against the best of {self.others}, whichever it is: {chances}"
         text = {
             "helps": f"{self.judged} helps: it is better than {self.against}, the best without adapters",
             "equivalent": f"{self.judged} is equivalent to {self.against}, the best without adapters, in practice",
@@ -75,15 +85,22 @@ class Verdict:
 
 
 def judge(
-    judged: str, others: Sequence[str], scores: Sequence[float], found: Differences, rope: float, level: float = LEVEL
+    judged: str,
+    others: Sequence[str],
+    scores: Sequence[float],
+    found: Differences,
+    rope: float,
+    level: float = LEVEL,
+    counts_more: bool = True,
 ) -> Verdict:
     """The verdict on a method against the best of the others.
 
     Which of the others is best is not known: the one with the highest score is so by luck in part. So the
     probabilities are about the smallest difference to any of them, drawn from their joint distribution: "helps" must
-    be better than each (an intersection-union test). Among several others some look better by chance, which would make
-    "harms" too frequent: it must also be worse than a single one with a probability that counts how many there are
-    (Bonferroni).
+    be better than each (an intersection-union test), with a probability of `level`, or of 1 - (1 - level) / 2 where
+    there is a single other. "Harms" is about the one with the highest score: the method must be worse than that by
+    more than the region with a probability of 1 - (1 - level) / 4, counting how many it was picked from (Bonferroni).
+    At the default level the whole 95% interval is then below the region.
 
     Args:
         judged: the method.
@@ -92,22 +109,24 @@ def judge(
         found: differences of the method to each of them.
         rope: half the width of the region of practical equivalence, in units of the score.
         level: probability that a word needs.
+        counts_more: whether to compute how many more examples would tell, which takes most of the time.
     """
     require_good_limits(rope, level)
-    word, chances, least = _decide(found, rope, level)
     best = int(np.argmax(scores))
-    low, high = np.quantile(least, [0.025, 0.975])
-    more = examples_to_tell(found, rope, level) if word == "cannot tell" else None
+    word, chances = _decide(found, best, rope, level)
+    low, high = found.interval(1 - (1 - INTERVAL) / len(others))
+    more = examples_to_tell(found, best, rope, level) if counts_more and word == "cannot tell" else None
     return Verdict(
         word=word,
         judged=judged,
         against=others[best],
         difference=float(found.mean[best]),
-        low=float(low),
-        high=float(high),
+        low=float(low[best]),
+        high=float(high[best]),
         helps=chances["helps"],
         equivalent=chances["equivalent"],
         harms=chances["harms"],
+        others=len(others),
         rope=rope,
         level=level,
         more=more,
@@ -120,18 +139,26 @@ def require_good_limits(rope: float, level: float) -> None:
         raise ValueError(f"rope must be in 0..1 and level in 0.5..1, got {rope} and {level}")
 
 
-def examples_to_tell(found: Differences, rope: float, level: float = LEVEL) -> int | None:
+def examples_to_tell(found: Differences, best: int, rope: float, level: float = LEVEL) -> int | None:
     """How many more examples a word would need, if differences and their spread stayed as they are.
 
     Standard errors shrink with the root of the number of examples; with that many more, `judge` tells.
 
+    Args:
+        found: differences to each of the others.
+        best: the other with the highest score.
+        rope: half the width of the region of practical equivalence.
+        level: as for `judge`.
+
     Returns:
         The number, at least 1; None for more than 100,000.
     """
+    spread = found.sample(DRAWS, seed=0) - found.mean
 
     def tells(more: int) -> bool:
-        shrunk = replace(found, covariance=found.covariance * (found.examples / (found.examples + more)))
-        return _decide(shrunk, rope, level)[0] != "cannot tell"
+        share = found.examples / (found.examples + more)
+        shrunk = replace(found, covariance=found.covariance * share)
+        return _decide(shrunk, best, rope, level, found.mean + share**0.5 * spread)[0] != "cannot tell"
 
     too_few, enough = 0, MOST_MORE
     if not tells(enough):
@@ -142,13 +169,16 @@ def examples_to_tell(found: Differences, rope: float, level: float = LEVEL) -> i
     return enough
 
 
-def _decide(found: Differences, rope: float, level: float) -> tuple[Word, dict[Word, float], Floats]:
-    """The word, the probabilities of all words but the last, and draws of the smallest difference."""
-    least = found.sample(DRAWS, seed=0).min(1)
+def _decide(
+    found: Differences, best: int, rope: float, level: float, draws: Floats | None = None
+) -> tuple[Word, dict[Word, float]]:
+    """The word, and the probabilities of all words but the last."""
+    least = (found.sample(DRAWS, seed=0) if draws is None else draws).min(1)
+    others = len(found.mean)
     helps, harms = float((least > rope).mean()), float((least < -rope).mean())
     chances: dict[Word, float] = {"helps": helps, "equivalent": 1 - helps - harms, "harms": harms}
-    is_worse = found.probabilities(rope)[:, 0].max() >= 1 - (1 - level) / len(found.mean)
-    word: Word = next((name for name, chance in chances.items() if chance >= level), "cannot tell")
-    if word == "harms" and not is_worse:
-        word = "cannot tell"
-    return word, chances, least
+    if helps >= (level if others > 1 else 1 - (1 - level) * OF_ONE):
+        return "helps", chances
+    if found.probabilities(rope)[best, 0] >= 1 - (1 - level) * OF_HARM / others:
+        return "harms", chances
+    return "equivalent" if chances["equivalent"] >= level else "cannot tell", chances

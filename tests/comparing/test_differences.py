@@ -119,11 +119,37 @@ def test_the_words() -> None:
 
 
 def test_to_harm_it_must_be_worse_than_a_single_one_by_more_the_more_there_are() -> None:
-    one = judge("mix", ["a"], [0.5], of([-0.08], 0.05), 0.01)  # 91% for each
+    one = judge("mix", ["a"], [0.5], of([-0.13], 0.05), 0.01)  # 98.9% for each; 97.5% are needed
     assert one.word == "harms"
-    several = judge("mix", ["a", "b", "c"], [0.5] * 3, of([-0.08] * 3, 0.05), 0.01)
+    several = judge("mix", ["a", "b", "c"], [0.5] * 3, of([-0.13] * 3, 0.05), 0.01)  # 99.2% are needed
     assert several.harms > one.harms
     assert several.word == "cannot tell"
+
+
+@pytest.mark.parametrize(("others", "needed"), [(1, 0.95), (3, 0.9)])
+def test_to_help_against_a_single_one_it_must_be_surer(others: int, needed: float) -> None:
+    def word(chance: float) -> str:  # all differences are the same one
+        mean = 0.01 + stats.t.ppf(chance, 30) * 0.05
+        return judge("mix", ["a", "b", "c"][:others], [0.5] * others, of([mean] * others, 0.05, 1.0), 0.01).word
+
+    assert word(needed + 0.01) == "helps"
+    assert word(needed - 0.01) == "cannot tell"
+
+
+@pytest.mark.parametrize("mean", [[0.02, 0.3, 0.1], [-0.3, 0.2, -0.1], [0.25, 0.4, 0.2]])
+def test_difference_and_interval_are_of_the_one_that_is_named(mean: list[float]) -> None:
+    """The interval was that of the difference to the best, whichever it is, beside the difference to the one named."""
+    errors = np.array([0.02, 0.08, 0.11])
+    found = Differences(np.array(mean), np.diag(errors**2), 30, 31)
+    for best in range(3):
+        scores = [0.5 + 0.1 * (number == best) for number in range(3)]
+        verdict = judge("mix", ["a", "b", "c"], scores, found, 0.01)
+        half = stats.t.ppf(1 - 0.025 / 3, 30) * errors[best]  # 95% for all three together
+        assert verdict.against == "abc"[best]
+        assert verdict.difference == mean[best]
+        assert np.allclose([verdict.low, verdict.high], [mean[best] - half, mean[best] + half], rtol=1e-9)
+        assert f"{100 * mean[best]:+.1f} points [{100 * (mean[best] - half):+.1f}, " in str(verdict)
+        assert (verdict.word == "harms") == (verdict.high < -0.01)  # what is said is true of the one that is named
 
 
 def test_the_chances_of_one_other_are_those_of_t() -> None:
@@ -146,13 +172,15 @@ def test_it_must_be_better_than_each_other() -> None:
 
 def test_how_many_more_examples() -> None:
     found = of([0.05], 0.05)
-    needed = 31 * (stats.t.ppf(0.9, 30) * 0.05 / 0.04) ** 2
-    assert examples_to_tell(found, 0.01) == pytest.approx(needed - 31, abs=3)  # the word is from 20,000 draws
-    assert examples_to_tell(of([0.01], 0.05), 0.01) is None  # on the edge no number would do
+    needed = 31 * (stats.t.ppf(0.95, 30) * 0.05 / 0.04) ** 2
+    assert examples_to_tell(found, 0, 0.01) == pytest.approx(needed - 31, rel=0.04)  # the word is from 20,000 draws
+    assert examples_to_tell(of([0.01], 0.05), 0, 0.01) is None  # on the edge no number would do
+    harmful = 31 * (stats.t.ppf(0.975, 30) * 0.05 / 0.04) ** 2
+    assert examples_to_tell(of([-0.05], 0.05), 0, 0.01) == pytest.approx(harmful - 31, abs=1)
     assert "more examples would tell" in str(judge("mix", ["head"], [0.5], found, 0.01))
     # Zero is within the region when both of its ends are far enough.
     both = 31 * (stats.t.ppf(0.95, 30) * 0.05 / 0.01) ** 2
-    assert examples_to_tell(of([0.0], 0.05), 0.01) == pytest.approx(both - 31, rel=0.04)
+    assert examples_to_tell(of([0.0], 0.05), 0, 0.01) == pytest.approx(both - 31, rel=0.04)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.6])

@@ -10,7 +10,7 @@ import pytest
 from peft_composition.comparing import Comparison, MethodScore, Verdict, plot_comparison
 
 
-VERDICT = Verdict("cannot tell", "evidence", "fresh LoRA", 0.1, -0.05, 0.2, 0.7, 0.1, 0.2, 0.01, 0.9, 120)
+VERDICT = Verdict("cannot tell", "evidence", "fresh LoRA", 0.1, -0.05, 0.2, 0.7, 0.1, 0.2, 3, 0.01, 0.9, 120)
 RESULT = Comparison(
     (
         MethodScore("head only", "alternative", 0.5, 0.4, 0.6, 0.7, 770, 0.1),
@@ -41,9 +41,9 @@ def test_a_table_with_the_verdict_in_words() -> None:
     ]
     assert empty == ""
     assert verdict == (
-        "cannot tell whether evidence is better or worse than fresh LoRA: +10.0 points [-5.0, +20.0] (helps 70%, "
-        "equivalent 10%, harms 20%; the same in practice within 1 points). About 120 more examples would tell, if the "
-        "difference stays as it is."
+        "cannot tell whether evidence is better or worse than fresh LoRA: +10.0 points [-5.0, +20.0] "
+        "(against the best of 3, whichever it is: helps 70%, equivalent 10%, harms 20%; the same in practice within 1 "
+        "points). About 120 more examples would tell, if the difference stays as it is."
     )
 
 
