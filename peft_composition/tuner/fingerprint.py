@@ -35,6 +35,7 @@ _ATTRIBUTE = "composition_fingerprint"
 _PREFIX, _INFIX = "base_model.model.", ".composition_"
 _LARGEST = 2**26  # bytes of text: millions of modules
 _FILE = "adapter_config.json"
+_RANKS_AT = {"factors.A": 0, "factors.B": 1, "factors.bias": 0}  # the dimension that counts ranks, or adapters
 
 
 def carrier(config: CompositionConfig) -> str:
@@ -268,25 +269,30 @@ def _require_fitting_weights(
     for fingerprint in fingerprints:
         require_same(config, fingerprint)
     composed = config.composed_modules or {}
-    for key in [key for key in weights if _INFIX in key]:
-        path, _, part = key.removeprefix(_PREFIX).partition(_INFIX)
+    parameters = {} if config.lora_layout is None else config.lora_layout.get("parameters", {})
+    for key, tensor in weights.items():
+        path, found, part = key.removeprefix(_PREFIX).partition(_INFIX)
+        if not found:
+            continue
         module = name_in_checkpoint(path, composed)
         if module not in composed:
             raise ValueError(
                 f"The saved composition has weights for module {quoted(module)}, which is not in its {_FILE}: the two "
                 "files do not belong together. Use two files from the same save."
             )
-        _require_fitting_tensor(config, module, part, weights[key])
+        owner, _, name = module.rpartition(".")
+        _require_fitting_tensor(module, composed[module], part, tensor, name in parameters.get(owner, ()))
 
 
-def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, tensor: Tensor | Entry) -> None:
-    assert config.composed_modules is not None
+def _require_fitting_tensor(
+    module: str, ranks: list[int], part: str, tensor: Tensor | Entry, is_parameter: bool
+) -> None:
     if not (tensor.is_floating_point() if isinstance(tensor, Tensor) else tensor.is_floating_point):
         raise ValueError(
             f"module {quoted(module)}: {quoted(part)} of the saved composition has dtype {tensor.dtype}, but must "
             "have a floating-point dtype"
         )
-    ranks, shape = config.composed_modules[module], tuple(tensor.shape)
+    shape = tuple(tensor.shape)
     if part.startswith("mixing."):
         if shape != (len(ranks),):
             raise ValueError(
@@ -296,12 +302,13 @@ def _require_fitting_tensor(config: CompositionConfig, module: str, part: str, t
         if isinstance(tensor, Tensor):
             require_finite(module, tensor)
         return
-    owner, _, name = module.rpartition(".")
-    parameters = {} if config.lora_layout is None else config.lora_layout.get("parameters", {})
-    matrices = name in parameters.get(owner, ()) and len(shape) == 3
-    place = {"factors.A": int(matrices), "factors.B": 1 + int(matrices), "factors.bias": 0}.get(part)
+    place = _RANKS_AT.get(part)
+    if place is None:
+        return
+    if is_parameter and len(shape) == 3 and part != "factors.bias":
+        place += 1
     expected = len(ranks) if part == "factors.bias" else sum(ranks)
-    if place is not None and (len(shape) <= place or shape[place] != expected):
+    if len(shape) <= place or shape[place] != expected:
         raise ValueError(
             f"module {quoted(module)}: the config has ranks {ranks}, but {part.partition('.')[2]} of the saved "
             f"composition has shape {shape}"

@@ -106,7 +106,8 @@ class CompositionModel(BaseTuner):
             require_usable_name(adapter_name, base.layers)
             injection = prepare(config, base)
             require_usable_name(adapter_name, injection.ranks.keys() - base.layers.keys())
-            config.target_modules = list(injection.ranks)
+            # Not a list: PEFT would spend time on shortening it, but modules are matched by the record.
+            config.target_modules = cast("list[str]", tuple(injection.ranks))
             self._injection = injection
             if state_dict is not None:
                 state_dict = {injection.key_at_the_module(key): tensor for key, tensor in state_dict.items()}
@@ -114,7 +115,6 @@ class CompositionModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             finally:
                 del self._injection
-            # PEFT may have shortened the list to suffixes that match more modules.
             config.target_modules = list(injection.ranks)
             if injection.awaits_fingerprint is not None:
                 carrying = injection.layers[injection.awaits_fingerprint]
