@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .scalars import LARGEST_FLOAT32, as_float, as_list, as_text
+from .text import plural
 
 
 # Hand-written weights such as [0.333, 0.333, 0.333] are meant to sum to 1.
@@ -28,7 +29,10 @@ def checked_weights(weights: Any, names: Sequence[str], normalization: str) -> l
     if given is None:
         raise ValueError(f"weights must be a list of numbers, got {weights!r}")
     if len(given) != len(names):
-        raise ValueError(f"weights has {len(given)} entries for {len(names)} adapters ({', '.join(names)})")
+        raise ValueError(
+            f"weights has {plural(len(given), 'entry', 'entries')} for {plural(len(names), 'adapter')} "
+            f"({', '.join(names)})"
+        )
     found = []
     for name, entry in zip(names, given):
         weight = as_float(entry)

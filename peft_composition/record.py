@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .references import Provenance
-from .text import one_line, quoted
+from .text import one_line, plural, quoted
 
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def require_valid_record(config: Recorded) -> None:
         raise _refusal("composed_modules must be a dict with at least one module", composed)
     for module, ranks in composed.items():
         if not isinstance(ranks, list) or len(ranks) != len(names):
-            raise _refusal(f"composed_modules must have {len(names)} ranks for module {quoted(module)}", ranks)
+            raise _refusal(
+                f"composed_modules must have {plural(len(names), 'rank')} for module {quoted(module)}", ranks
+            )
         if all(type(rank) is int and rank >= 0 for rank in ranks) and any(ranks):
             continue
         for name, rank in zip(names, ranks):

@@ -17,7 +17,7 @@ from .analysis.report import Part, WeightRow, short_labels
 from .checkpoint.export import LoraExport
 from .choosing.search import FoundAdapter
 from .comparing import Comparison
-from .text import LONG, one_line
+from .text import LONG, one_line, plural
 
 
 MOST_COLUMNS = 6  # adapters in a table by parts: there is no room for more beside the name of a block
@@ -36,7 +36,7 @@ def print_json(value: object) -> None:
 
 def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
     """Print a row per adapter, and below in full width why some cannot be composed, and notes."""
-    title = _plain(f"{len(reports)} adapter{'s' * (len(reports) != 1)}" + (f" for {base}" if base else ""))
+    title = _plain(plural(len(reports), "adapter") + (f" for {base}" if base else ""))
     table = Table(title=title, show_lines=True, show_edge=False, pad_edge=False)
     table.add_column("adapter, base, targets, license", overflow="fold")
     table.add_column("rank", no_wrap=True)
@@ -64,7 +64,7 @@ def print_reports(reports: Sequence[AdapterReport], base: str | None) -> None:
 
 def print_found(found: Sequence[FoundAdapter], base: str) -> None:
     """Print a row per adapter of the Hub, and below why some cannot be composed."""
-    table = Table(title=_plain(f"{len(found)} adapter{'s' * (len(found) != 1)} for {base}"), show_edge=False)
+    table = Table(title=_plain(f"{plural(len(found), 'adapter')} for {base}"), show_edge=False)
     table.add_column("adapter, targets", overflow="fold")
     for heading in ("rank", "task", "license"):
         table.add_column(heading, overflow="fold")

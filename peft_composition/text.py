@@ -58,6 +58,17 @@ def shown(value: object) -> str:
     return one_line(_BRIEF.repr(value))
 
 
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """A count with its noun: `1 adapter`, `2 adapters`, `1,000 adapters`.
+
+    Args:
+        count: how many.
+        one: the noun for one.
+        many: for others. Default: with an "s".
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def in_markdown(text: object, limit: int = SHORT) -> str:
     """Foreign text for a paragraph, a heading or a table cell in Markdown, where it shows as plain text.
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Any
 
+from .words import run_with, spoken
+
 
 try:
     import typer
@@ -28,6 +30,11 @@ class Command(TyperCommand):
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")
             raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer's; what the library says is put into the words of this command."""
+        run_with(self.params)
+        return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -92,7 +99,7 @@ def _complain(text: str) -> None:
     except ImportError:  # the error to show: PEFT or torch is missing or too old
         typer.echo(" ".join(text.split()), err=True)
     else:
-        typer.echo(one_line(text, LONG), err=True)
+        typer.echo(one_line(spoken(text), LONG), err=True)
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ def compare(
     adapters: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
         typer.Argument(
-            metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.", show_default=False
+            metavar="ADAPTER...",
+            help="Hub ids (id@revision for a revision), folders, or a folder of adapters.",
+            show_default=False,
         ),
     ] = None,
     candidates: Annotated[

@@ -7,12 +7,17 @@ from typing import Annotated, Optional
 import typer
 
 from .application import Command, app, reported
-from .options import Adapters, AsJson, CheckBase, ForTask
+from .options import AsJson, CheckBase, ForTask
 
 
 @app.command(cls=Command)
 def inspect(
-    adapters: Adapters,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...", help="Hub ids (id@revision for a revision), folders, or a folder of adapters."
+        ),
+    ],
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

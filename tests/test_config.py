@@ -73,7 +73,7 @@ def test_unnamed_adapters_get_the_shortest_name_that_tells_them_apart(adapters: 
         ({"normalization": "sum"}, "normalization must be one of 'softmax', 'none', got 'sum'"),
         ({"weight_sharing": "layer"}, "weight_sharing must be one of 'module', 'block', 'model', got 'layer'"),
         ({"mixing": "uniform", "weights": [0.5, 0.5]}, 'mixing="uniform" ignores them'),
-        ({"weights": [1.0]}, "weights has 1 entries for 2 adapters (a, b)"),
+        ({"weights": [1.0]}, "weights has 1 entry for 2 adapters (a, b)"),
         ({"weights": [0.5, float("nan")]}, "the weight of adapter 'b' must be a finite number, got nan"),
         ({"weights": [float("inf"), 0.5]}, "the weight of adapter 'a' must be a finite number, got inf"),
         ({"weights": [0.5, "0.5"]}, "the weight of adapter 'b' must be a finite number, got '0.5'"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from peft_composition.text import LONG, SHORT, in_code, in_markdown, in_python, one_line, quoted
+from peft_composition.text import LONG, SHORT, in_code, in_markdown, in_python, one_line, plural, quoted
 from peft_composition.upstream.errors import AdapterError
 
 
@@ -139,3 +139,16 @@ def test_a_literal_of_python_means_the_text(text: str) -> None:
     assert ast.literal_eval(literal) == text
     assert literal.isprintable()
     assert "<" not in literal
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "expected"),
+    [
+        (0, ("adapter",), "0 adapters"),
+        (1, ("adapter",), "1 adapter"),
+        (2, ("class", "classes"), "2 classes"),
+        (1000, ("example",), "1,000 examples"),
+    ],
+)
+def test_counts_agree_with_their_nouns(count: int, words: tuple[str, ...], expected: str) -> None:
+    assert plural(count, *words) == expected

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import CompositionConfig
 from ..drafts import LORA_DRAFT, alone_in, draft_in
 from ..public import publish
-from ..text import one_line
+from ..text import one_line, plural
 from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_layers
 from ..tuner.mixing import Mixing
@@ -59,7 +59,7 @@ class LoraExport:
     def __str__(self) -> str:
         lowest, highest = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {highest}" if lowest == highest else f"ranks {lowest} to {highest}"
-        text = f"Plain LoRA of {len(self.ranks)} modules, {ranks}: "
+        text = f"Plain LoRA of {plural(len(self.ranks), 'module')}, {ranks}: "
         if not any(self.errors.values()):
             return text + "exact"
         worst = max(self.errors, key=lambda module: self.errors[module])

@@ -34,7 +34,9 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.energy is not None:
-            raise ValueError(f"give rank or energy, not both: got rank={self.rank!r} and energy={self.energy!r}")
+            raise ValueError(
+                f"give rank=... or energy=..., not both: got rank={self.rank!r} and energy={self.energy!r}"
+            )
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
         if self.energy is not None and not (isinstance(self.energy, (int, float)) and 0 < self.energy <= 1):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from ..text import one_line, quoted, shown
+from ..text import one_line, plural, quoted, shown
 from .tables import Table, read_table
 
 
@@ -79,7 +79,7 @@ class LabelledData:
             rows = groups.get(label, [])
             if len(rows) < k:
                 of = f" of class {quoted(self.classes[label])}" if self.classes else ""
-                raise ValueError(f"k={k}, but {one_line(self.source)} has {len(rows)} examples{of}")
+                raise ValueError(f"k={k}, but {one_line(self.source)} has {plural(len(rows), 'example')}{of}")
             chosen += sorted(generator.sample(rows, k))
         left = set(range(len(self))).difference(chosen)
         return self.take(sorted(chosen)), self.take(sorted(left))
@@ -130,11 +130,14 @@ def read_data(
     table = read_table(data, split, subset)
     is_answered = prompt is not None or answer is not None
     if is_answered and (prompt is None or answer is None):
-        raise ValueError("prompt and answer go together: give both columns")
+        raise ValueError("prompts and answers go together: give both columns, prompt=... and answer=...")
     if is_answered and (text is not None or image is not None or label is not None):
-        raise ValueError("give prompt and answer for a language model, or text or image with label for a classifier")
+        raise ValueError(
+            "give prompt=... and answer=... for a language model, or text=... or image=... with label=... for a "
+            "classifier"
+        )
     if text is not None and image is not None:
-        raise ValueError("give a column of texts or of images, not both")
+        raise ValueError("give text=... or image=..., a column of texts or of images, and not both")
     if prompt is not None and answer is not None:
         prompts = _column(table, prompt, _text)
         answers = _column(table, answer, _text)
@@ -155,8 +158,8 @@ def _told(data: LabelledData) -> LabelledData:
         copies = 0
     if copies:
         warnings.warn(
-            f"{one_line(data.source)}: {copies} of {len(keys)} rows are copies of others; they count several times in "
-            "evidence and intervals: drop them",
+            f"{one_line(data.source)}: {copies} of {len(keys)} rows {'is a copy' if copies == 1 else 'are copies'} of "
+            "others; copies count several times in evidence and intervals: drop them",
             stacklevel=3,
         )
     return data

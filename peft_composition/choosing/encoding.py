@@ -129,7 +129,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
         if room < 1:
             raise ValueError(
                 f"{one_line(examples.source)}: the answer {quoted(answer, 60)} has {len(labels)} tokens, which leaves "
-                f"no room for its prompt in {self._most}; give a larger max_length"
+                f"no room for its prompt in {self._most}; give a larger max_length=..."
             )
         prompt = self._processor(given[0])["input_ids"]
         first = prompt[:1] if prompt[:1] == [self._processor.bos_token_id] else []

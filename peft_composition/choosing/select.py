@@ -21,6 +21,7 @@ from ..evidence.scores import bayesian_bootstrap, interval
 from ..evidence.table import DRAWS
 from ..evidence.together import together
 from ..references import AdapterReference, is_local
+from ..text import plural
 from .downloads import Downloads
 from .greedy import choose_together, weigh
 from .identity import key_of
@@ -195,8 +196,8 @@ def _meet() -> None:
 def _none(references: Sequence[AdapterReference], reasons: dict[int, str]) -> str:
     number = min(reasons)
     return (
-        f"none of {len(references)} candidates could be scored; of the first, {references[number - 1]['name']!r}: "
-        f"{reasons[number]}"
+        f"none of {plural(len(references), 'candidate')} could be scored; of the first, "
+        f"{references[number - 1]['name']!r}: {reasons[number]}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import CompositionConfig
 from ..evidence.table import MEANING, Measure
 from ..references import AdapterReference
-from ..text import LONG, one_line
+from ..text import LONG, one_line, plural
 
 
 SHOWN = 20
@@ -100,7 +100,8 @@ class Selection:
         shown = [own for own in self.ranking if own.score is not None][:SHOWN]
         width = max(len(one_line(own.name)) for own in (*shown, self.base))
         lines = [
-            f"{self.candidates} candidates on {self.examples} examples; score: {MEANING[self.measure]}",
+            f"{plural(self.candidates, 'candidate')} on {plural(self.examples, 'example')}; score: "
+            f"{MEANING[self.measure]}",
             f"chance that the best of them is worse than the base: {100 * self.risk_worse_than_base:.0f} %",
             "",
             f"{'':{width}}   score  95% interval      accuracy  examples  weight",

@@ -14,9 +14,9 @@ from ..comparing.methods import FRESH, LEARNED, METHODS
 from ..config import CompositionConfig
 from ..references import AdapterReference
 from ..terminal import print_comparison, print_json, say
-from ..text import one_line
+from ..text import one_line, plural
 from .inputs import references_of, task_and_loader
-from .labelled import task_of
+from .labelled import expanded, task_of
 from .outputs import require_writable
 
 
@@ -52,7 +52,7 @@ def run(
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     rows = EncodedRows(examples, processor, is_seq2seq)
     if not as_json:
-        say(f"{len(references)} adapters, {len(examples)} examples of {one_line(data)}")
+        say(f"{plural(len(references), 'adapter')}, {plural(len(examples), 'example')} of {one_line(data)}")
     result = compare_methods(
         model,
         references,
@@ -79,4 +79,4 @@ def run(
 def _references(adapters: list[str] | Path | None) -> list[AdapterReference]:
     if isinstance(adapters, Path):
         return CompositionConfig(adapters=read_candidates(adapters)).references
-    return references_of(adapters or [])
+    return references_of(expanded(adapters or []))

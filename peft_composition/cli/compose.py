@@ -19,7 +19,7 @@ from ..checkpoint.saved import head_hash
 from ..config import CompositionConfig
 from ..names import LORA_SUBFOLDER
 from ..terminal import print_json, say
-from ..text import LONG, in_python, one_line
+from ..text import LONG, in_python, one_line, plural
 from .inputs import new_modules, references_of, task_and_loader
 
 
@@ -90,11 +90,14 @@ def run(
         )
         return
     shares = ", ".join(f"{one_line(name)} {weight:.3g}" for name, weight in means.items())
-    say(f"Composed {len(means)} adapters in {len(mixed)} modules ({shares}): {out}")
+    say(f"Composed {plural(len(means), 'adapter')} in {plural(len(mixed), 'module')} ({shares}): {out}")
     if is_headless:
         say(f"It has no head: {base} has no trained one ({', '.join(new)}). To add a new one, use --num-labels.")
     elif has_new_head:
-        say(f"Its head for {num_labels} labels is new and untrained ({', '.join(new)}): train it before use.")
+        say(
+            f"Its head for {plural(num_labels or 0, 'label')} is new and untrained ({', '.join(new)}): "
+            "train it before use."
+        )
     if lora is not None:
         say(f"{lora}: {out / LORA_SUBFOLDER}")
     if commit:

@@ -52,10 +52,13 @@ def task_of(data: LabelledData, is_encoder_decoder: bool) -> str:
 
 
 def expanded(adapters: Sequence[str]) -> list[str]:
-    """Adapters as they are; a folder that is none stands for those in it."""
+    """Adapters as they are; a folder that is none stands for those in it, if there are any."""
     found = []
     for adapter in adapters:
-        found += adapters_in(adapter) if Path(adapter).is_dir() else [adapter]
+        try:
+            found += adapters_in(adapter) if Path(adapter).is_dir() else [adapter]
+        except ValueError:
+            found.append(adapter)  # whoever reads it says what it is
     return found
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_composition_cli.words import spoken
+
 from ..choosing import Selection, read_candidates, read_data, search_adapters, select_adapters
 from ..terminal import print_json, say
 from .inputs import references_of
@@ -49,7 +51,7 @@ def run(
         print_json(selection.as_json())
     else:
         for line in str(selection).splitlines():
-            print(line)
+            print(spoken(line))
         print()
         what = "them" if len(selection.chosen) > 1 else "it (one adapter alone; no other improved it)"
         say(f"To compose {what}: {_command(base, selection, len(examples.classes))}")

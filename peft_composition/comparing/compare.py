@@ -12,6 +12,7 @@ from torch import nn
 
 from ..evidence.batches import Collate
 from ..evidence.passes import Precision
+from ..text import plural
 from ..tuner.locating import composition_layers
 from .differences import Differences, left_out, over_draws
 from .heads import Budget
@@ -112,7 +113,7 @@ def compare_methods(
         'cannot tell'
     """
     require_good_limits(rope, level)
-    _check(base, methods, judged, scales, seeds, repeats)
+    _check(base, methods, judged, scales, seeds, repeats, k)
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, got {k}; leave it out to take all examples")
     budget = Budget(steps, batch_size, learning_rate, lora_learning_rate)
@@ -121,12 +122,12 @@ def compare_methods(
     is_crossed = test is not None or k is not None
     if is_crossed:
         splits, rows = _draws(rows, tests, k, seeds, seed)
-        setting = f"{len(splits)} draw{'s' * (len(splits) > 1)} of {len(splits[0].train)} examples, judged by "
-        setting += f"{len(splits[0].test)} others"
+        setting = f"{plural(len(splits), 'draw')} of {plural(len(splits[0].train), 'example')}, judged by "
+        setting += plural(len(splits[0].test), "other")
     else:
         splits = _left_out(rows, folds, repeats, seed)
         count = len(splits) // repeats
-        setting = f"{len(rows)} examples, each left out {repeats} time{'s' * (repeats > 1)} ({count} folds)"
+        setting = f"{plural(len(rows), 'example')}, each left out {plural(repeats, 'time')} ({count} folds)"
     task: Task
     if rows.labels is None:
         task = Tokens(base, rows, budget, mixed_precision)
@@ -148,7 +149,13 @@ def compare_methods(
 
 
 def _check(
-    base: nn.Module, methods: Sequence[str], judged: str, scales: Sequence[float], seeds: int, repeats: int
+    base: nn.Module,
+    methods: Sequence[str],
+    judged: str,
+    scales: Sequence[float],
+    seeds: int,
+    repeats: int,
+    k: int | None,
 ) -> None:
     if isinstance(base, PeftModel) or any(True for _ in composition_layers(base)):
         raise ValueError(f"This model ({type(base).__name__}) already has adapters. Pass the base model.")
@@ -161,6 +168,10 @@ def _check(
         )
     if not {"base", FRESH} & {*methods}:
         raise ValueError(f"there is nothing to judge adapters against: add 'base' or {FRESH!r} to methods")
+    if seeds > 1 and k is None:
+        raise ValueError(
+            f"seeds={seeds} draws of all examples would be the same: give k=..., the examples of each class"
+        )
     if seeds < 1 or repeats < 1 or not scales or min(scales) <= 0:
         raise ValueError(
             f"seeds and repeats must be 1 or more and scales more than 0, got seeds={seeds}, repeats={repeats}, "
@@ -183,8 +194,6 @@ def _left_out(rows: Rows, folds: int, repeats: int, seed: int) -> list[Split]:
 def _draws(rows: Rows, tests: Rows | None, k: int | None, seeds: int, seed: int) -> tuple[list[Split], Rows]:
     """Draws with the rows that they need, numbered anew."""
     labels = torch.zeros(len(rows), dtype=torch.int64) if rows.labels is None else rows.labels
-    if k is None and seeds > 1:
-        raise ValueError(f"seeds={seeds} draws of all examples would be the same: give k, the examples of each class")
     every = torch.arange(len(rows))
     drawn = [every if k is None else draw_per_class(labels, k, seed + number) for number in range(seeds)]
     used = torch.cat(drawn).unique()
@@ -192,8 +201,9 @@ def _draws(rows: Rows, tests: Rows | None, k: int | None, seeds: int, seed: int)
         judged_by = every[~torch.isin(every, used)]
         if len(judged_by) < LEAST_TESTS:
             raise ValueError(
-                f"{seeds} draws of k={k} leave {len(judged_by)} of {len(rows)} examples to judge by, too few: lower k "
-                "or seeds, give test examples, or leave out k to leave each example out in turn"
+                f"{plural(seeds, 'draw')} of k={k} would leave {len(judged_by)} of {plural(len(rows), 'example')} to "
+                "judge by, too few: lower k=... or seeds=..., give test=..., or leave out k=... to leave each example "
+                "out in turn"
             )
         kept = rows.subset(torch.cat([used, judged_by]))
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..text import plural
+
 
 def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int) -> list[Tensor]:
     """Number the fold in which each example is left out, for every repeat.
@@ -30,7 +32,7 @@ def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int) -> list[Tenso
         small = int(classes[counts.argmin()])
         raise ValueError(
             f"cross-fitting needs 2 folds or more and 2 examples of every class, got folds={folds}, and "
-            f"{int(counts.min())} of class {small}; give more examples, or test examples"
+            f"{int(counts.min())} of class {small}; give more examples, or test=..."
         )
     folds = min(folds, int(counts.min()))
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +67,7 @@ def draw_per_class(labels: Tensor, k: int, seed: int) -> Tensor:
     for each in labels.unique():
         own = (labels == each).nonzero().flatten()
         if len(own) < k:
-            raise ValueError(f"k={k}, but class {int(each)} has only {len(own)} examples")
+            raise ValueError(f"k={k}, but class {int(each)} has only {plural(len(own), 'example')}")
         generator = torch.Generator().manual_seed(1000 * seed + int(each))
         rows.append(own[torch.randperm(len(own), generator=generator)[:k]])
     return torch.cat(rows).sort().values

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..text import plural
 from .differences import Differences, Floats
 
 
@@ -77,7 +78,7 @@ class Verdict:
         end = ""
         if self.word == "cannot tell":
             end = (
-                f" About {self.more:,} more examples would tell, if the difference stays as it is."
+                f" About {plural(self.more, 'more example')} would tell, if the difference stays as it is."
                 if self.more is not None
                 else " More examples of a difference this small would not tell."
             )

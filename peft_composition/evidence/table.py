@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..text import one_line
+from ..text import one_line, plural
 from .passes import Candidate, Kind, Passed
 from .scores import LeftOut, bayesian_bootstrap, interval, margins
 from .weights import LEAST_BASE
@@ -80,8 +80,14 @@ class AdapterScores(Sequence[AdapterScore]):
 
     def __str__(self) -> str:
         tried = sum(row.kind == "adapter" for row in self.rows)
-        unused = f" ({self.unused} more are the only ones of their class)" if self.unused else ""
-        lines = [f"{tried} adapters on {self.examples} examples{unused}; score: {MEANING[self.measure]}"]
+        unused = (
+            f" ({plural(self.unused, 'more is the only one', 'more are the only ones')} of their class)"
+            if self.unused
+            else ""
+        )
+        lines = [
+            f"{plural(tried, 'adapter')} on {plural(self.examples, 'example')}{unused}; score: {MEANING[self.measure]}"
+        ]
         names = [row.name if row.kind == "adapter" else f"({row.name})" for row in self.rows]
         width = max(len(one_line(name)) for name in names)
         lines.append(f"{'':{width}}   score  95% interval      accuracy  seconds")

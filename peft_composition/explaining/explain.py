@@ -28,6 +28,7 @@ from ..evidence.score import require_pairs
 from ..evidence.scores import LeftOut
 from ..evidence.table import tabulate
 from ..references import is_hub_id
+from ..text import plural
 from ..tuner.mixing_weights import mixing_weights
 from .classes import class_names, left_out_table, predictions, table_of
 from .explanation import Explanation
@@ -120,7 +121,7 @@ def explain(
         found = {"mix": by_kind["mix"], "uniform": by_kind["uniform"], "base": by_kind["base"]}
         classes = left_out_table(found, [names[label] for label in columns])
     explanation = Explanation(
-        title=title or f"A composition of {count} LoRA adapters",
+        title=title or f"A composition of {plural(count, 'LoRA adapter')}",
         adapter_name=composition.name,
         mixing=config.mixing,
         normalization=config.normalization,
@@ -177,7 +178,7 @@ def _tested(composition: Composition, tests: Examples, names: Mapping[int, str],
 
 
 def _described(examples: Examples, name: str | None) -> str:
-    said = f"{len(examples)} examples"
+    said = plural(len(examples), "example")
     if examples.labels is not None:
         counts = cast(list[int], examples.labels.unique(return_counts=True)[1].tolist())
         each = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.explained import FORMAT, markdown_of
 from ..evidence.table import AdapterScores
-from ..text import one_line, quoted
+from ..text import one_line, plural, quoted
 from .classes import ClassTable
 from .left_out import LeftOutAdapter
 from .updates import Updates
@@ -85,7 +85,8 @@ class Findings:
         scores, rows = self.scores, self.left_out
         mix, uniform, base = (scores[name] for name in ("mix", "uniform", "base"))
         said = [
-            f"The mix of {len(rows)} adapters gets {100 * mix.accuracy:.1f} % of {scores.examples} examples right, "
+            f"The mix of {plural(len(rows), 'adapter')} gets {100 * mix.accuracy:.1f} % of "
+            f"{plural(scores.examples, 'example')} right, "
             f"their uniform mix {100 * uniform.accuracy:.1f} % and the base model alone {100 * base.accuracy:.1f} %."
         ]
         worst = min(rows, key=lambda row: row.change.mean)
@@ -101,10 +102,13 @@ class Findings:
             said.append(f"It would predict better without {_listed(better)}.")
         if self.tested is not None:
             share = f"{100 * self.tested.accuracy:.1f} %"
-            said.append(f"With its own head, {share} of {self.tested.examples} test examples are right.")
+            said.append(
+                f"With its own head, {share} of {plural(self.tested.examples, 'test example')} "
+                f"{'is' if self.tested.examples == 1 else 'are'} right."
+            )
         said.append(
-            f"{len(rows)} adapters were tried on {scores.examples} examples: the intervals are for one adapter at a "
-            "time, and the best of many looks better than it is."
+            f"{plural(len(rows), 'adapter was', 'adapters were')} tried on {plural(scores.examples, 'example')}: the "
+            "intervals are for one adapter at a time, and the best of many looks better than it is."
         )
         return said
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..analysis.report import Part, grid_of, rows_and_columns, short_labels
 from ..evidence.table import MEANING
-from ..text import LONG, one_line
+from ..text import LONG, one_line, plural
 from .classes import ClassTable
 from .findings import Findings
 
@@ -170,5 +170,5 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(line=one_line, signed=signed, whole=lambda text: one_line(text, LONG))
+    environment.filters.update(line=one_line, plural=plural, signed=signed, whole=lambda text: one_line(text, LONG))
     return environment.get_template(TEMPLATE)

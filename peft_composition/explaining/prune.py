@@ -14,7 +14,7 @@ from ..evidence.passes import Composition, Examples, Precision, candidates, comp
 from ..evidence.score import require_pairs
 from ..evidence.scores import NotFiniteError
 from ..evidence.table import Measure
-from ..text import one_line
+from ..text import one_line, plural
 from ..tuner.dropping import drop_adapters, is_mix
 from ..tuner.factors import Factors
 from .left_out import THE_MIX, Change, LeftOutAdapter, Outcome, left_out_rows, without
@@ -63,7 +63,8 @@ class PruneReport:
     def __str__(self) -> str:
         change = self.change
         lines = [
-            f"{len(self.dropped)} of {len(self.rows)} adapters dropped on {self.examples} examples, "
+            f"{len(self.dropped)} of {plural(len(self.rows), 'adapter')} dropped on "
+            f"{plural(self.examples, 'example')}, "
             f"{self.seconds:.1f} s; factors {self.parameters_before:,} -> {self.parameters_after:,} values",
             f"change: {_signed(change)}, accuracy {100 * self.accuracy_before:.1f} % -> "
             f"{100 * self.accuracy_after:.1f} % ({_MEANING[self.measure]})",

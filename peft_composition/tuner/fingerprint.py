@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from ..config import CompositionConfig
 from ..names import name_in_checkpoint
 from ..record import summary
-from ..text import one_line, quoted
+from ..text import one_line, plural, quoted
 from ..upstream.weights import Entry, opened
 
 
@@ -297,7 +297,7 @@ def _require_fitting_tensor(
         if shape != (len(ranks),):
             raise ValueError(
                 f"module {quoted(module)}: the saved mixing weights have shape {shape}, but the config has "
-                f"{len(ranks)} adapters"
+                f"{plural(len(ranks), 'adapter')}"
             )
         if isinstance(tensor, Tensor):
             require_finite(module, tensor)

@@ -158,8 +158,8 @@ def require_same_base(adapters: Iterable[UpstreamAdapter], model_name: str | Non
             raise AdapterError(
                 adapter.name,
                 f"it was trained on {trained_on!r}, but the model is {model_name!r}. If these are the same weights "
-                "under another name, pass CompositionConfig(check_base_model=False), or --no-check-base on the "
-                "command line. Modules and shapes are always compared",
+                "under another name, pass CompositionConfig(check_base_model=False). Modules and shapes are always "
+                "compared",
             )
 
 

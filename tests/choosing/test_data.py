@@ -169,8 +169,8 @@ def test_too_few_for_a_draw() -> None:
         ("d.parquet", "x", {}, "Could not open Parquet input source"),
         ("d.txt", "x", {}, r"d\.txt ends with '\.txt'; give a file that ends with \.csv"),
         ("d.csv", "text,label\na,x\nb,y\n", {"image": "text"}, "row 2: column 'text' must be an image or the path"),
-        ("d.csv", "p,a\nx,y\n", {"prompt": "p"}, "prompt and answer go together"),
-        ("d.csv", "p,a\nx,y\n", {"prompt": "p", "answer": "a", "label": "a"}, "give prompt and answer for a language"),
+        ("d.csv", "p,a\nx,y\n", {"prompt": "p"}, "prompts and answers go together"),
+        ("d.csv", "p,a\nx,y\n", {"prompt": "p", "answer": "a", "label": "a"}, "give prompt=... and answer=... for a"),
         ("d.csv", "p,a\nx,y\n", {"text": ["p", "a", "p"]}, "text is one column or two, got 3"),
     ],
 )  # fmt: skip
@@ -222,7 +222,7 @@ def test_labels_of_numpy_and_rows_without_text_or_label() -> None:
 def test_copies_are_counted_and_told() -> None:
     """A text with two labels is no copy."""
     rows = [{"text": f"{number % 5}", "label": number % 2} for number in range(12)]
-    with pytest.warns(UserWarning, match="the given data: 2 of 12 rows are copies of others; they count several"):
+    with pytest.warns(UserWarning, match="the given data: 2 of 12 rows are copies of others; copies count several"):
         read_data(rows)
     with pytest.warns(UserWarning, match="7 of 12 rows are copies"):
         read_data(rows, prompt="text", answer="text")

@@ -106,7 +106,7 @@ def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (("me/lora-a", "--fast", "--judged", "evidence, learned"), 2, "--fast leaves out the method"),
         (("me/lora-a", "--text", "nothing"), 1, "has no column 'nothing'"),
         (("me/lora-a", "--task", "CAUSAL_LM"), 1, "which needs --prompt and --answer"),
-        (("me/lora-a",), 1, "give text=..."),
+        (("me/lora-a",), 1, "give --text,"),
     ],
 )
 def test_what_is_refused(folder: Path, args: tuple[str, ...], code: int, message: str) -> None:

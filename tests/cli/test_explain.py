@@ -153,7 +153,7 @@ def test_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_refused(folder: Path) -> None:
     for args, code, message in (
         (["explain", "composed", "--data", "mine.csv", "--out", "report.pdf"], 2, "must end with one of"),
-        (["explain", "composed", "--data", "mine.csv", "--k", "9"], 1, "k=9, but"),
+        (["explain", "composed", "--data", "mine.csv", "--k", "9"], 1, "--k 9, but"),
         (["explain", "composed", "--data", "none.csv"], 1, "none.csv"),
         (["prune", "composed", "--data", "mine.csv", "--out", "composed"], 2, "is not empty"),
         (["prune", "composed", "--data", "mine.csv", "--out", "new", "--tolerance", "-1"], 2, "tolerance"),

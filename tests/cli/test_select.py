@@ -65,10 +65,10 @@ def test_what_it_prints_composes(place: Path) -> None:
 def test_arguments_that_are_refused(place: Path) -> None:
     for words, complaint, code in (
         ((*COMMAND,), "Give adapters, --candidates FILE or --search.", 2),
-        ((*COMMAND, "pool", "--k", "7"), "k=7, but many.csv has 6 examples of class 'no'", 1),
+        ((*COMMAND, "pool", "--k", "7"), "--k 7, but many.csv has 6 examples of class 'no'", 1),
         ((*COMMAND, "pool", "--k", "1"), "There is one example of each of 2 classes", 1),
         ((*COMMAND[:-1], "stars", "pool"), "many.csv has no column 'stars'; it has 'review', 'liked'", 1),
-        ((*COMMAND, "mix"), "none of 1 candidates could be scored", 1),
+        ((*COMMAND, "mix"), "none of 1 candidate could be scored", 1),
     ):
         result = run(*words)
         assert result.exit_code == code, result.output

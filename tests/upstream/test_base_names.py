@@ -133,7 +133,7 @@ def test_what_the_error_advises_lets_another_name_in(trio: list[Path], tmp_path:
     edit_config(trio[1], base_model_name_or_path="someone/my-llama")
     base = tiny.build("mlp").double()
     base.name_or_path = LLAMA
-    advice = "pass CompositionConfig(check_base_model=False), or --no-check-base on the command line"
+    advice = "pass CompositionConfig(check_base_model=False). Modules"
     refuse(base, *trio[:2], message=f"it was trained on 'someone/my-llama', but the model is {LLAMA!r}.")
     refuse(base, *trio[:2], message=advice)
 
