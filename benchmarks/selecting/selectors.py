@@ -1,0 +1,107 @@
+"""What each selector makes of a support set: an order of the candidates, and how many examples that took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_composition.choosing.ladder import _levels
+from peft_composition.choosing.select import FINALISTS, _kept, _plan
+from peft_composition.evidence.scores import leave_one_out_distances, margins
+
+
+FULL, HALVING = "evidence, all examples", "evidence, halving"
+BLOCKS, WHOLE = "one backward pass, per block", "one backward pass, whole adapter"
+SCREEN = "one backward pass, then halving"
+ACCURACY, RANDOM = "accuracy, all examples", "random"
+SELECTORS = (FULL, HALVING, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
+SCREENED = 4  # one of so many goes on after the backward pass
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A support set, as candidates see it.
+
+    Attributes:
+        features: of the candidates, shape (N, n, d).
+        base: of the base model, shape (n, d).
+        labels: shape (n,).
+        slopes: of the mean margin, by the share of each candidate in each block, shape (N, blocks).
+        seed: of the draw.
+    """
+
+    features: Tensor
+    base: Tensor
+    labels: Tensor
+    slopes: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a selector says.
+
+    Attributes:
+        order: the candidates, the best first.
+        passed: examples that went through the model, over all candidates.
+        gains: on all examples, of its pick over the base; shape (n,).
+        screened: gains of all candidates in its first round, shape (N, examples); None for others than halving.
+    """
+
+    order: Tensor
+    passed: int
+    gains: Tensor
+    screened: Tensor | None = None
+
+
+def orders(draw: Draw) -> dict[str, Order]:
+    """By the name of the selector."""
+    count, examples = draw.features.shape[:2]
+    scores = _scores(draw.features, draw.labels)
+    gains = scores - _scores(draw.base[None], draw.labels)
+    shuffled = torch.from_numpy(np.random.default_rng(draw.seed).permutation(count))
+    right = (scores > 0).double().mean(1)[shuffled]
+    # A block's largest slope is 1, so that no block decides alone.
+    by_block = draw.slopes.abs() / draw.slopes.abs().amax(0).clamp_min(torch.finfo(draw.slopes.dtype).tiny)
+    blocks = by_block.sum(1).argsort(descending=True)
+    found = {
+        FULL: (scores.mean(1).argsort(descending=True), count * examples, None),
+        HALVING: _halved(draw, torch.arange(count)),
+        SCREEN: _halved(draw, blocks[: max(FINALISTS, -(-count // SCREENED))]),
+        BLOCKS: (blocks, 0, None),
+        WHOLE: (draw.slopes.sum(1).argsort(descending=True), 0, None),
+        ACCURACY: (shuffled[right.argsort(descending=True, stable=True)], count * examples, None),
+        RANDOM: (shuffled, 0, None),
+    }
+    rest = blocks[len(found[SCREEN][0]) :]
+    found[SCREEN] = torch.cat([found[SCREEN][0], rest]), *found[SCREEN][1:]
+    return {name: Order(order, passed, gains[order[0]], seen) for name, (order, passed, seen) in found.items()}
+
+
+def _halved(draw: Draw, alive: Tensor) -> tuple[Tensor, int, Tensor]:
+    """What `select_adapters` does with these candidates: order, examples passed, gains of the first round."""
+    levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
+    plan = _plan(len(alive), int(levels.max()) + 1, FINALISTS, True)
+    passed, before, screened = 0, 0, torch.empty(0)
+    behind: list[Tensor] = []
+    for place, (rung, _) in enumerate(plan):
+        rows = levels <= rung
+        own = _scores(draw.features[alive][:, rows], draw.labels[rows])
+        passed += len(alive) * (int(rows.sum()) - before)
+        before = int(rows.sum())
+        if place == 0:
+            screened = own - _scores(draw.base[None, rows], draw.labels[rows])
+        alive = alive[own.mean(1).argsort(descending=True)]
+        if place + 1 < len(plan):
+            kept = _kept(len(alive), FINALISTS)
+            behind.insert(0, alive[kept:])
+            alive = alive[:kept]
+    return torch.cat([alive, *behind]), passed, screened
+
+
+def _scores(features: Tensor, labels: Tensor) -> Tensor:
+    """The margin of every example under each candidate, shape (N, n)."""
+    return torch.stack([margins(leave_one_out_distances(own, labels)) for own in features])

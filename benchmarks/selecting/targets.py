@@ -1,0 +1,194 @@
+"""The two tasks that candidates are selected for, and what is trained for their pools, all on one sentence encoder.
+
+Support sets, test examples and what planted adapters learn from are three disjoint parts of a task's data.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))  # the study
+
+from few_shot_transfer import scenario as scenarios
+from few_shot_transfer.bench import features_of
+from few_shot_transfer.data import Tasks, balanced, few_shot, labels_of
+from few_shot_transfer.models import Classifier
+from few_shot_transfer.upstream import foundation, train_adapter
+
+
+__all__ = ["RECIPES", "Target", "features_of", "few_shot", "labels_of"]
+
+RANKS = (4, 8, 16)
+STEPS = (10, 20, 30, 45)
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task, and the scenarios of the study whose upstream adapters are for other tasks of the same base model.
+
+    Attributes:
+        scenario: of the study, that has the task.
+        task: its name there.
+        unrelated: upstream tasks by scenario, that share neither labels nor kind of text and label with the task.
+        related: upstream tasks of the same labels on other texts.
+    """
+
+    scenario: str
+    task: str
+    unrelated: dict[str, tuple[str, ...]]
+    related: dict[str, tuple[str, ...]]
+
+
+TOPICS = ("g1-5", "g6-10", "g11-15", "g16-20")
+RECIPES = {
+    "movies": Recipe(
+        "vader-domains",
+        "movies",
+        {"distractors": ("reuters", "g1-10", "g11-20"), "newsgroups-entangled": TOPICS},
+        {"vader-domains": ("amazon", "nyt", "tweets")},
+    ),
+    "newsgroups": Recipe(
+        "newsgroups-entangled",
+        "new-6-10",
+        {
+            "vader-domains": ("amazon", "movies", "nyt", "tweets"),
+            "distractors": ("reuters", "g11-20"),
+            "newsgroups-entangled": ("g1-5", "g11-15", "g16-20"),
+        },
+        {},
+    ),
+}
+
+
+@dataclass
+class Target:
+    """A task to select for.
+
+    Attributes:
+        name: of `RECIPES`.
+        support_size: examples of each class that support sets are drawn from.
+        test_size: examples that picks are judged on.
+        trained: the folder in which the study keeps its adapters; those that are not there are trained into it.
+    """
+
+    name: str
+    support_size: int
+    test_size: int
+    trained: Path
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The base model."""
+        scenario = scenarios.load(RECIPES[self.name].scenario)
+        model = foundation(scenario, self.trained / "foundation", progress=False)
+        assert isinstance(model, Classifier)
+        return model
+
+    @cached_property
+    def support(self) -> Dataset:
+        """What support sets are drawn from."""
+        return self._train.select(self._drawn)
+
+    @cached_property
+    def test(self) -> Dataset:
+        """What picks are judged on."""
+        rows = self._data.test
+        return rows.select(balanced(labels_of(rows), self.test_size))
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self._data.classes)
+
+    def plant(self, folder: Path) -> None:
+        """Train an adapter of the very task for each of `RANKS` and `STEPS`, on examples that no support set has."""
+        rest = sorted(set(range(len(self._train))) - set(self._drawn))
+        rows = self.model.encode(self._train.select(rest))
+        for rank in RANKS:
+            for number, steps in enumerate(STEPS):
+                home = folder / f"related-r{rank}-{steps:02}"
+                if (home / "adapter_model.safetensors").is_file():
+                    continue
+                base = self.model.build(self.classes, number)
+                train_lora(
+                    base,
+                    LoraConfig(
+                        r=rank,
+                        lora_alpha=2 * rank,
+                        target_modules=list(self.model.spec.target_modules),
+                        modules_to_save=["classifier"],
+                    ),
+                    lambda places: self.model.collate([rows[place] for place in places]),
+                    len(rows),
+                    steps,
+                    seed=len(STEPS) * rank + number,
+                ).save_pretrained(str(home))
+
+    def of_the_study(self, related: bool) -> dict[str, Path]:
+        """Adapters that the study trained, by task."""
+        recipe, found = RECIPES[self.name], {}
+        for name, tasks in (recipe.related if related else recipe.unrelated).items():
+            scenario = scenarios.load(name)
+            data = Tasks(scenario)
+            for task in tasks:
+                rank = scenario.upstream.ranks[0]
+                own = train_adapter(scenario, task, rank, data, self.model, self.trained / "upstream", progress=False)
+                found[task] = own.folder
+        return found
+
+    @cached_property
+    def _data(self):  # type: ignore[no-untyped-def]
+        recipe = RECIPES[self.name]
+        return Tasks(scenarios.load(recipe.scenario))[recipe.task]
+
+    @property
+    def _train(self) -> Dataset:
+        return self._data.train
+
+    @cached_property
+    def _drawn(self) -> list[int]:
+        return few_shot(labels_of(self._train), self.support_size, 0)
+
+
+def train_lora(
+    base: nn.Module,
+    config: LoraConfig,
+    batch_of: Callable[[list[int]], dict[str, Tensor]],
+    count: int,
+    steps: int,
+    seed: int,
+    rate: float = 1e-3,
+) -> Any:
+    """A LoRA and a head, some steps of AdamW long.
+
+    Args:
+        base: the base model.
+        config: of the LoRA.
+        batch_of: some examples, by their places, as the model takes them.
+        count: how many examples there are.
+        steps: how many to take.
+        seed: of the LoRA and of the order.
+        rate: the learning rate.
+    """
+    torch.manual_seed(seed)
+    model = get_peft_model(cast(Any, base), config).train()
+    optimizer = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=rate)
+    order = random.Random(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch_of(order.sample(range(count), BATCH))).loss.backward()
+        optimizer.step()
+    return model
