@@ -63,8 +63,8 @@ def judge(
         for name, result in ordered.items():
             first = related[result.order]
             risk = None
-            if result.screened is not None:
-                risk = chance_of_harm(result.gains, result.screened, are_left_out=True)
+            if result.gains is not None:
+                risk = chance_of_harm(*result.gains, are_left_out=True)
             lines.append(
                 {
                     "seed": draw.seed,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_composition.choosing.ladder import _levels
+from peft_composition.choosing.risk import Gains
 from peft_composition.choosing.select import FINALISTS, _kept, _plan
 from peft_composition.evidence.scores import leave_one_out_distances, margins
 
@@ -47,21 +48,18 @@ class Order:
     Attributes:
         order: the candidates, the best first.
         passed: examples that went through the model, over all candidates.
-        gains: on all examples, of its pick over the base; shape (n,).
-        screened: gains of all candidates in its first round, shape (N, examples); None for others than halving.
+        gains: over the base, in margins and in right answers; None for others than halving.
     """
 
     order: Tensor
     passed: int
-    gains: Tensor
-    screened: Tensor | None = None
+    gains: tuple[Gains, Gains] | None = None
 
 
 def orders(draw: Draw) -> dict[str, Order]:
     """By the name of the selector."""
     count, examples = draw.features.shape[:2]
     scores = _scores(draw.features, draw.labels)
-    gains = scores - _scores(draw.base[None], draw.labels)
     shuffled = torch.from_numpy(np.random.default_rng(draw.seed).permutation(count))
     right = (scores > 0).double().mean(1)[shuffled]
     # A block's largest slope is 1, so that no block decides alone.
@@ -78,28 +76,37 @@ def orders(draw: Draw) -> dict[str, Order]:
     }
     rest = blocks[len(found[SCREEN][0]) :]
     found[SCREEN] = torch.cat([found[SCREEN][0], rest]), *found[SCREEN][1:]
-    return {name: Order(order, passed, gains[order[0]], seen) for name, (order, passed, seen) in found.items()}
+    return {name: Order(*result) for name, result in found.items()}
 
 
-def _halved(draw: Draw, alive: Tensor) -> tuple[Tensor, int, Tensor]:
-    """What `select_adapters` does with these candidates: order, examples passed, gains of the first round."""
+def _halved(draw: Draw, alive: Tensor) -> tuple[Tensor, int, tuple[Gains, Gains]]:
+    """What `select_adapters` does with these candidates: order, examples passed, gains."""
     levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
     plan = _plan(len(alive), int(levels.max()) + 1, FINALISTS, True)
-    passed, before, screened = 0, 0, torch.empty(0)
+    passed, before = 0, 0
     behind: list[Tensor] = []
+    begun, everyone = torch.empty(0), alive
     for place, (rung, _) in enumerate(plan):
         rows = levels <= rung
         own = _scores(draw.features[alive][:, rows], draw.labels[rows])
+        gains = _gains(own, _scores(draw.base[None, rows], draw.labels[rows]))
         passed += len(alive) * (int(rows.sum()) - before)
         before = int(rows.sum())
-        if place == 0:
-            screened = own - _scores(draw.base[None, rows], draw.labels[rows])
-        alive = alive[own.mean(1).argsort(descending=True)]
+        begun = begun if place else gains
+        ranked = own.mean(1).argsort(descending=True)
         if place + 1 < len(plan):
             kept = _kept(len(alive), FINALISTS)
-            behind.insert(0, alive[kept:])
-            alive = alive[:kept]
-    return torch.cat([alive, *behind]), passed, screened
+            behind.insert(0, alive[ranked[kept:]])
+            ranked = ranked[:kept]
+        alive, gains = alive[ranked], gains[:, ranked]
+    places = torch.tensor([everyone.tolist().index(own) for own in alive.tolist()])
+    both = Gains(begun[0], gains[0], places, 0), Gains(begun[1], gains[1], places, 0)
+    return torch.cat([alive, *behind]), passed, both
+
+
+def _gains(own: Tensor, base: Tensor) -> Tensor:
+    """In margins and in right answers, shape (2, N, n)."""
+    return torch.stack([own - base, (own > 0).double() - (base > 0).double()])
 
 
 def _scores(features: Tensor, labels: Tensor) -> Tensor:

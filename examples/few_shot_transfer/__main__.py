@@ -123,6 +123,45 @@ def calibration(
 
 
 @app.command()
+def pools(
+    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list), of sentences.")],
+    target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of 20 per class that pools draw from.")] = 8,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
+) -> None:
+    """Simulated pools of candidates, for `chances`; those that are there already are left out."""
+    from dataclasses import replace
+
+    from . import scenario
+    from .evidence import open_benches
+    from .pools import simulate
+    from .records import read
+    from .users import MOST_TEST, write
+
+    be_quiet()
+    spec = scenario.load(scenario_name)
+    spec = replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST))
+    path = (to or output / "pools") / f"{spec.name}.jsonl"
+    for bench in open_benches(spec, output, target):
+        write(simulate(bench, range(seeds), read(path, key="stated")), path)
+
+
+@app.command()
+def chances(
+    files: Annotated[list[Path], typer.Argument(help="Records that `pools` wrote.")],
+    page: Annotated[
+        Path | None, typer.Option(help="A page to write the tables into, in place of printing them.")
+    ] = None,
+) -> None:
+    """How often the stated chance that a pick is worse than the base comes true, as Markdown."""
+    from .pools import tables
+    from .records import read
+
+    _print_or_fill(tables([record for path in files for record in read(path, key="stated")]), page)
+
+
+@app.command()
 def verdicts(
     scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list), of sentences.")],
     target: Annotated[str, typer.Option(help="The downstream task.")],

@@ -27,7 +27,7 @@ from .greedy import choose_together, weigh
 from .identity import key_of
 from .journal import Journal
 from .ladder import KEPT, ladder
-from .risk import chance_of_harm
+from .risk import Gains, chance_of_harm
 from .selection import RankedAdapter, Selection
 from .trials import Trial, Trials
 
@@ -106,15 +106,14 @@ def select_adapters(
         trials = Trials(base, references, journal, Downloads(cache_budget * 1e9 / processes()), mixed_precision, bar)
         last: dict[int, Trial] = {}
         alive = list(range(1, len(references) + 1))
-        screened = torch.empty(0)
+        first: dict[int, Trial] = {}
         for place, (rung, _) in enumerate(plan):
             found = trials.run(rung, alive, steps.rungs[rung])
             last.update(found)
             alive = sorted((own for own in found if own), key=lambda own: (-found[own].score, own))
             if not alive:
                 raise ValueError(_none(references, trials.reasons))
-            if place == 0:
-                screened = torch.stack([found[own].values - found[0].values for own in sorted(alive)])
+            first = first or found
             if place + 1 < len(plan):
                 alive = alive[: _kept(len(alive), finalists)]
     _meet()  # what one process downloaded must not be dropped while another reads it
@@ -138,9 +137,7 @@ def select_adapters(
         config=config,
         candidates=len(references),
         examples=len(everything),
-        risk_worse_than_base=chance_of_harm(
-            last[alive[0]].values - last[0].values, screened, are_left_out=everything.labels is not None
-        ),
+        risk_worse_than_base=_risk(first, found, alive[0], are_left_out=everything.labels is not None),
         measure="log-likelihood" if everything.labels is None else "margin",
         passed=trials.passed + tried * len(everything),
         seconds=time.perf_counter() - started,
@@ -186,6 +183,22 @@ def _plan(candidates: int, rungs: int, finalists: int, halving: bool) -> list[tu
 def _kept(candidates: int, finalists: int) -> int:
     """How many go on to the next rung."""
     return max(finalists, math.ceil(candidates / KEPT))
+
+
+def _risk(first: dict[int, Trial], last: dict[int, Trial], pick: int, are_left_out: bool) -> float:
+    """The chance of harm of a pick, from all trials of the first round and of the last; number 0 is the base."""
+    all_of_them, finalists = sorted({*first} - {0}), sorted({*last} - {0})
+    places = torch.tensor([all_of_them.index(own) for own in finalists])
+    by_measure = []
+    for measure in ("values", "is_right"):
+        begun, ended = (
+            torch.stack(
+                [getattr(trials[own], measure).double() - getattr(trials[0], measure).double() for own in some]
+            )
+            for trials, some in ((first, all_of_them), (last, finalists))
+        )
+        by_measure.append(Gains(begun, ended, places, finalists.index(pick)))
+    return chance_of_harm(by_measure[0], by_measure[1], are_left_out)
 
 
 def _meet() -> None:

@@ -52,8 +52,7 @@ class Selection:
         candidates: how many were tried.
         examples: on how many examples at most.
         risk_worse_than_base: the chance that the best adapter is worse than the base model on new examples, mindful
-            of how many were tried. Caution, not a guarantee: in simulated pools of weak candidates 0.02 was stated
-            where 0.14 was true.
+            of how many were tried. With two examples of each class a small one is too small.
         measure: what the scores are: "margin" or "log-likelihood".
         passed: examples that went through the model in all, over all candidates.
         seconds: in all.

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from peft_composition import score_adapters
 from peft_composition.choosing import Selection, adapters_in, select_adapters
 from peft_composition.choosing.ladder import ladder
-from peft_composition.choosing.risk import chance_of_harm
+from peft_composition.choosing.risk import Gains, chance_of_harm
 from peft_composition.choosing.select import _plan
 
 from .. import tiny, warm
@@ -260,35 +260,24 @@ def test_downloads_stay_within_the_budget(hub: HubServer, pool: list[str], tmp_p
 # The risk
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
-@pytest.mark.parametrize("count", [1, 16, 256])
-def test_the_risk_comes_true_as_often_as_it_says(count: int, spread: float) -> None:
-    """Simulated candidates whose true gains are known: the stated chance, on average, against how often it happens."""
-    generator = np.random.default_rng(count + int(10 * spread))
-    stated, happened = [], []
-    for _ in range(1500):
-        true = generator.normal(-0.05, spread, count) if count > 1 else generator.normal(0, 0.1, 1)
-        common = generator.normal(0, 0.15, 12)
-        gains = torch.from_numpy(true[:, None] + common + generator.normal(0, 0.4, (count, 12)))
-        pick = int(gains.mean(1).argmax())
-        stated.append(chance_of_harm(gains[pick], gains, False))
-        happened.append(float(true[pick] < 0))
-    difference = float(np.mean(stated) - np.mean(happened))
-    if count > 1 and spread == 0:
-        assert np.mean(happened) == 1  # they are all the same, and worse: 12 examples tell less than that
-        assert np.mean(stated) > 0.6
-        return
-    error = np.std(np.array(stated) - np.array(happened)) / 1500**0.5
-    assert abs(difference) < 4 * error + 0.06, (np.mean(stated), np.mean(happened))
+@pytest.mark.parametrize("halving", [False, True])
+def test_the_risk_is_that_of_the_trials(halving: bool, pool: list[str], tmp_path: Path) -> None:
+    """From the log: gains over the base of all candidates in the first round, and of those that were in the last."""
+    found = select(pool, log=tmp_path / "log.jsonl", halving=halving)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
+    seen = {(line["rung"], line["candidate"]): line for line in lines}
+    rungs = sorted({rung for rung, _ in seen})
+    assert len(rungs) == (3 if halving else 1)
+    begun, ended = (sorted(number for place, number in seen if place == rung and number) for rung in (rungs[0], 2))
+    assert len(begun) > len(ended) >= 8 if halving else begun == ended
+    best = max(ended, key=lambda number: np.mean(seen[2, number]["values"]))
 
+    def gains(key: str) -> Gains:
+        first, last = (
+            [np.subtract(seen[rung, own][key], seen[rung, 0][key], dtype=float) for own in some]
+            for rung, some in ((rungs[0], begun), (2, ended))
+        )
+        places = torch.tensor([begun.index(own) for own in ended])
+        return Gains(torch.tensor(np.array(first)), torch.tensor(np.array(last)), places, ended.index(best))
 
-def test_without_the_others_it_is_students_chance() -> None:
-    gains = torch.tensor([0.2, -0.1, 0.4, 0.3], dtype=torch.float64)
-    mean, error = 0.2, float(gains.std()) / 2
-    expected = 0.5 * float(torch.erfc(torch.tensor(mean / (error * 3**0.5) / 2**0.5, dtype=torch.float64)))
-    assert chance_of_harm(gains, gains[None], False) == pytest.approx(expected, rel=1e-9)
-    wider = mean / (float(gains.std()) * (1 / 4 + 1 / 3) ** 0.5 * 3**0.5)  # each was left out
-    expected = 0.5 * float(torch.erfc(torch.tensor(wider / 2**0.5, dtype=torch.float64)))
-    assert chance_of_harm(gains, gains[None], True) == pytest.approx(expected, rel=1e-9)
-    assert chance_of_harm(gains[:1], gains[None, :1], False) == 0.5
-    assert chance_of_harm(torch.ones(3), torch.ones(1, 3), True) == 0.0
+    assert found.risk_worse_than_base == pytest.approx(chance_of_harm(gains("values"), gains("right"), True), abs=1e-9)
