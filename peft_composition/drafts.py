@@ -74,6 +74,23 @@ def _is_old(draft: Path) -> bool:
         return False
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write text into a file; what is there before stays whole until the new text is complete.
+
+    Args:
+        path: of the file; its folder is made. A device or a pipe, or a file alone in a folder that is not writable, is
+            written to as it is.
+        text: what is written.
+    """
+    if path.exists() and not (path.is_file() and os.access(path.resolve().parent, os.W_OK)):
+        path.write_text(text, encoding="utf-8")
+        return
+    target = path.resolve()
+    with draft_in(target.parent, CARD_DRAFT) as draft:
+        (draft / target.name).write_text(text, encoding="utf-8")
+        os.replace(draft / target.name, target)
+
+
 def _lock(folder: Path, waits: bool) -> int | None:
     """A lock on a folder, released when the process ends at the latest; None if folders cannot be locked.
 

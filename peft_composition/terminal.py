@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peft_composition_cli.words import spoken
+
 from .analysis.inspection import AdapterReport
 from .analysis.report import Part, WeightRow, short_labels
 from .checkpoint.export import LoraExport
@@ -198,4 +200,8 @@ def print_comparison(result: Comparison) -> None:
             notes[row.kind],
         )
     Console(highlight=False, emoji=False).print(table)
+    for own in result.broken:
+        say(f"left out: {one_line(own.adapter)}: {spoken(own.reason)}")
+    for line in result.legend:
+        say(line)
     say(str(result.verdict))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Any
 
+from . import noise
 from .words import run_with, spoken
 
 
@@ -18,6 +20,10 @@ except ImportError as missing:
     raise SystemExit(
         f"Error: {missing}. The command line needs an extra: pip install 'peft-composition[cli]'"
     ) from None
+
+
+SHARED = ("select", "explain", "prune")
+"""Commands that several processes share."""
 
 
 class Command(TyperCommand):
@@ -34,6 +40,11 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """As typer's; what the library says is put into the words of this command."""
         run_with(self.params)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and self.name not in SHARED:
+            raise typer.BadParameter(
+                f"{self.name} runs in one process: start it without torchrun or accelerate launch. "
+                f"{', '.join(SHARED[:-1])} and {SHARED[-1]} share their work among several."
+            )
         return super().invoke(ctx)
 
 
@@ -77,7 +88,7 @@ def reported() -> Iterator[None]:
     """Print errors and warnings as one line each on stderr; errors exit with code 1, `--traceback` shows more."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _once()
             for category in (FutureWarning, DeprecationWarning):  # meant for programmers who use the libraries
                 warnings.simplefilter("ignore", category)
             yield
@@ -89,8 +100,17 @@ def reported() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _complain(f"Warning: {message}")
+def _once() -> Callable[..., None]:
+    """A function that prints each warning once, however often it is raised, and by however many processes."""
+    shown: set[str] = set()
+    is_first = os.environ.get("RANK", "0") == "0"
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if is_first and str(message) not in shown:
+            shown.add(str(message))
+            _complain(f"Warning: {message}")
+
+    return show
 
 
 def _complain(text: str) -> None:
@@ -104,4 +124,5 @@ def _complain(text: str) -> None:
 
 def main() -> None:
     """Run the command line."""
+    noise.hide()
     app(prog_name="peft-composition")

@@ -26,7 +26,7 @@ FLOORS = [
     {"tuner"},
     {"upstream"},
     {"config", "as_built", "given_weights", "record", "selection", "references", "drafts", "public"},
-    {"names", "text", "scalars", "compat", "version", "versions", "registration"},
+    {"names", "text", "progress", "scalars", "compat", "version", "versions", "registration"},
 ]
 # Rooms of one floor that stand on each other, in order.
 ON_THE_SAME_FLOOR = [FLOORS[0], FLOORS[-2], FLOORS[-1]]

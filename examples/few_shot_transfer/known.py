@@ -47,7 +47,7 @@ def outcomes(bench: Bench, k: int, seeds: Sequence[int], progress: bool = True) 
     base = bench.model.build(bench.classes, 0)
     adapters: list[Any] = [{"path": str(own.folder), "name": own.name} for own in bench.adapters]
     task = Classes(base, rows, None, Budget(), "no")
-    found = run(task, base, adapters, splits, METHODS, (0.5, 1.0), 8, 0, progress)
+    found, _ = run(task, base, adapters, splits, METHODS, (0.5, 1.0), 8, 0, progress)
     for number, seed in enumerate(seeds):
         correct = {own.name: [int(value) for value in own.judged[number].right] for own in found}
         yield {

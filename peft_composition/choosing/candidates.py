@@ -11,6 +11,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
+from ..drafts import write_whole
 from ..text import one_line, quoted, shown
 from .search import FoundAdapter
 
@@ -27,10 +28,8 @@ def write_candidates(path: str | os.PathLike[str], base: str, found: Sequence[Fo
         found: the adapters.
     """
     rows = [{**asdict(own), "composable": own.is_composable} for own in found]
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "base": base, "adapters": rows}, indent=2)
-    target.write_text(f"{text}\n", encoding="utf-8")
+    write_whole(Path(path), f"{text}\n")
 
 
 def read_candidates(path: str | os.PathLike[str]) -> list[Any]:

@@ -77,6 +77,10 @@ class EncodedRows(Sequence[dict[str, Any]]):
         if examples.kind != "image":
             self._rows = [self._encoded(number) for number in range(len(examples))]
 
+    def encoded_alike(self, examples: LabelledData) -> EncodedRows:
+        """Other examples, encoded as these are."""
+        return EncodedRows(examples, self._processor, self._is_encoder_decoder, self._most)
+
     def __len__(self) -> int:
         return len(self.examples)
 

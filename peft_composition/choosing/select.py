@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.utils import tqdm
 from torch import nn
 
 from ..config import CompositionConfig
@@ -20,6 +19,7 @@ from ..evidence.passes import Precision
 from ..evidence.scores import bayesian_bootstrap, interval
 from ..evidence.table import DRAWS
 from ..evidence.together import together
+from ..progress import progress_bar
 from ..references import AdapterReference, is_local
 from ..text import plural
 from .downloads import Downloads
@@ -102,7 +102,7 @@ def select_adapters(
     finalists = max(FINALISTS, 2 * most)
     plan = _plan(len(references), len(steps.rungs), finalists, halving)
     total = sum(len(range(own_rank, count + 1, processes())) for _, count in plan)
-    with tqdm(total=total, desc="Scoring candidates", unit="pass", disable=not progress or own_rank > 0) as bar:
+    with progress_bar(total, "Scoring candidates", "pass", progress and own_rank == 0) as bar:
         trials = Trials(base, references, journal, Downloads(cache_budget * 1e9 / processes()), mixed_precision, bar)
         last: dict[int, Trial] = {}
         alive = list(range(1, len(references) + 1))

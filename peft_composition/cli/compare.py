@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.base_models import base_config
-from ..choosing import EncodedRows, load_processor, read_candidates, read_data
+from ..choosing import read_candidates, read_data
 from ..comparing import compare_methods, plot_comparison
 from ..comparing.methods import FRESH, LEARNED, METHODS
 from ..config import CompositionConfig
 from ..references import AdapterReference
 from ..terminal import print_comparison, print_json, say
 from ..text import one_line, plural
-from .inputs import references_of, task_and_loader
-from .labelled import expanded, task_of
+from .inputs import references_of
+from .labelled import expanded, load_task
 from .outputs import require_writable
 
 
@@ -39,28 +37,18 @@ def run(
     references = _references(adapters)
     examples = read_data(data, **columns)
     tests = None if test is None else read_data(test, **columns, classes=examples.classes or None)
-    config = base_config(base)
-    wanted = task or task_of(examples, bool(getattr(config, "is_encoder_decoder", False)))
-    task, loader = task_and_loader(references, wanted, config, check_base=True, is_strict=True)
-    if loader.is_classifier != (examples.kind != "answer"):
-        needs = "--label" if loader.is_classifier else "--prompt and --answer"
-        raise ValueError(f"{base} is loaded as a {loader.builds.__name__}, which needs {needs}; give them, or --task")
-    model, _ = loader.from_pretrained(
-        base, num_labels=len(examples.classes) if loader.is_classifier else None, is_reported=False
-    )
-    processor = load_processor(base, examples.kind)
-    is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    rows = EncodedRows(examples, processor, is_seq2seq)
+    loaded = load_task(base, examples, references, task)
+    rows = loaded.rows
     if not as_json:
         say(f"{plural(len(references), 'adapter')}, {plural(len(examples), 'example')} of {one_line(data)}")
     result = compare_methods(
-        model,
+        loaded.base,
         references,
         rows,
-        test=None if tests is None else EncodedRows(tests, processor, is_seq2seq),
+        test=None if tests is None else rows.encoded_alike(tests),
         collate=rows.collate,
         methods=[name for name in METHODS if not (fast and name in (FRESH, LEARNED))],
-        progress=sys.stderr.isatty(),
+        progress=True,
         seed=seed,
         **options,
     )

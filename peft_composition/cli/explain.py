@@ -10,6 +10,7 @@ from typing import Any
 from ..explaining import Explanation, explain
 from ..terminal import print_json, say
 from ..text import one_line
+from .labelled import is_first
 from .outputs import require_writable
 from .saved import load, typed
 
@@ -29,8 +30,10 @@ def run(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Explain, print the main things, and write the report into files and beside the composition."""
-    require_writable([*out, folder / "README.md" if is_beside else None])
+    """Explain, print the main things, and write the report; with several processes, the first one does."""
+    prints = is_first()
+    if prints:
+        require_writable([*out, folder / "README.md" if is_beside else None])
     loaded = load(folder, data, columns, k=k, seed=seed, base=base, task=task, test=test)
     options = {"data": data, **columns, "test": test, "k": k, "base": base, "task": task, "seed": seed or None}
     if options.get("split") == "train":
@@ -47,6 +50,8 @@ def run(
         batch_size=batch_size,
         seed=seed,
     )
+    if not prints:
+        return
     written: list[str] = []
     beside = None
     try:

@@ -6,13 +6,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..checkpoint.base_models import base_config, loaders
+from ..checkpoint.base_models import Loader, base_config, loaders
 from ..choosing import EncodedRows, LabelledData, adapters_in, load_processor
+from ..references import AdapterReference
+from ..text import one_line
+from .inputs import task_and_loader
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,60 @@ class Task:
     type: str
 
 
-def load_task(base: str, data: LabelledData) -> Task:
-    """Load a base model for examples, and encode these."""
+def load_task(
+    base: str, data: LabelledData, references: Sequence[AdapterReference] = (), task: str | None = None
+) -> Task:
+    """Load a base model for examples, and encode these.
+
+    Args:
+        base: Hub id or folder.
+        data: the examples.
+        references: adapters that it must fit, where several classes could load it.
+        task: PEFT's task type. Default: that of the examples.
+
+    Raises:
+        ValueError: the task needs other examples.
+    """
     config = base_config(base)
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    task = task_of(data, is_encoder_decoder)
-    processor = load_processor(base, data.kind)
+    task = task or task_of(data, is_encoder_decoder)
     loader = loaders(task, config)[0]
-    model, _ = loader.from_pretrained(base, num_labels=len(data.classes) or None, is_reported=not data.classes)
+    if references:
+        _, loader = task_and_loader(references, task, config, check_base=True, is_strict=False)
+    require_examples(base, loader, data)
+    processor = load_processor(base, data.kind)
+    model, _ = load_base(loader, base, processor, num_labels=len(data.classes) or None, is_reported=not data.classes)
+    return Task(model, EncodedRows(data, processor, is_encoder_decoder and not data.classes), task)
+
+
+def load_base(loader: Loader, base: str, processor: Any, **options: Any) -> tuple[nn.Module, list[str]]:
+    """Load a base model where it is to run: on the GPU of this process, if there is one, and with a token to pad with.
+
+    Args:
+        loader: the class.
+        base: Hub id or folder.
+        processor: its tokenizer or image processor.
+        **options: of `Loader.from_pretrained`.
+
+    Returns:
+        As `Loader.from_pretrained`.
+    """
+    device = _device()
+    model, new = loader.from_pretrained(base, **options)
     own = getattr(model, "config", None)
     if own is not None and getattr(own, "pad_token_id", None) is None:
         own.pad_token_id = getattr(processor, "pad_token_id", None)
-    return Task(model.to(_device()), EncodedRows(data, processor, is_encoder_decoder and not data.classes), task)
+    # bitsandbytes has put its weights on the device, and refuses to move those of 8 bits.
+    return model if getattr(model, "quantization_method", None) == "bitsandbytes" else model.to(device), new
+
+
+def require_examples(what: str, loader: Loader, data: LabelledData) -> None:
+    """Refuse classes for a model that answers, and answers for one that names classes."""
+    if loader.is_classifier != (data.kind != "answer"):
+        needs = "classes (--label)" if loader.is_classifier else "--prompt and --answer"
+        raise ValueError(
+            f"{one_line(what)} is loaded as a {loader.builds.__name__}, which needs {needs}; give them, or --task"
+        )
 
 
 def task_of(data: LabelledData, is_encoder_decoder: bool) -> str:

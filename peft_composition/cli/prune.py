@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..explaining import prune_adapters
+from ..explaining import PruneReport, prune_adapters
 from ..terminal import print_json, say
+from .labelled import is_first
 from .outputs import require_writable
 from .saved import load
 
@@ -27,8 +28,10 @@ def run(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Prune, save what is left, and print what leaving each adapter out costs."""
-    require_writable([out / "adapter_config.json"])
+    """Prune, save what is left, and print what leaving each out costs; with several processes, the first one does."""
+    prints = is_first()
+    if prints:
+        require_writable([out / "adapter_config.json"])
     loaded = load(folder, data, columns, k=k, seed=seed, base=base, task=task)
     report = prune_adapters(
         loaded.model,
@@ -38,9 +41,20 @@ def run(
         batch_size=batch_size,
         seed=seed,
     )
-    loaded.model.save_pretrained(str(out))
+    if not prints:
+        return
+    written = None
+    try:
+        loaded.model.save_pretrained(str(out))
+        written = str(out)
+    finally:  # what was found is not lost if it cannot be saved
+        _show(report, written, as_json)
+
+
+def _show(report: PruneReport, written: str | None, as_json: bool) -> None:
     if as_json:
-        print_json({"out": str(out), **asdict(report)})
+        print_json({"out": written, **asdict(report)})
         return
     print(report)
-    say(f"Saved: {out}")
+    if written is not None:
+        say(f"Saved: {written}")

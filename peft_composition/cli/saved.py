@@ -16,6 +16,7 @@ from ..choosing import EncodedRows, LabelledData, load_processor, read_data
 from ..text import one_line
 from ..tuner.class_names import stated_names
 from .inputs import recorded_loader
+from .labelled import load_base, require_examples
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,16 @@ def load(
     examples = read_data(data, **columns)
     revision = config.revision if base == config.base_model_name_or_path else None
     loader = recorded_loader(config, task, base_config(base, revision))
-    model, new = loader.from_pretrained(
-        base, revision=revision, num_labels=config.num_labels if loader.is_classifier else None, is_reported=False
+    require_examples(base, loader, examples)
+    processor = load_processor(base, examples.kind, revision)
+    model, new = load_base(
+        loader,
+        base,
+        processor,
+        revision=revision,
+        num_labels=config.num_labels if loader.is_classifier else None,
+        is_reported=False,
     )
-    if loader.is_classifier != (examples.kind != "answer"):
-        needs = "classes (--label)" if loader.is_classifier else "--prompt and --answer"
-        raise ValueError(f"{one_line(folder)} is for a {loader.builds.__name__}, which needs {needs}; give them")
     saved = tuple(config.modules_to_save or ())
     is_untrained = composition.has_untrained_head or any(
         module not in saved and not any(part in saved for part in module.split(".")) for module in new
@@ -87,7 +92,6 @@ def load(
     tests = None if test is None else read_data(test, **{**columns, "classes": examples.classes or None})
     if k is not None:
         examples, _ = examples.draw(k, seed)
-    processor = load_processor(base, examples.kind, revision)
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     return Loaded(
         PeftModel.from_pretrained(model, str(folder)).eval(),

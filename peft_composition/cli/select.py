@@ -11,6 +11,7 @@ from typing import Any
 from peft_composition_cli.words import spoken
 
 from ..choosing import Selection, read_candidates, read_data, search_adapters, select_adapters
+from ..drafts import write_whole
 from ..terminal import print_json, say
 from .inputs import references_of
 from .labelled import expanded, is_first, load_task
@@ -56,8 +57,7 @@ def run(
         what = "them" if len(selection.chosen) > 1 else "it (one adapter alone; no other improved it)"
         say(f"To compose {what}: {_command(base, selection, len(examples.classes))}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(selection.as_json(), indent=2) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(selection.as_json(), indent=2) + "\n")
 
 
 def _command(base: str, selection: Selection, classes: int) -> str:

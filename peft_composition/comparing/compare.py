@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,8 @@ def compare_methods(
 
     Args:
         base: a model without adapters. A classifier must have a head for the number of classes, trained or new.
-        adapters: Hub ids, folders or dicts, as `CompositionConfig` takes them.
+        adapters: Hub ids, folders or dicts, as `CompositionConfig` takes them. One that cannot be composed or scored
+            is left out, with the reason in the result. Of a single one `"uniform"` is not run: it is `"best single"`.
         data: labelled examples: a data set or list of rows as the model takes them, with `labels`, or a `DataLoader`
             over one. Labels are one class for each example, or the tokens of its answer with -100 elsewhere.
         test: more of them to judge by. Default: none.
@@ -95,15 +97,16 @@ def compare_methods(
         collate: as for `score_adapters`.
         mixed_precision: as for `score_adapters`.
         seed: of the splits and of all that is random in the methods.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, or in a log file a line every 30 seconds.
 
     Returns:
-        The table with the verdict; `print` shows it, `as_json` is for programs.
+        The table with the verdict; `print` shows it, `as_json` is for programs. The seconds of a method are what it
+        takes by itself: each pass, choice and training that it needs, once. Methods share passes, so that the whole
+        takes less than the sum.
 
     Raises:
         ValueError: an argument is wrong, there are too few examples, labels do not fit the model, or a training
-            diverges. The message says what to do, and the model is as before.
-        AdapterError: an adapter cannot be composed.
+            diverges, or none of the adapters can be composed. The message says what to do, and the model is as before.
         ImportError: scipy is not installed.
 
     Example:
@@ -112,6 +115,7 @@ def compare_methods(
         >>> result.verdict.word
         'cannot tell'
     """
+    started = time.perf_counter()
     require_good_limits(rope, level)
     _check(base, methods, judged, scales, seeds, repeats, k)
     if k is not None and k < 1:
@@ -133,7 +137,7 @@ def compare_methods(
         task = Tokens(base, rows, budget, mixed_precision)
     else:
         task = Classes(base, rows, head, budget, mixed_precision)
-    outcomes = run(task, base, adapters, splits, methods, scales, lora_rank, seed, progress)
+    outcomes, broken = run(task, base, adapters, splits, methods, scales, lora_rank, seed, progress, judged)
     right = {own.name: _table(own, splits, len(rows), repeats, is_crossed) for own in outcomes}
     shared = len(splits) // repeats
 
@@ -145,7 +149,14 @@ def compare_methods(
     differences = known(np.stack([right[judged] - right[name] for name in others], axis=-1))
     of_others = [row.score for row in scores if row.kind == "alternative"]
     verdict = judge(judged, others, of_others, differences, rope, level)
-    return Comparison(tuple(scores), verdict, "accuracy" if rows.labels is not None else "exact match", setting)
+    return Comparison(
+        rows=tuple(scores),
+        verdict=verdict,
+        measure="accuracy" if rows.labels is not None else "exact match",
+        setting=setting,
+        broken=tuple(broken),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _check(

@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..config import CompositionConfig
 from ..evidence.fit import put_weights
 from ..evidence.passes import ALL_KINDS, Composition, advice, candidates
 from ..evidence.scores import NotFiniteError
+from ..progress import progress_bar
 from ..text import quoted
 from ..tuner.single import evaluating
-from .bodies import composed, fresh_lora, mixing_parameters, random_factors
+from .bodies import fresh_lora, mixing_parameters, random_factors
+from .broken import BrokenAdapter, NotFiniteAdapterError, composed_of_good
 from .tasks import Judged, Split, Task
 from .training import as_before, fit
 
@@ -42,7 +44,7 @@ class Outcome:
         kind: "alternative" needs no adapters, "adapters" uses them, "control" uses random ones.
         judged: what it gave for the rows that each split is judged by.
         trainable: number of parameters that it trains.
-        seconds: it took, with all passes that it needs; methods that share passes each count them.
+        seconds: that it takes by itself, over all splits: each pass, choice and training that it needs, once.
     """
 
     name: str
@@ -60,13 +62,13 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def timed(self, name: str, what: str) -> Iterator[None]:
-        """Count the time within for a method, or for a pass that methods share."""
-        self.bar.set_postfix_str(what, refresh=True)
+    def timed(self, name: str, steps: int = 1) -> Iterator[None]:
+        """Count the time within for a method, or for what methods share; it is that many steps of the bar."""
+        self.bar.set_postfix_str(name, refresh=True)
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self.bar.update()
+        self.bar.update(steps)
 
 
 def run(
@@ -79,8 +81,12 @@ def run(
     rank: int,
     seed: int,
     progress: bool,
-) -> list[Outcome]:
+    judged: str = EVIDENCE,
+) -> tuple[list[Outcome], list[BrokenAdapter]]:
     """Run methods on all splits; the base model is as before afterwards.
+
+    Adapters that cannot be composed or scored are left out. Of one adapter alone "uniform" is the same as
+    "best single", so only one of them is run.
 
     Args:
         task: the kind of model, with the examples and the budget.
@@ -91,23 +97,41 @@ def run(
         scales: of the fresh LoRA; 1 is the LoRA itself.
         rank: of the fresh LoRA.
         seed: of heads, LoRAs, bootstraps and the order of examples.
-        progress: whether to show a progress bar.
+        progress: whether to show progress.
+        judged: the method that the verdict is about, which is run in any case.
+
+    Returns:
+        What the methods gave, and the adapters that are left out.
+
+    Raises:
+        ValueError: no adapter is left.
     """
     trained = sum(name in methods for name in (EVIDENCE, LEARNED, FRESH))
     total = len(adapters) + 2 + (RANDOM in methods) + trained * len(splits)
-    with (
-        tqdm(total=total, desc="comparing", unit="run", disable=not progress) as bar,
-        as_before(base, task.head_parameters),
-    ):
-        clock = Clock(bar)
-        with composed(base, adapters) as composition:
-            reusing = _Reusing(task, composition, splits, seed, clock)
-            found = reusing.outcomes(methods)
-            modules = [name for name in composition.layers if name in _modules(base)]
+    references = CompositionConfig(adapters=list(adapters), mixing="uniform").references
+    broken: list[BrokenAdapter] = []
+    found: list[Outcome] | None = None
+    with progress_bar(total, "Comparing", "run", progress) as bar, as_before(base, task.head_parameters):
+        while found is None:
+            clock = Clock(bar)
+            try:
+                with composed_of_good(base, references, broken) as composition:
+                    reusing = _Reusing(task, composition, splits, seed, clock)
+                    found = reusing.outcomes(_different(methods, judged, len(reusing.names)))
+                    modules = [name for name in composition.layers if name in _modules(base)]
+            except NotFiniteAdapterError as error:
+                broken.append(error.adapter)
+                bar.reset()
         if FRESH in methods:
             found += _fresh(task, base, modules, splits, scales, rank, seed, clock)
     order = {name: number for number, name in enumerate((HEAD_ONLY, ZERO_SHOT, *METHODS))}
-    return sorted(found, key=lambda own: order.get(own.name, order[FRESH]))
+    return sorted(found, key=lambda own: order.get(own.name, order[FRESH])), broken
+
+
+def _different(methods: Sequence[str], judged: str, count: int) -> list[str]:
+    """The methods without one of two that are the same where there is one adapter."""
+    same = {SINGLE if judged == UNIFORM else UNIFORM} if count == 1 and {SINGLE, UNIFORM} <= {*methods} else set()
+    return [name for name in methods if name not in same]
 
 
 class _Reusing:
@@ -123,14 +147,17 @@ class _Reusing:
             self.reads[key] = self._read(key, candidate.switch)
         self.passes = sum(clock.seconds.values())
         alone = [self.reads[name] for name in self.names]
-        self.choices = [
-            task.evidence(alone, self.reads["(uniform)"], self.reads["(base)"], split.train, seed) for split in splits
-        ]
+        with clock.timed("(choice)", steps=0):
+            self.choices = [
+                task.evidence(alone, self.reads["(uniform)"], self.reads["(base)"], split.train, seed)
+                for split in splits
+            ]
+        self.chosen = self.passes + clock.seconds["(choice)"]
 
     def outcomes(self, methods: Sequence[str]) -> list[Outcome]:
         head = self.task.head_parameters
         shared = {name: self.clock.seconds[name] for name in ("(base)", "(uniform)")}
-        alone = sum(self.clock.seconds[name] for name in self.names)
+        alone = sum(self.clock.seconds[name] for name in (*self.names, "(choice)"))
         found = []
         if BASE in methods:
             name = HEAD_ONLY if head else ZERO_SHOT
@@ -142,7 +169,7 @@ class _Reusing:
             found.append(self._frozen(UNIFORM, "adapters", self._always("(uniform)"), shared["(uniform)"]))
         if EVIDENCE in methods:
             mixed = [self._mixed(weights) for _, weights in self.choices]
-            found.append(self._frozen(EVIDENCE, "adapters", mixed, self.passes + self.clock.seconds[EVIDENCE]))
+            found.append(self._frozen(EVIDENCE, "adapters", mixed, self.chosen + self.clock.seconds[EVIDENCE]))
         if RANDOM in methods:
             uniform = next(own for own in candidates(self.composition, ("uniform",)))
             with random_factors(self.composition, self.seed):
@@ -163,16 +190,18 @@ class _Reusing:
 
     def _read(self, key: str, switch: Callable[[], AbstractContextManager[None]]) -> Any:
         model = self.composition.model
-        with self.clock.timed(key, key), evaluating([model]), switch():
+        with self.clock.timed(key), evaluating([model]), switch():
             try:
                 return self.task.read(model, self.every)
             except NotFiniteError as error:
-                raise NotFiniteError(f"Scoring {quoted(key)}: {error}. {advice(key in self.names)}") from error
+                if key in self.names:
+                    raise NotFiniteAdapterError(BrokenAdapter(key, f"{error}. {advice(True)}")) from error
+                raise NotFiniteError(f"Scoring {quoted(key)}: {error}. {advice(False)}") from error
 
     def _mixed(self, weights: Tensor) -> Any:
         """What is read under weights by evidence; where they are uniform it was read before."""
         if bool((weights - 1 / len(weights)).abs().max() < SAME):
-            with self.clock.timed(EVIDENCE, EVIDENCE):
+            with self.clock.timed(EVIDENCE):
                 return self.reads["(uniform)"]
         put_weights(self.composition, weights.tolist())
         return self._read(EVIDENCE, nullcontext)
@@ -184,7 +213,7 @@ class _Reusing:
         head = task.head_parameters
         with as_before(model, head):
             for split, (_, start) in zip(self.splits, self.choices):
-                with self.clock.timed(LEARNED, LEARNED):
+                with self.clock.timed(LEARNED):
                     put_weights(self.composition, start.tolist())
                     task.renew(self.seed)
                     rate = task.budget.learning_rate
@@ -192,7 +221,7 @@ class _Reusing:
                     with evaluating([model]):
                         judged.append(task.judge(model, split.test))
         trainable = _size(head) + _size(weights)
-        return Outcome(LEARNED, "adapters", judged, trainable, self.passes + self.clock.seconds[LEARNED])
+        return Outcome(LEARNED, "adapters", judged, trainable, self.chosen + self.clock.seconds[LEARNED])
 
 
 def _fresh(
@@ -213,19 +242,27 @@ def _fresh(
         rates = task.budget.lora_learning_rate, task.budget.learning_rate
         trainable = _size(lora.factors) + _size(head)
         for split in splits:
-            with clock.timed(FRESH, FRESH):
+            with clock.timed(FRESH):
                 lora.renew(seed)
                 task.renew(seed)
                 fit(task, lora.model, split, [(lora.factors, rates[0]), (head, rates[1])], task.budget, seed, FRESH)
-                with evaluating([lora.model]):
-                    for scale, own in judged.items():
-                        with lora.times(scale):
-                            own.append(task.judge(lora.model, split.test))
-    seconds = clock.seconds[FRESH]
+            for scale, own in judged.items():
+                with clock.timed(_scaled(scale), steps=0), evaluating([lora.model]), lora.times(scale):
+                    own.append(task.judge(lora.model, split.test))
+    seconds = dict(clock.seconds)
+    trained = seconds.pop(FRESH)
     return [
-        Outcome(FRESH if scale == 1 else f"{FRESH} x {scale:g}", "alternative", own, trainable, seconds)
-        for scale, own in judged.items()
+        Outcome(name, "alternative", own, trainable, trained + seconds[judging])
+        for name, judging, own in ((_name(scale), _scaled(scale), own) for scale, own in judged.items())
     ]
+
+
+def _name(scale: float) -> str:
+    return FRESH if scale == 1 else f"{FRESH} x {scale:g}"
+
+
+def _scaled(scale: float) -> str:
+    return f"{FRESH} times {scale:g}"
 
 
 def _size(parameters: Sequence[nn.Parameter]) -> int:

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..text import one_line
-from .methods import Kind
+from ..text import LONG, one_line
+from .broken import BrokenAdapter
+from .methods import EVIDENCE, FRESH, LEARNED, RANDOM, Kind
 from .verdict import Verdict
 
 
 FORMAT = 1
 """Of `Comparison.as_json`; it grows when keys change their meaning or go."""
+MEANINGS = {
+    EVIDENCE: "adapters weighed by how well each predicts examples that are left out",
+    LEARNED: "these weights trained further, with the head",
+    RANDOM: "random values of the adapters' sizes; what they gain is not what adapters know",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class MethodScore:
         high: upper end.
         loss: mean negative log-likelihood of the right answer.
         trainable: number of parameters that it trains.
-        seconds: for all splits, with all passes that it needs; methods that share passes each count them.
+        seconds: that it takes by itself, over all splits: each pass, choice and training that it needs, once. Methods
+            share passes, so that all together take less than the sum.
     """
 
     name: str
@@ -49,12 +56,16 @@ class Comparison(Sequence[MethodScore]):
         verdict: on the method that reuses adapters.
         measure: what scores are: "accuracy" or "exact match".
         setting: how it was measured, in words.
+        broken: adapters that could not be composed or scored; everything is without them.
+        seconds: of the whole comparison, in which what methods share is done once.
     """
 
     rows: tuple[MethodScore, ...]
     verdict: Verdict
     measure: str
     setting: str
+    broken: tuple[BrokenAdapter, ...] = ()
+    seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +85,19 @@ class Comparison(Sequence[MethodScore]):
             between = f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
             facts = f"{100 * row.score:9.1f} %  {between:14} {row.loss:6.3f} {row.trainable:9,} {row.seconds:9.1f}"
             lines.append(f"{name:{width}}  {facts}  {marks[row.kind]}".rstrip())
-        return "\n".join([*lines, "", str(self.verdict)])
+        lines += [f"left out: {one_line(own.adapter)}: {one_line(own.reason, LONG // 4)}" for own in self.broken]
+        return "\n".join([*lines, *self.legend, "", str(self.verdict)])
+
+    @property
+    def legend(self) -> list[str]:
+        """What needs a word: weights by evidence, the scaled LoRA, seconds."""
+        names = [row.name for row in self.rows]
+        said = [f"{name}: {meaning}" for name, meaning in MEANINGS.items() if name in names]
+        scaled = next((name for name in names if name.startswith(f"{FRESH} x ")), None)
+        if scaled is not None:
+            said.append(f"{scaled}: the fresh LoRA with its product times {scaled.removeprefix(f'{FRESH} x ')}")
+        total = f"; {self.seconds:.1f} in all, where passes are shared" if self.seconds else ""
+        return [*said, f"seconds: of a method by itself{total}"]
 
     def as_json(self) -> dict[str, Any]:
         """The result for other programs; all numbers are shares, not percent."""
@@ -91,6 +114,8 @@ class Comparison(Sequence[MethodScore]):
             "more_examples": own.more,
             "measure": self.measure,
             "setting": self.setting,
+            "seconds": self.seconds,
+            "broken": [{"adapter": own.adapter, "reason": own.reason} for own in self.broken],
             "methods": [
                 {
                     "name": row.name,

@@ -38,6 +38,7 @@ from .updates import updates_in
 
 
 PACKAGES = ("peft-composition", "peft", "transformers", "torch")
+SAME = 1e-6
 
 
 def explain(
@@ -62,7 +63,7 @@ def explain(
     On the examples it scores each adapter alone, their uniform mix, the base model and the mix as it is, and the mix
     without each adapter, all by leave-one-out (see `score_adapters`). That takes two passes over the examples for each
     adapter, and three more. From the factors it computes how large and how alike the adapters' updates are. Nothing is
-    trained, and the model is as before afterwards.
+    trained, and the model is as before afterwards. Of a mix that is uniform itself there is one row.
 
     Args:
         model: a model with a composition, neither merged nor disabled.
@@ -109,7 +110,8 @@ def explain(
         raise ValueError(f"test must have labels of the same kind as data: there they are {own}, here {other}")
 
     count = len(config.adapter_names)
-    mixes = [*candidates(composition, ALL_KINDS), THE_MIX]
+    others = [kind for kind in ALL_KINDS if kind != "uniform" or not _is_uniform(composition)]
+    mixes = [*candidates(composition, others), THE_MIX]
     left = [without(composition, {number}) for number in range(count)]
     passed = passes(called, [*mixes, *left], examples, mixed_precision)
     of_mixes, of_left = passed[: len(mixes)], passed[len(mixes) :]
@@ -118,7 +120,7 @@ def explain(
     if examples.labels is not None:
         columns = cast(list[int], examples.labels.unique().tolist())
         by_kind = {mix.kind: cast(LeftOut, own.found) for mix, own in zip(mixes, of_mixes)}
-        found = {"mix": by_kind["mix"], "uniform": by_kind["uniform"], "base": by_kind["base"]}
+        found: dict[str, LeftOut] = {kind: by_kind[kind] for kind in ("mix", "uniform", "base") if kind in by_kind}
         classes = left_out_table(found, [names[label] for label in columns])
     explanation = Explanation(
         title=title or f"A composition of {plural(count, 'LoRA adapter')}",
@@ -141,6 +143,15 @@ def explain(
         seconds=0.0,
     )
     return replace(explanation, seconds=time.perf_counter() - started)
+
+
+def _is_uniform(composition: Composition) -> bool:
+    """Whether the mix is the uniform mix of its adapters, which then need not be scored twice."""
+    each = 1 / len(composition.config.adapter_names)
+    return all(
+        bool((layer.mixing_weights(composition.name).detach() - each).abs().max() < SAME)
+        for layer in composition.layers.values()
+    )
 
 
 def _facts(composition: Composition) -> tuple[AdapterFacts, ...]:

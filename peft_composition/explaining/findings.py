@@ -83,11 +83,13 @@ class Findings:
     def summary(self) -> list[str]:
         """The main things in a few sentences, plain text of any names."""
         scores, rows = self.scores, self.left_out
-        mix, uniform, base = (scores[name] for name in ("mix", "uniform", "base"))
+        of_kind = {row.kind: row for row in scores.rows}  # adapters may have any name
+        mix, base, uniform = of_kind["mix"], of_kind["base"], of_kind.get("uniform")
+        between = ", which is uniform," if uniform is None else ""
+        beside = "" if uniform is None else f", their uniform mix {100 * uniform.accuracy:.1f} %"
         said = [
-            f"The mix of {plural(len(rows), 'adapter')} gets {100 * mix.accuracy:.1f} % of "
-            f"{plural(scores.examples, 'example')} right, "
-            f"their uniform mix {100 * uniform.accuracy:.1f} % and the base model alone {100 * base.accuracy:.1f} %."
+            f"The mix of {plural(len(rows), 'adapter')}{between} gets {100 * mix.accuracy:.1f} % of "
+            f"{plural(scores.examples, 'example')} right{beside} and the base model alone {100 * base.accuracy:.1f} %."
         ]
         worst = min(rows, key=lambda row: row.change.mean)
         if worst.change.high < 0:

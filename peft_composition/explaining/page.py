@@ -133,7 +133,7 @@ def class_rows(table: ClassTable) -> list[tuple[str, int, list[tuple[str, float]
     for number, (name, count) in enumerate(zip(table.names, table.examples)):
         shares = {mix: right[number] / count if count else math.nan for mix, right in table.right.items()}
         told = [(f"{table.right[mix][number]} of {count}", share) for mix, share in shares.items()]
-        gain = shares["mix"] - max(shares["uniform"], shares["base"])
+        gain = shares["mix"] - max(shares.get("uniform", -1.0), shares["base"])
         rows.append((name, count, told, gain))
     return rows
 

@@ -111,7 +111,7 @@ def test_explain_puts_the_report_beside(folder: Path) -> None:
     result = run("explain", "composed", "--data", "mine.csv", "--beside", "--k", 3)
     assert result.exit_code == 0, result.output
     assert "on 6 examples" in result.stdout
-    assert "The mix of 3 adapters gets" in result.stdout
+    assert "The mix of 3 adapters, which is uniform, gets" in result.stdout
     assert Path("composed/composition-report.html").is_file()
     assert "## Why these weights" in Path("composed/README.md").read_text()
 

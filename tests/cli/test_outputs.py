@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
 from typer.testing import CliRunner, Result
 
+from peft_composition.choosing.candidates import write_candidates
+from peft_composition.choosing.search import FoundAdapter
 from peft_composition.cli import compare as compare_command
+from peft_composition.cli import search as search_command
 from peft_composition.cli.outputs import require_writable
 from peft_composition_cli import app
 
@@ -87,3 +92,55 @@ def test_an_explanation_is_printed_if_a_report_fails(
     assert result.exit_code == 1
     assert '"out"' in result.stdout
     assert "a.md" in result.stdout
+
+
+def test_what_was_pruned_and_found_is_printed_if_it_cannot_be_saved(
+    saved: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    for more in ((), ("--json",)):
+        result = run("prune", "composed", "--data", "mine.csv", "--out", "new", *more)
+        assert result.exit_code == 1
+        assert "No space left on device" in result.stderr
+        assert "lora-a" in result.stdout
+        assert "Saved" not in result.stdout
+    assert json.loads(result.stdout)["out"] is None
+
+    row = FoundAdapter("me/found", "org/base-model")
+    monkeypatch.setattr(search_command, "search_adapters", lambda *_, **__: [row])
+    monkeypatch.setattr(search_command, "write_candidates", full)
+    for more in ((), ("--json",)):
+        result = run("search", "--base", "org/base-model", "--out", "found.json", *more)
+        assert result.exit_code == 1
+        assert "No space left on device" in result.stderr
+        assert "me/found" in result.stdout
+    assert json.loads(result.stdout)["out"] is None
+
+
+def test_a_file_stays_whole_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "found.json"
+    write_candidates(path, "org/base-model", [])
+    before = path.read_text()
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+
+    def half(self: Path, text: str, encoding: str) -> None:
+        with open(self, "w", encoding=encoding) as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="No space left"):
+            write_candidates(path, "org/other", [])
+    assert path.read_text() == before
+    write_candidates(link, "org/third", [])
+    assert json.loads(path.read_text())["base"] == "org/third"
+    assert link.is_symlink()
+    write_candidates(os.devnull, "org/third", [])
+    assert not Path(os.devnull).is_file()
+    assert sorted(own.name for own in tmp_path.iterdir()) == ["found.json", "link.json"]

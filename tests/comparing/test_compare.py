@@ -228,5 +228,6 @@ def test_a_head_of_several_layers_and_a_head_on_tokens(tmp_path: Path) -> None:
         tiny.save_lora(folder, base, targets, seed=0, r=2, task_type="SEQ_CLS")
         before = {name: value.clone() for name, value in base.state_dict().items()}
         result = compare_methods(base, [str(folder)], rows, **QUICK)
-        assert len(result) == 8
+        names = [row.name for row in result]  # one adapter alone is no mix
+        assert (len(names), "best single" in names, "uniform" in names) == (7, True, False)
         assert all(torch.equal(base.state_dict()[name], value) for name, value in before.items())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from peft_composition.comparing import Comparison, MethodScore, Verdict, plot_comparison
+from peft_composition.comparing import BrokenAdapter, Comparison, MethodScore, Verdict, plot_comparison
 
 
 VERDICT = Verdict("cannot tell", "evidence", "fresh LoRA", 0.1, -0.05, 0.2, 0.7, 0.1, 0.2, 3, 0.01, 0.9, 120)
@@ -26,6 +27,7 @@ RESULT = Comparison(
 
 def test_a_table_with_the_verdict_in_words() -> None:
     first, _, *rows, empty, verdict = str(RESULT).splitlines()
+    assert rows[-3:] == RESULT.legend
     assert first == RESULT.setting
     assert rows[1].split() == [
         "fresh",
@@ -47,10 +49,26 @@ def test_a_table_with_the_verdict_in_words() -> None:
     )
 
 
+def test_what_needs_a_word_is_said_below() -> None:
+    more = (*RESULT.rows, MethodScore("fresh LoRA x 0.5", "alternative", 0.6, 0.5, 0.7, 0.5, 111_362, 60.0))
+    broken = (BrokenAdapter("c", "is empty"),)
+    shown = str(replace(RESULT, rows=more, broken=broken, seconds=61.0)).splitlines()
+    assert shown[-7:-1] == [
+        "left out: c: is empty",
+        "evidence: adapters weighed by how well each predicts examples that are left out",
+        "random LoRAs: random values of the adapters' sizes; what they gain is not what adapters know",
+        "fresh LoRA x 0.5: the fresh LoRA with its product times 0.5",
+        "seconds: of a method by itself; 61.0 in all, where passes are shared",
+        "",
+    ]
+    assert not any("x 0.5" in line for line in RESULT.legend)
+
+
 def test_json_is_plain() -> None:
     found = json.loads(json.dumps(RESULT.as_json()))
     assert found["format"] == 1
     assert (found["verdict"], found["best"], found["against"]) == ("cannot tell", "evidence", "fresh LoRA")
+    assert (found["seconds"], found["broken"]) == (0.0, [])
     assert found["methods"][1] == {
         "name": "fresh LoRA", "kind": "alternative", "score": 0.7, "low": 0.6, "high": 0.8, "loss": 0.5,
         "trainable": 111_362, "seconds": 60.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,18 @@ def test_read_one_after_the_other(pool: list[str]) -> None:
 
 
 def test_methods_that_are_compared(pool: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"Scoring 'huge': . of 8 answers.*or leave the adapter out"):
-        compare_methods(base(), pool, rows(), collate=collate, steps=1, methods=["base", "evidence"])
+    options: dict[str, Any] = {"collate": collate, "steps": 1, "methods": ["base", "best single", "evidence"]}
+    result = compare_methods(base(), pool, rows(), **options)
+    (broken,) = result.broken
+    assert broken.adapter == "huge"
+    assert re.fullmatch(
+        r". of 8 answers have a likelihood that is NaN or infinite\..*or leave the adapter out", broken.reason
+    )
+    expected = compare_methods(base(), pool[:2], rows(), **options)
+    assert [row.score for row in result] == [row.score for row in expected]
+    assert [row.loss for row in result] == [row.loss for row in expected]
+    with pytest.raises(ValueError, match=r"none of 1 adapter can be composed and scored; of 'huge': . of 8 answers"):
+        compare_methods(base(), pool[2:], rows(), **options)
 
 
 def test_a_head_whose_logits_are_not_numbers(tmp_path: Path) -> None:

@@ -51,6 +51,27 @@ def test_scores_and_costs_are_those_of_the_other_functions(tmp_path: Path) -> No
     assert [row.change for row in found.left_out] == [row.change for row in pruned.rows]
 
 
+@pytest.mark.parametrize("options", [{"mixing": "uniform"}, {}, {"mixing": "fixed", "weights": [1 / 3] * 3}])
+def test_a_mix_that_is_uniform_is_listed_once(options: Any, tmp_path: Path) -> None:
+    """Also where adapters have the names of the other rows."""
+    folders = planted.adapters(tmp_path)
+    named = [{"path": path, "name": name} for path, name in zip(folders, ("uniform", "base", "mix"))]
+    found = explain(tiny.compose("mlp", named, **options), planted.batches(folders))
+    assert [(row.name, row.kind) for row in found.scores][3:] == [("base", "base"), ("mix", "mix")]
+    uneven = explain(tiny.compose("mlp", named, mixing="fixed", weights=[0.2] * 3), planted.batches(folders))
+    assert [row.kind for row in uneven.scores][3:] == ["uniform", "base", "mix"]
+    both = {row.kind: row for row in uneven.scores}
+    assert found.scores[-1].score == pytest.approx(both["uniform"].score)
+    said = (
+        f"The mix of 3 adapters, which is uniform, gets {100 * both['uniform'].accuracy:.1f} % of 24 examples right "
+    )
+    assert found.summary[0] == f"{said}and the base model alone {100 * both['base'].accuracy:.1f} %."
+    assert [*found.classes.right] == ["mix", "base"]  # type: ignore[union-attr]
+    page = found.to_html()
+    assert "uniform mix" not in page
+    assert "Gain: of the mix over the base model." in page
+
+
 def test_updates_are_those_of_the_products(tmp_path: Path) -> None:
     folders = planted.adapters(tmp_path)
     found = of_planted(tmp_path).updates
