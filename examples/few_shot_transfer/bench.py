@@ -27,11 +27,11 @@ from .records import identity
 from .scenario import Scenario, Setting
 from .training import Body
 from .upstream import Adapter, peft_options
+from .views import VIEWS, view
 
 
 BATCH = 64
 UNIFORM, BASE = "uniform", "base"
-HALVES = ("first halves", "second halves")  # of the texts of the training pool
 Draw = tuple[int, int]  # K and the seed
 
 
@@ -102,15 +102,9 @@ class Bench:
             return self._kept(candidate, split, list(range(len(self.judged[split]))))
         return self._kept(candidate, "support", self.support(split))
 
-    def half_features(self, candidate: str, half: str, draw: Draw) -> Tensor:
-        """Features of one half, of `HALVES`, of every text of a draw.
-
-        Raises:
-            ValueError: for images.
-        """
-        if self.model.spec.kind != "sentence":
-            raise ValueError(f"only texts have halves, and {self.scenario.name} has images")
-        return self._kept(candidate, half, self.support(draw))
+    def view_features(self, candidate: str, view: str, draw: Draw) -> Tensor:
+        """Features of one view, of `VIEWS`, of every example of a draw."""
+        return self._kept(candidate, view, self.support(draw))
 
     def mixed(self, weights: Sequence[float], split: str | Draw) -> Tensor:
         """Features of the model mixed by these weights, module by module, computed now."""
@@ -143,7 +137,8 @@ class Bench:
         missing = [index for index in wanted if index not in known]
         if missing:
             with self._switches[candidate]():
-                found = features_of(self.composition.model, self.model, self._rows(split, missing))
+                number = VIEWS.index(split) if split in VIEWS else None
+                found = features_of(self.composition.model, self.model, self._rows(split, missing), number)
             known.update({index: row.clone() for index, row in zip(missing, found)})
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(known, path.with_suffix(".draft"))
@@ -151,9 +146,7 @@ class Bench:
         return torch.stack([known[index] for index in wanted])
 
     def _rows(self, split: str, places: Sequence[int]) -> Dataset:
-        if split in HALVES:
-            return halved(self.task.train.select(places), HALVES.index(split))
-        return (self.task.train if split == "support" else self.judged[split]).select(places)
+        return self.judged.get(split, self.task.train).select(places)
 
     def _key(self, candidate: str, split: str) -> str:
         """Names what features depend on: tasks with the same data and the same adapters share them."""
@@ -169,13 +162,6 @@ class Bench:
                 "rows": [split, sizes if split in self.judged else None],
             }
         )
-
-
-def halved(data: Dataset, half: int) -> Dataset:
-    """The first (0) or second (1) half of the words of every text; of an odd number the first half has one more."""
-    words = [text.split() for text in data["input"][:]]
-    parts = [own[: -(-len(own) // 2)] if half == 0 else own[-(-len(own) // 2) :] for own in words]
-    return Dataset.from_dict({"input": [" ".join(own) for own in parts], "label": data["label"][:]})
 
 
 def compose(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenario, **fields: Any) -> PeftModel:
@@ -194,10 +180,19 @@ def _without_talk_of_heads() -> Iterator[None]:
 
 
 @torch.no_grad()
-def features_of(body: nn.Module, model: Classifier, data: Dataset) -> Tensor:
-    """What the head would be given, (n, width), computed with similar lengths side by side."""
+def features_of(body: nn.Module, model: Classifier, data: Dataset, number: int | None = None) -> Tensor:
+    """What the head would be given, (n, width), computed with similar lengths side by side.
+
+    Args:
+        body: the model, with or without adapters.
+        model: says how examples become inputs.
+        data: the examples.
+        number: of a view of each that stands in its place. Default: none.
+    """
     inner = Body(body.eval())
     rows: Any = model.encode(data)
+    if number is not None:
+        rows = view(rows, number)
     order = np.arange(len(rows))
     if model.spec.kind == "sentence":
         order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from peft_composition.evidence.fit import weights_by
 from peft_composition.evidence.scores import leave_one_out_distances
 
-from .bench import BASE, HALVES, UNIFORM, Bench, Draw
+from .bench import BASE, UNIFORM, Bench, Draw
 from .data import Tasks
 from .gains import NOT_MIXED
 from .models import Classifier
@@ -29,10 +29,11 @@ from .scenario import Scenario, Setting
 from .stand_in import Corners, Recipe, train
 from .training import fit_features
 from .upstream import foundation, train_adapter
+from .views import VIEWS
 
 
 METHODS = ("likelihood-vote", "vote", "stacking")
-OF_HALVES = "halves"  # at K = 1: the likelihood vote, with the two halves of each text as its examples
+OF_VIEWS = "two-views"  # at K = 1: the margin vote, with two views of each example as its examples
 FIXED = "evidence, stand-in"
 TRAINED = {  # where the weights start, and how head and weights are trained
     "cold": ("uniform", Recipe()),
@@ -81,14 +82,14 @@ def compare(
     Args:
         bench: the task.
         draws: K and seeds.
-        methods: of choosing weights, among `METHODS` and `OF_HALVES`; each draw's mix is run module by module.
+        methods: of choosing weights, among `METHODS` and `OF_VIEWS`; each draw's mix is run module by module.
         trained: recipes on stand-ins, among `TRAINED`; `FIXED` beside them.
         known: records that there are; what they have is not done again.
         progress: whether to show a progress bar.
 
     Yields:
         A record for each draw and contender: K = 1 has none for the methods, which choose the uniform mix there, but
-        for `OF_HALVES`, which has none elsewhere.
+        for `OF_VIEWS`, which has none elsewhere.
     """
     facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
     done = {(r["scenario"], r["target"], r["k"], r["seed"], r["method"]) for r in known}
@@ -100,7 +101,7 @@ def compare(
             if "single" in is_new:
                 yield from ({**own, **record} for record in _parts(bench, (k, seed)))
             for method in (name for name in methods if name in is_new):
-                if (method == OF_HALVES) == (k == 1):
+                if (method == OF_VIEWS) == (k == 1):
                     yield {**own, **_mixed(bench, (k, seed), method)}
             wanted = [name for name in (FIXED, *trained) if name in is_new] if trained else []
             if wanted:
@@ -169,10 +170,10 @@ def _stand_ins(bench: Bench, draw: Draw, names: Sequence[str]) -> Iterator[Recor
 def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
     labels = bench.labels(draw)
     candidates = (*bench.names, UNIFORM, BASE)
-    if method == OF_HALVES:
-        of_halves = [torch.cat([bench.half_features(name, half, draw) for half in HALVES]) for name in candidates]
-        left = [leave_one_out_distances(features, labels.repeat(2)) for features in of_halves]
-        return weights_by(METHODS[0], left, draw[1])
+    if method == OF_VIEWS:
+        seen = [torch.cat([bench.view_features(name, view, draw) for view in VIEWS]) for name in candidates]
+        left = [leave_one_out_distances(features, labels.repeat(len(VIEWS))) for features in seen]
+        return weights_by("vote", left, draw[1])
     left = [leave_one_out_distances(bench.features(name, draw), labels) for name in candidates]
     return weights_by(method, left, draw[1])
 

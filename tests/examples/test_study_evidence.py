@@ -12,13 +12,14 @@ from datasets import Dataset
 from few_shot_transfer import evidence
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.__main__ import app
-from few_shot_transfer.bench import HALVES, features_of, halved
+from few_shot_transfer.bench import features_of
 from few_shot_transfer.gains import gains, means, of_tasks
 from few_shot_transfer.plots import gain_over_shots
 from few_shot_transfer.records import read
 from few_shot_transfer.scenario import DownstreamSpec
 from few_shot_transfer.stand_in import Corners, Recipe, train
 from few_shot_transfer.training import fit_features
+from few_shot_transfer.views import VIEWS, half, moved, view
 from peft import PeftModel
 from scipy import stats
 from torch import Tensor
@@ -123,29 +124,41 @@ def test_a_head_on_features_learns() -> None:
 
 
 def test_halves_of_texts_by_hand() -> None:
-    data = Dataset.from_dict({"input": ["a b c d e", "one", "x  y"], "label": [0, 1, 0]})
-    assert halved(data, 0)["input"][:] == ["a b c", "one", "x"]
-    assert halved(data, 1)["input"][:] == ["d e", "", "y"]
-    assert halved(data, 1)["label"][:] == [0, 1, 0]
+    assert [half([101, 1, 2, 3, 4, 5, 102], number) for number in (0, 1)] == [[101, 1, 2, 3, 102], [101, 4, 5, 102]]
+    assert [half([101, 7, 102], number) for number in (0, 1)] == [[101, 7, 102]] * 2
+    rows = Dataset.from_dict({"input_ids": [[101, 1, 2, 3, 102], [101, 4, 5, 102]], "labels": [1, 0]})
+    second = view(rows, 1)
+    assert second["input_ids"][:] == [[101, 3, 102], [101, 5, 102]]
+    assert second["attention_mask"][:] == [[1, 1, 1], [1, 1, 1]]
+    assert second["labels"][:] == [1, 0]
 
 
-class Halves:
-    """A bench of two adapters, of which the second has the halves of a text side by side."""
+def test_images_are_moved_by_a_fourteenth_of_their_side() -> None:
+    image = torch.arange(28 * 28).view(1, 28, 28)
+    for number, step in ((0, 2), (1, -2)):
+        found = moved(image, number)
+        for y in range(28):
+            for x in range(28):
+                assert found[0, y, x] == image[0, (y - step) % 28, (x - step) % 28]
+
+
+class Views:
+    """A bench of two adapters, of which the second has the views of an example side by side."""
 
     names = ("first", "second")
 
     def labels(self, draw: tuple[int, int]) -> Tensor:
         return torch.arange(5)
 
-    def half_features(self, candidate: str, half: str, draw: tuple[int, int]) -> Tensor:
-        generator = torch.Generator().manual_seed(len(candidate) + 10 * HALVES.index(half))
+    def view_features(self, candidate: str, view: str, draw: tuple[int, int]) -> Tensor:
+        generator = torch.Generator().manual_seed(len(candidate) + 10 * VIEWS.index(view))
         noise = torch.randn(5, 8, generator=generator)
         return noise + 20 * torch.eye(5, 8) if candidate == "second" else noise
 
 
-def test_of_halves_the_adapter_wins_that_keeps_them_together() -> None:
-    bench: Any = Halves()
-    weights = evidence._chosen(bench, (1, 0), evidence.OF_HALVES)
+def test_of_two_views_the_adapter_wins_that_keeps_them_together() -> None:
+    bench: Any = Views()
+    weights = evidence._chosen(bench, (1, 0), evidence.OF_VIEWS)
     assert float(weights[1]) > 0.8
 
 
@@ -247,8 +260,10 @@ def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_
         (3, 2, "vote"),
     }
 
-    with pytest.raises(ValueError, match="only texts have halves, and digits has images"):
-        list(evidence.compare(bench, [(1, 0)], [evidence.OF_HALVES], [], progress=False))
+    (views,) = evidence.compare(bench, [(1, 0), (3, 0)], [evidence.OF_VIEWS], [], records, progress=False)
+    assert (views["k"], views["method"]) == (1, evidence.OF_VIEWS)
+    first, second = (bench.view_features("middle", name, (1, 0)) for name in VIEWS)
+    assert not torch.allclose(first, second, rtol=1e-3)
 
     base = bench.model.build(2, seed=0)
     alone = PeftModel.from_pretrained(base, str(bench.adapters[1].folder), adapter_name="x").eval()
