@@ -298,6 +298,17 @@ def test_every_committed_recipe_has_its_uniform_mix_once(path: Path) -> None:
     assert {(own["target"], own["k"], own["seed"]) for own in records} == set(draws)
 
 
+@pytest.mark.parametrize("path", sorted((DRAWS.parent / "views").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_committed_draws_of_two_views_are_paired_with_the_uniform_mix(path: Path) -> None:
+    records = read(path, key="method")
+    for target in {own["target"] for own in records}:
+        of_task = [own for own in records if own["target"] == target]
+        assert {own["k"] for own in of_task} == {1}
+        for method in {own["method"] for own in of_task} - {"single"}:
+            assert sorted(own["seed"] for own in of_task if own["method"] == method) == list(range(20))
+        assert "two-views, stand-in" in {own["method"] for own in of_task}
+
+
 @pytest.mark.parametrize("path", sorted((DRAWS.parent / "draws").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_every_committed_draw_has_its_uniform_mix_and_weights_of_at_most_one(path: Path) -> None:
     records = read(path, key="method")
