@@ -125,10 +125,10 @@ def _require_fit(adapter: UpstreamAdapter, module: str, factors: FactorKeys, sha
         kinds = ("an embedding", "a linear or convolutional layer")
         has, needs = kinds if factors.is_embedding else kinds[::-1]
         raise AdapterError(adapter.name, f"module {module!r} has the factors of {has}, but is {needs} in the model")
-    expected = {factors.A: shape.saved_shape_of_A(factors.rank), factors.B: shape.saved_shape_of_B(factors.rank)}
+    expected = [(factors.A, shape.saved_shape_of_A(factors.rank)), (factors.B, shape.saved_shape_of_B(factors.rank))]
     if factors.bias is not None:
-        expected[factors.bias] = (shape.out_features,)
-    for key, wanted in expected.items():
+        expected.append((factors.bias, (shape.out_features,)))
+    for key, wanted in expected:
         actual = adapter.weights.shape(key)
         if actual != wanted:
             stored = misfits.Sizes(adapter.weights.shape(factors.A)[1:], adapter.weights.shape(factors.B)[0])

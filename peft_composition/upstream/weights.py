@@ -10,6 +10,7 @@ import hashlib
 import math
 import mmap
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,20 +84,23 @@ class WeightsFile:
         self._mapping: mmap.mmap | None = None
         self._version: tuple[int, ...] | None = None
         try:
-            self._version = _version(path.stat())
-            placeholder = formats.placeholder(read_bytes(path, formats.ENOUGH_BYTES))
-            if placeholder is not None:
-                raise AdapterError(name, f"{path} {placeholder}")
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe could block forever
+                raise OSError("not a regular file")
+            self._version = _version(status)
             if self._is_pickled:
+                if placeholder := _placeholder(path):
+                    raise AdapterError(name, f"{path} {placeholder}")
                 self.nbytes = pickled.content_nbytes(path)
                 self._entries = {key: Entry(*entry, None, str(entry[1])) for key, entry in pickled.index(path).items()}
             else:
-                self.nbytes = path.stat().st_size
+                self.nbytes = status.st_size
                 self._entries, _ = opened(path, lambda key: False)
         except pickled.UnreadablePickleError as error:
             raise AdapterError(name, f"{path} {error}") from error
         except (SafetensorError, OSError, MemoryError) as error:
-            raise AdapterError(name, f"{path} is not a readable safetensors file: {error}") from error
+            reason = _placeholder(path) or f"is not a readable safetensors file: {error}"
+            raise AdapterError(name, f"{path} {reason}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -149,6 +153,14 @@ class WeightsFile:
                     raise OSError("another process replaced it meanwhile; try again")
                 self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._mapping
+
+
+def _placeholder(path: Path) -> str | None:
+    """What a file that cannot be read was replaced by, such as a pointer of Git LFS."""
+    try:
+        return formats.placeholder(read_bytes(path, formats.ENOUGH_BYTES))
+    except OSError:
+        return None
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
