@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from huggingface_hub.utils import tqdm
 
+from .text import plural
+
 
 SECONDS = 30.0  # between two lines
 
@@ -53,7 +55,7 @@ class Lines:
         if now - self._said >= SECONDS:
             self._said = now
             spent = now - self._started
-            said = f"{self._desc}: {self.n} of {self.total} {self._unit}, {tqdm.format_interval(spent)}"
+            said = f"{self._desc}: {self.n} of {plural(self.total, self._unit)}, {tqdm.format_interval(spent)}"
             if 0 < self.n < self.total:
                 said += f", about {tqdm.format_interval(spent / self.n * (self.total - self.n))} left"
             print(said + (f" ({self._postfix})" if self._postfix else ""), file=sys.stderr, flush=True)

@@ -22,8 +22,8 @@ except ImportError as missing:
     ) from None
 
 
-SHARED = ("select", "explain", "prune")
-"""Commands that several processes share."""
+ALONE = ("compose", "compare", "export", "merge")
+"""Commands that write or take long, which several processes would do several times."""
 
 
 class Command(TyperCommand):
@@ -40,10 +40,10 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """As typer's; what the library says is put into the words of this command."""
         run_with(self.params)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and self.name not in SHARED:
+        if self.name in ALONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise typer.BadParameter(
-                f"{self.name} runs in one process: start it without torchrun or accelerate launch. "
-                f"{', '.join(SHARED[:-1])} and {SHARED[-1]} share their work among several."
+                f"{self.name} runs in one process: start it without torchrun or accelerate launch. select, explain "
+                "and prune share their work among several."
             )
         return super().invoke(ctx)
 
@@ -119,7 +119,7 @@ def _complain(text: str) -> None:
     except ImportError:  # the error to show: PEFT or torch is missing or too old
         typer.echo(" ".join(text.split()), err=True)
     else:
-        typer.echo(one_line(spoken(text), LONG), err=True)
+        typer.echo(spoken(one_line(text, LONG)), err=True)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Puts what the library says into the words of the command that runs: it names arguments as Python has them.
 
 One place for all commands: `label=...` becomes `--label`, `k=9` becomes `--k 9`, `save_adapters=False` becomes
-`--no-save-adapters`. What a command has no option for stays as it is, and so does what is in quotes.
+`--no-save-adapters`. What a command has no option for stays as it is, and so do quotes and calls in Python.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ PHRASES = (
     (re.compile(r"dataclasses\.replace\(config, composed_modules=None\)"), "peft-composition compose"),
 )
 _QUOTED = r"""(?<!\w)'[^']*'(?!\w)|(?<![\w=])"[^"]*"(?!\w)"""
+_CALL = r"(?<![\w.])[\w.]+\((?:[^()]|\([^()]*\))*\)"
 _ARGUMENT = re.compile(
-    rf"""{_QUOTED}|(?<![\w.,/\\=:@-])(?P<name>[a-z]\w*)=(?P<value>\.\.\.|"[^"]*"|'[^']*'|[\w+-]+(?:\.\w+)*)"""
+    rf"""{_QUOTED}|{_CALL}|(?<![\w.,/\\=:@-])(?P<name>[a-z]\w*)=(?P<value>\.\.\.|"[^"]*"|'[^']*'|[\w+-]+(?:\.\w+)*)"""
 )
 _running: ContextVar[Mapping[str, Option]] = ContextVar("_running", default={})  # noqa: B039  (never changed in place)
 

@@ -13,7 +13,7 @@ from peft_composition.progress import Lines, progress_bar
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress_bar(10, "Comparing", "runs") as bar:
+    with progress_bar(10, "Comparing", "run") as bar:
         assert isinstance(bar, Lines)
         for step in range(10):
             bar.set_postfix_str(f"part {step}")
@@ -28,7 +28,7 @@ def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 def test_what_is_quick_or_not_wanted_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for is_shown in (True, False):
-        with progress_bar(2, "Comparing", "runs", is_shown) as bar:
+        with progress_bar(2, "Comparing", "run", is_shown) as bar:
             bar.update()
             bar.reset()
             bar.update(2)
@@ -38,6 +38,6 @@ def test_what_is_quick_or_not_wanted_says_nothing(capsys: pytest.CaptureFixture[
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress_bar(2, "Comparing", "runs") as bar:
+    with progress_bar(2, "Comparing", "run") as bar:
         assert not isinstance(bar, Lines)
         assert (bar.total, bar.desc) == (2, "Comparing")

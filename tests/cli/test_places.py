@@ -81,19 +81,16 @@ def test_processes_share_the_passes_and_one_writes(place: Path) -> None:
     assert saved_mixing_weights("two") == saved_mixing_weights("one")
 
 
-@pytest.mark.parametrize("command", ["search", "inspect", "compose", "compare", "export", "weights", "merge"])
+@pytest.mark.parametrize("command", ["compose", "compare", "export", "merge"])
 def test_what_one_process_does_is_refused_before_any_work(
     command: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes would write into the same files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {
-        "search": ("--base", "org/base-lm"),
-        "inspect": ("me/style-a",),
         "compose": ("--base", "org/base-lm", "me/style-a", "--out", "new"),
         "compare": ("--base", "org/base-lm", "me/style-a", *ASKED),
         "export": ("mix", "--out", "new"),
-        "weights": ("mix",),
         "merge": ("mix", "--out", "new"),
     }[command]
     result = run(command, *words)

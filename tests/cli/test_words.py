@@ -57,6 +57,7 @@ def speaking() -> None:
         ("pass head=..., adapters=... or seeds=3", "pass head=..., adapters=... or seeds=3"),
         ("the head's label=... and others' label=...", "the head's --label and others' --label"),
         ("check_base_model=maybe", "check_base_model=maybe"),
+        ("call f.g(x, (label=1), label=...) or (label=1)", "call f.g(x, (label=1), label=...) or (--label 1)"),
     ],
 )
 def test_words(said: str, expected: str) -> None:
