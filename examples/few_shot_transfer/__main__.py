@@ -83,7 +83,9 @@ def evidence(
 
 @app.command()
 def users(
-    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list), of sentences.")],
+    scenario_name: Annotated[
+        str, typer.Argument(metavar="SCENARIO", help="A name (see list); of images with --fast.")
+    ],
     target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
     shots: Annotated[str, typer.Option(help="Comma-separated.")] = "5,10,20",
     seeds: Annotated[int, typer.Option(min=1, help="Users for each K.")] = 8,

@@ -112,7 +112,7 @@ def simulate(
     """Every draw of the support set is a user.
 
     Args:
-        bench: a task of sentences.
+        bench: a task of sentences, or of images where nothing trains a body.
         draws: K and seeds.
         known: records that there are; their users are not simulated again.
         trains: whether with a fresh LoRA and with weights that train on from evidence, which take most of the time.
@@ -122,7 +122,12 @@ def simulate(
         For each user: for every method whether each example is named rightly when it is left out, the probability of
         its class (in hundredths), and the same of test examples by the method trained on all. A single example of a
         class cannot be left out: at K = 1 there are test examples alone.
+
+    Raises:
+        ValueError: a body is to be trained, and it is not one of sentences.
     """
+    if trains and bench.model.spec.kind != "sentence":
+        raise ValueError(f"{bench.scenario.name} has images: give --fast; the fresh LoRA is one of sentence encoders")
     facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
     done = {(r["k"], r["seed"]) for r in known if {**r, **facts} == r}
     wanted = [draw for draw in draws if draw not in done]

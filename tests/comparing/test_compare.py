@@ -126,6 +126,16 @@ def test_draws_are_judged_by_the_examples_that_none_has(pair) -> None:
     assert with_test.setting == "1 draw of 24 examples, judged by 40 others"
 
 
+def test_one_example_of_each_class_is_judged_by_others_alone(pair) -> None:
+    base, folders = tiny.build("mlp"), pair("mlp")
+    with pytest.raises(ValueError, match=r"2 examples of every class.*give more examples, or test"):
+        compare_methods(base, folders, points(3), **QUICK)
+    result = compare_methods(base, folders, points(3), test=points(30, seed=1), **QUICK)
+    assert result.setting == "1 draw of 3 examples, judged by 30 others"
+    assert result["evidence"].score == result["uniform"].score  # nothing can be left out to weigh by
+    assert {"fresh LoRA", "evidence, learned", "random LoRAs"} <= {row.name for row in result}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_models_that_answer_in_tokens(name: str, pair) -> None:
     rows = questions()

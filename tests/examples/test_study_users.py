@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from few_shot_transfer.bench import Bench
 from few_shot_transfer.calibration import Case, cases, rates, reliability, tables
 from few_shot_transfer.known import verdicts
 from few_shot_transfer.markdown import filled
 from few_shot_transfer.records import read
+from few_shot_transfer.scenario import load
 from few_shot_transfer.users import (
     ALPHA,
     EVIDENCE,
@@ -21,6 +24,7 @@ from few_shot_transfer.users import (
     WITHOUT_ADAPTERS,
     LastBlock,
     packed,
+    simulate,
     unpacked,
 )
 from peft import LoraConfig, get_peft_model
@@ -164,3 +168,10 @@ def test_the_page_has_the_verdicts_whose_answer_is_known() -> None:
         assert all(line in page for line in lines)
         assert all((" helps (" in line) is ("movies" in line) for line in lines)
     assert files
+
+
+def test_images_have_users_without_trainings_alone(tmp_path: Path) -> None:
+    bench = Bench(load("fashion-labels"), None, None, [], None, tmp_path)  # type: ignore[arg-type]
+    bench.model = SimpleNamespace(spec=bench.scenario.model)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="fashion-labels has images: give --fast"):
+        next(simulate(bench, [(5, 0)]))
