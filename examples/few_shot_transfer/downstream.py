@@ -198,9 +198,12 @@ class Downstream:
 
     @cached_property
     def _supports(self) -> list[int]:
-        """All examples of any support set, by index."""
+        """All examples of any support set, by index; the grid search may judge by others than the final runs."""
         how = self.scenario.downstream
-        return sorted({index for k in how.shots for seed in range(how.seeds) for index in self.support(k, seed)})
+        drawn = {(k, seed) for k in how.shots for seed in range(how.seeds)}
+        if how.selection is not None:
+            drawn |= {(k, seed) for k in how.selection.shots for seed in range(how.selection.seeds)}
+        return sorted({index for k, seed in drawn for index in self.support(k, seed)})
 
     @cached_property
     def _encoded_supports(self) -> Dataset:

@@ -193,3 +193,27 @@ def test_a_scenario_can_be_cut_down_to_one_task_and_other_shots() -> None:
         limited(scenarios.load("vader-domains"), None, None, target="books")
     with pytest.raises(ValueError, match="shots are positive numbers"):
         limited(scenarios.load("vader-domains"), None, None, (0,))
+
+
+def test_the_grid_search_judges_by_its_own_support_sets_however_a_scenario_is_cut_down(tmp_path: Path) -> None:
+    text = (
+        TINY.replace(", ".join(ADDED), "learned")
+        .replace("shots: [1, 3]", "shots: [1, 3, 5]")
+        .replace("seeds: 1", "seeds: 2")
+    )
+    text = text.replace("grid:", "selection: {shots: [5], seeds: 2}\n  grid:").replace(
+        "head: [1.0e-2]", "head: [0.01, 0.1]"
+    )
+    (tmp_path / "digits.yaml").write_text(text, encoding="utf-8")
+    spec = scenarios.load(str(tmp_path / "digits.yaml"))
+    found = {}
+    for name, own in (("whole", spec), ("part", limited(spec, 1, ("uniform",), (1,)))):
+        Study(own, tmp_path / name, progress=False).run()
+        records = read(tmp_path / name / "results" / "digits.jsonl")
+        found[name] = {
+            (own["method"], own["seed"], own["learning_rate"]): own["correct"]
+            for own in records
+            if own["phase"] == "selection"
+        }
+    assert len(found["part"]) == 4
+    assert found["part"].items() <= found["whole"].items()
