@@ -299,7 +299,7 @@ def defaults(
 
     be_quiet()
     path = to or output / "defaults.jsonl"
-    chosen = methods.split(";") if methods else [*measuring.METHODS, measuring.PRINTED]
+    chosen = methods.split(";") if methods else [*measuring.METHODS, measuring.PRINTED, measuring.EQUAL]
     of = tasks.split(",") if tasks else measuring.TASKS
     append(measuring.measure(of, chosen, range(seeds), k, output, read(path, key="method")), path)
     records = read(path, key="method")

@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[str, ...]] = {  # arguments of the script
     "head only": ("--method", "base"),
 }
 PRINTED = "README's lines"
+EQUAL = "README's lines, equal weights"
 TOKENS = 40
 
 
@@ -102,7 +103,7 @@ def measure(
 
     Args:
         tasks: as scenario:task.
-        methods: among `METHODS`, and `PRINTED`.
+        methods: among `METHODS`, `PRINTED` and `EQUAL`.
         seeds: of the draws.
         k: examples of each class; None: the script's default.
         folder: where models and adapters are kept.
@@ -136,6 +137,8 @@ def default_k() -> int:
 def _run(method: str, inputs: Inputs, k: int, seed: int, output: Path) -> Record:
     if method == PRINTED:
         return run_printed(readme_lines(), inputs, k, seed, output)
+    if method == EQUAL:
+        return run_printed(without_evidence(readme_lines()), inputs, k, seed, output)
     return run_script(inputs, output, "--k", k, "--seed", seed, *METHODS[method])
 
 
@@ -157,6 +160,18 @@ def readme_lines() -> str:
     """The README's first block of Python."""
     _, _, rest = README.read_text(encoding="utf-8").partition("```python\n")
     return rest.partition("```")[0]
+
+
+def without_evidence(lines: str) -> str:
+    """The README's lines without the one that chooses weights, so that they stay equal: the control for it.
+
+    Raises:
+        ValueError: there is no such line, or more than one.
+    """
+    kept = [line for line in lines.splitlines(keepends=True) if "fit_mixing_weights(" not in line]
+    if len(kept) != len(lines.splitlines()) - 1:
+        raise ValueError("not exactly one of the README's lines calls fit_mixing_weights")
+    return "".join(kept)
 
 
 def adapted(lines: str, inputs: Inputs) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.few_shot_transfer.defaults import Inputs, adapted, readme_lines
+from examples.few_shot_transfer.defaults import Inputs, adapted, readme_lines, without_evidence
 from examples.few_shot_transfer.records import read
 
 
@@ -18,6 +18,13 @@ def test_the_readmes_lines_take_a_tasks_names() -> None:
     assert not any(name in lines for name in ("org/base-model", "me/lora-a", "num_labels=2"))
     with pytest.raises(ValueError, match='the README\'s lines have no "org/base-model"'):
         adapted(lines, inputs)
+
+
+def test_the_control_leaves_out_the_line_that_chooses_weights() -> None:
+    removed = set(readme_lines().splitlines()) - set(without_evidence(readme_lines()).splitlines())
+    assert [line.partition("#")[0].strip() for line in removed] == ["print(fit_mixing_weights(model, train_dataset))"]
+    with pytest.raises(ValueError, match="not exactly one"):
+        without_evidence(without_evidence(readme_lines()))
 
 
 def test_every_committed_run_is_there_once_and_has_its_uniform_mix() -> None:
