@@ -66,9 +66,18 @@ class Seen:
         return self.tokens[torch.arange(len(self.labels)), self.labels]
 
 
+def _nll_among_options(seen: Seen) -> Tensor:
+    return -(-seen.options).log_softmax(-1)[torch.arange(len(seen.labels)), :, seen.labels]
+
+
 def _over_options(seen: Seen, seed: int) -> Tensor:
-    own = -(-seen.options).log_softmax(-1)[torch.arange(len(seen.labels)), :, seen.labels]
+    own = _nll_among_options(seen)
     return posterior(own, torch.ones(len(own)))
+
+
+def _best_among_options(seen: Seen, seed: int) -> Tensor:
+    mean = _nll_among_options(seen).mean(0)
+    return torch.eye(len(mean), dtype=torch.float64)[int(mean.argmin())]
 
 
 def _most_right(seen: Seen, seed: int) -> Tensor:
@@ -82,6 +91,7 @@ WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
     "posterior, every token counts": lambda seen, _: posterior(seen.nll, seen.length, temper=1.0),
     "posterior over the options": _over_options,
+    "best among the options": _best_among_options,
     "most right answers": _most_right,
 }
 

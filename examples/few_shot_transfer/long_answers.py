@@ -34,7 +34,7 @@ FIRST = PLACE + THINGS
 SECOND = FIRST + WORDS
 VOCABULARY = SECOND + WORDS
 KNOWN, ADAPTERS, NEW_PROMPT = 8, 4, PROMPTS - 1  # dictionaries of the model, adapters
-TEST = 150
+TEST = 100
 NAMES = [f"dictionary {number}" for number in range(ADAPTERS)]
 TASKS = {"one": [6, 0, 0, 0], "two": [4, 4, 0, 0], "none": [0, 0, 0, 0]}  # words of 8 that an adapter knows
 STEPS, RATE = 20, 1e-2  # of mixing weights
@@ -130,6 +130,7 @@ class MadeBench:
             base, CompositionConfig(adapters=adapters, mixing="learned", weight_sharing="model")
         )
         self._of_pool: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._judged: dict[tuple[float, ...], dict[str, float]] = {}
 
     def support(self, draw: Draw) -> Tensor:
         """The examples of a draw, K in all, as places in the pool."""
@@ -146,7 +147,15 @@ class MadeBench:
 
     def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
         """How a mix answers the test questions; a number is an adapter alone."""
-        nll, tokens, said = self._scores(weights, self.test)
+        mix = (
+            one_hot(weights, len(self.names)) if isinstance(weights, int) else tuple(round(own, 6) for own in weights)
+        )
+        if mix not in self._judged:
+            self._judged[mix] = self._judge(mix)
+        return self._judged[mix]
+
+    def _judge(self, mix: Sequence[float]) -> dict[str, float]:
+        nll, tokens, said = self._scores(mix, self.test)
         return {
             "accuracy": round(100 * float((nll.argmin(1) == 0).double().mean()), 4),
             "exact": round(100 * float(said[:, 0].mean()), 4),
@@ -186,7 +195,12 @@ class MadeBench:
         return nll, tokens, right.double()
 
 
-def open_made_benches(folder: Path, steps: tuple[int, int] = (700, 200)) -> Iterator[MadeBench]:
+def one_hot(number: int, count: int) -> tuple[float, ...]:
+    """All weight on one adapter."""
+    return tuple(float(other == number) for other in range(count))
+
+
+def open_made_benches(folder: Path, steps: tuple[int, int] = (500, 150)) -> Iterator[MadeBench]:
     """Train the model and its adapters, and give the new tasks.
 
     Args:

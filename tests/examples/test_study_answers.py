@@ -101,6 +101,8 @@ def test_other_ways_by_a_loop() -> None:
             scores[n] += math.log(by_hand([-value for value in found.options[i, n].tolist()])[label])
             right[n] += float(found.options[i, n, label]) < float(found.options[i, n, 1 - label])
     assert answers.WAYS["posterior over the options"](found, 0).tolist() == pytest.approx(by_hand(scores), rel=1e-9)
+    likeliest = [float(score == max(scores)) for score in scores]
+    assert answers.WAYS["best among the options"](found, 0).tolist() == likeliest
     best = [n for n in range(3) if right[n] == max(right)]
     picks = {tuple(answers.WAYS["most right answers"](found, seed).tolist()) for seed in range(20)}
     assert picks == {tuple(float(other == n) for other in range(3)) for n in best}
