@@ -268,14 +268,18 @@ def long_answers(
 def answer_table(
     files: Annotated[list[Path], typer.Argument(help="Records that `answers` wrote.")],
     targets: Annotated[str | None, typer.Option(help="Comma-separated tasks. Default: all.")] = None,
+    overview: Annotated[str | None, typer.Option(help="A way: one row for each task, of this way alone.")] = None,
 ) -> None:
     """What ways to choose a language model's weights gain on the uniform mix, as Markdown."""
-    from .answer_tables import HOW, answer_gains
+    from .answer_tables import HOW, answer_gains, answer_overview
     from .records import read
 
     records = [record for path in files for record in read(path, key="method")]
     if targets:
         records = [record for record in records if record["target"] in targets.split(",")]
+    if overview:
+        typer.echo(answer_overview(records, overview))
+        return
     typer.echo("\n\n".join(answer_gains(records, measure) for measure in HOW))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from .answers import TRAINED, WAYS
 from .gains import BEST, Gain, mean_gain
@@ -48,6 +49,36 @@ def answer_gains(records: Sequence[Record], measure: str) -> str:
             means = [_mean(column) if len(parts) == len(tasks) else None for column in zip(*parts)]
             rows.append([way, *(_written(cell, digits) for cell in means)])
     return table([f"{name}", *(f"K = {k}" for k in shots)], rows)
+
+
+def answer_overview(records: Sequence[Record], way: str = "posterior") -> str:
+    """One row for each task: by each measure its uniform mix, what the best adapter gains on it, and what a way does.
+
+    The gains of the way are means over draws, at K = 2 and at K = 5.
+    """
+    tasks = list(dict.fromkeys((record["scenario"], record["target"]) for record in records))
+    rows, gained = [], []
+    for scenario, target in tasks:
+        own = [record for record in records if (record["scenario"], record["target"]) == (scenario, target)]
+        row = [target]
+        for measure, (_, _, digits) in HOW.items():
+            still = _still(own, measure)
+            uniform = still["uniform"]
+            found = {(r["k"], r["seed"]): r[measure] - uniform for r in own if r["method"] == way}
+            means = [
+                fmean(found[key] for key in found if key[0] == k) for k in (2, 5) if any(k == q for q, _ in found)
+            ]
+            gained.append([still[BEST] - uniform, *means])
+            row.append(f"{uniform:.{digits}f}: {' / '.join(f'{gain:+.{digits}f}' for gain in gained[-1])}")
+        rows.append(row)
+    if len(tasks) > 1:
+        columns = zip(HOW.values(), [gained[place :: len(HOW)] for place in range(len(HOW))])
+        cells = [
+            " / ".join(f"{fmean(part):+.{digits}f}" for part in zip(*(own for own in column if len(own) == 3)))
+            for (_, _, digits), column in columns
+        ]
+        rows.append([f"**mean of {sum(len(own) == 3 for own in gained[:: len(HOW)])} tasks**", *cells])
+    return table(["uniform: best single / K = 2 / K = 5", *(name for name, _, _ in HOW.values())], rows)
 
 
 def _mean(found: Sequence[Gain | None]) -> Gain | None:

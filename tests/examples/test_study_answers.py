@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from few_shot_transfer import answers, sources
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.__main__ import app
-from few_shot_transfer.answer_tables import answer_gains
+from few_shot_transfer.answer_tables import answer_gains, answer_overview
 from few_shot_transfer.language_model import LanguageModel
 from few_shot_transfer.options import option_scores
 from few_shot_transfer.records import read
@@ -176,6 +176,33 @@ def test_a_mean_over_tasks_by_hand() -> None:
         "| learned | - |",  # of one task alone
     ]
     assert "mean of" not in answer_gains([own for own in records if own["target"] == "first"], "accuracy")
+
+
+def test_an_overview_by_hand() -> None:
+    records: list[Any] = []
+    for target, gains in (
+        ("first", {2: [1.0, 3.0], 5: [4.0, 5.0]}),
+        ("second", {2: [-1.0, 0.0], 5: [1.0, 1.0]}),
+        ("new", {}),
+    ):
+        facts = {"scenario": "s", "target": target, "adapter": None}
+        rest = {"exact": 10.0, "nll": 0.5, "nll_token": 2.0}
+        for name, accuracy in (("uniform", 60.0), ("single", 68.0), ("single", 55.0)):
+            records.append({**facts, "k": None, "seed": None, "method": name, "accuracy": accuracy, **rest})
+        for k, of_seeds in gains.items():
+            for seed, gain in enumerate(of_seeds):
+                own = {"accuracy": 60 + gain, **rest, "nll": 0.5 - gain / 100}
+                records.append({**facts, "k": k, "seed": seed, "method": "posterior", **own})
+    lines = answer_overview(records).splitlines()
+    assert lines[2:] == [
+        "| first | 60.0: +8.0 / +2.0 / +4.5 | 10.0: +0.0 / +0.0 / +0.0 | 0.50: +0.00 / -0.02 / -0.04 | "
+        "2.00: +0.00 / +0.00 / +0.00 |",
+        "| second | 60.0: +8.0 / -0.5 / +1.0 | 10.0: +0.0 / +0.0 / +0.0 | 0.50: +0.00 / +0.01 / -0.01 | "
+        "2.00: +0.00 / +0.00 / +0.00 |",
+        "| new | 60.0: +8.0 | 10.0: +0.0 | 0.50: +0.00 | 2.00: +0.00 |",  # no draw yet
+        "| **mean of 2 tasks** | +8.0 / +0.8 / +2.8 | +0.0 / +0.0 / +0.0 | +0.00 / -0.01 / -0.03 | "
+        "+0.00 / +0.00 / +0.00 |",
+    ]
 
 
 # From end to end
