@@ -90,6 +90,9 @@ def _most_right(seen: Seen, seed: int) -> Tensor:
 WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
     "posterior, every token counts": lambda seen, _: posterior(seen.nll, seen.length, temper=1.0),
+    "posterior, an answer counts as one token": lambda seen, _: posterior(
+        seen.nll / seen.length[:, None], torch.ones(len(seen.labels))
+    ),
     "posterior over the options": _over_options,
     "best among the options": _best_among_options,
     "most right answers": _most_right,

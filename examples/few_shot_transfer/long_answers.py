@@ -204,43 +204,27 @@ def open_made_benches(folder: Path, steps: tuple[int, int] = (500, 150)) -> Iter
     """Train the model and its adapters, and give the new tasks.
 
     Args:
-        folder: where adapters are kept.
+        folder: where both are kept; what is there is not trained again.
         steps: of the model and of every adapter.
     """
+    kept = folder / f"long-answers-{steps[0]}-{steps[1]}"
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    sizes: Any = {
-        "decoder_start_token_id": PAD,
-        "d_model": 64,
-        "d_kv": 16,
-        "num_heads": 4,
-        "d_ff": 128,
-        "num_layers": 2,
-        "dropout_rate": 0.0,
-    }
-    base = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes))
-    parts = [questions(dictionary(generator), prompt, 300, generator) for prompt in range(KNOWN)]
-    train(
-        base,
-        Rows(*(torch.cat(own) for own in zip(*((part.asked, part.told) for part in parts)))),
-        steps[0],
-        5e-3,
-        64,
-        generator,
-    )
-    kept = {name: value.clone() for name, value in base.state_dict().items()}
-    own, folders = [dictionary(generator) for _ in NAMES], {}
-
-    def fresh() -> T5ForConditionalGeneration:
-        model = T5ForConditionalGeneration(base.config)
-        model.load_state_dict(kept)
-        return model.eval()
-
-    for number, (name, words) in enumerate(zip(NAMES, own)):
-        lora: Any = LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
-        adapted = get_peft_model(fresh(), lora)
-        train(adapted, questions(words, KNOWN + number, 400, generator), steps[1], 5e-3, 32, generator)
-        folders[name] = folder / "long-answers" / name.replace(" ", "-")
-        adapted.save_pretrained(str(folders[name]))
+    known, own = ([dictionary(generator) for _ in range(count)] for count in (KNOWN, ADAPTERS))
+    model, folders = kept / "model", {name: kept / name.replace(" ", "-") for name in NAMES}
+    if not model.is_dir():
+        sizes: Any = {"decoder_start_token_id": PAD, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}
+        base = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, num_layers=2, dropout_rate=0.0, **sizes))
+        parts = [questions(words, prompt, 300, generator) for prompt, words in enumerate(known)]
+        rows = Rows(torch.cat([part.asked for part in parts]), torch.cat([part.told for part in parts]))
+        train(base, rows, steps[0], 5e-3, 64, generator)
+        base.save_pretrained(str(model))
+    for number, (words, place) in enumerate(zip(own, folders.values())):
+        if not place.is_dir():
+            lora: Any = LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+            adapted = get_peft_model(T5ForConditionalGeneration.from_pretrained(str(model)), lora)
+            drawn = torch.Generator().manual_seed(1 + number)
+            train(adapted, questions(words, KNOWN + number, 400, drawn), steps[1], 5e-3, 32, drawn)
+            adapted.save_pretrained(str(place))
     for target in TASKS:
-        yield MadeBench(target, fresh(), folders, own)
+        yield MadeBench(target, T5ForConditionalGeneration.from_pretrained(str(model)).eval(), folders, own)

@@ -15,6 +15,8 @@ from .weights import FLOOR, floored
 
 
 IGNORED = -100
+MOST_TOKENS = 2.0
+"""As so many tokens a long answer counts: its tokens give similar evidence, and are many where a model is unsure."""
 
 
 class Answers(NamedTuple):
@@ -73,13 +75,13 @@ def answers(logits: Tensor, labels: Tensor, is_shifted: bool) -> Answers:
 def posterior(nll: Tensor, tokens: Tensor, temper: float | None = None, floor: float = FLOOR) -> Tensor:
     """The probability of each adapter given the answers, if one adapter produced them all: softmax_n(-sum_i NLL_n(i)).
 
-    The tokens of one answer give similar evidence. The log-likelihood of an answer is therefore divided by the number
-    of its tokens, so that every answer counts as one token.
+    The tokens of one answer give similar evidence, and with many of them the least difference between two adapters
+    would decide. So an answer of more than two tokens counts as two: its log-likelihood is their mean, times two.
 
     Args:
         nll: negative log-likelihoods of the answers, shape (examples, adapters).
         tokens: numbers of tokens of the answers, shape (examples,).
-        temper: factor for log-likelihoods, used instead of dividing by the number of tokens; 1 counts every token.
+        temper: factor for log-likelihoods, whatever the number of tokens; 1 counts every token.
         floor: the smallest weight.
 
     Returns:
@@ -91,5 +93,7 @@ def posterior(nll: Tensor, tokens: Tensor, temper: float | None = None, floor: f
     wide = nll.double()
     if not bool(wide.isfinite().all()):
         raise ValueError("the likelihoods of the answers are not finite")
-    factors = 1 / tokens.double() if temper is None else torch.full_like(tokens, temper, dtype=torch.float64)
+    factors = (MOST_TOKENS / tokens.double()).clamp(max=1.0)
+    if temper is not None:
+        factors = torch.full_like(factors, temper)
     return floored((-(factors[:, None] * wide).sum(0)).softmax(0), floor)

@@ -81,11 +81,12 @@ def test_a_padded_batch_gives_what_single_examples_give(name: str, pair: Any) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_posterior_from_rows_by_hand_in_float64(name: str, pair: Any) -> None:
-    """Every answer counts as one token, whatever its length: a posterior of sums would be another."""
+    """An answer of more than two tokens counts as two: a posterior of sums would be another."""
     tokens = likelihoods_by_hand(name, pair(name))
     means = torch.tensor([[sum(of_answer) / len(of_answer) for of_answer in own] for own in tokens]).double()
     sums = torch.tensor([[sum(of_answer) for of_answer in own] for own in tokens]).double()
-    expected, other = means.sum(1).softmax(0), sums.sum(1).softmax(0)
+    counted = torch.tensor([min(told, 2) for _, told in SIZES]).double()
+    expected, other = (counted * means).sum(1).softmax(0), sums.sum(1).softmax(0)
     model = tiny.compose(name, pair(name)).double()
     report = fit_mixing_weights(model, rows(name), collate=padded)
     assert list(report.weights.values()) == pytest.approx(expected.tolist(), abs=1e-6)

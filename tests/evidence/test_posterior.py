@@ -78,10 +78,10 @@ def test_posterior_by_hand() -> None:
     assert posterior(nll, 4 * tokens, temper=1.0).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_long_answer_counts_as_one_token() -> None:
-    nll = torch.tensor([[10.0, 20.0], [0.5, 0.25]])
-    tokens = torch.tensor([10.0, 1.0])
-    odds = math.exp(-(1 + 0.5)), math.exp(-(2 + 0.25))
+def test_a_long_answer_counts_as_two_tokens_and_a_short_one_as_it_is() -> None:
+    nll = torch.tensor([[10.0, 20.0], [0.5, 0.25], [1.0, 1.5]])
+    tokens = torch.tensor([10.0, 1.0, 2.0])
+    odds = math.exp(-(2 + 0.5 + 1)), math.exp(-(4 + 0.25 + 1.5))
     assert posterior(nll, tokens).tolist() == pytest.approx([value / sum(odds) for value in odds], rel=1e-12)
 
 
