@@ -309,6 +309,17 @@ def test_the_committed_draws_of_two_views_are_paired_with_the_uniform_mix(path: 
         assert "two-views, stand-in" in {own["method"] for own in of_task}
 
 
+@pytest.mark.parametrize(
+    "path", sorted((DRAWS.parent / "two-shots" / "results").glob("*.jsonl")), ids=lambda path: path.stem
+)
+def test_the_committed_runs_at_two_shots_are_paired_by_seed(path: Path) -> None:
+    final = [own for own in read(path) if own["phase"] == "final"]
+    assert {own["k"] for own in final} == {2}
+    for target in {own["target"] for own in final}:
+        runs = sorted((own["method"], own["seed"]) for own in final if own["target"] == target)
+        assert runs == [(method, seed) for method in ("learned", "uniform") for seed in range(3)]
+
+
 @pytest.mark.parametrize("path", sorted((DRAWS.parent / "draws").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_every_committed_draw_has_its_uniform_mix_and_weights_of_at_most_one(path: Path) -> None:
     records = read(path, key="method")
