@@ -67,6 +67,8 @@ def _command(base: str, selection: Selection, classes: int) -> str:
     ]
     weights = ",".join(f"{weight:.4f}" for weight in selection.chosen.values())
     words = ["peft-composition", "compose", "--base", base, *names, "--mixing", "fixed", "--weights", weights]
+    if selection.config.task_type:  # adapters need not state one
+        words += ["--task", str(selection.config.task_type)]
     if classes:
         words += ["--num-labels", str(classes)]
     return shlex.join([*words, "--out", "mix"])

@@ -62,6 +62,17 @@ def test_what_it_prints_composes(place: Path) -> None:
     assert (place / "mix" / "adapter_config.json").is_file()
 
 
+def test_what_it_prints_composes_adapters_that_state_no_task(place: Path) -> None:
+    for file in (place / "pool").glob("*/adapter_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": None}))
+    config = place / "org" / "base-model" / "config.json"  # of a sentence encoder
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["BertModel"]}))
+    result = run(*COMMAND, "pool/a", "pool/c")
+    assert result.exit_code == 0, result.output
+    composed = run(*result.stdout.rpartition(": peft-composition ")[2].split())
+    assert composed.exit_code == 0, composed.output
+
+
 def test_arguments_that_are_refused(place: Path) -> None:
     for words, complaint, code in (
         ((*COMMAND,), "Give adapters, --candidates FILE or --search.", 2),
