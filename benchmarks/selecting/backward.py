@@ -7,18 +7,15 @@ for the coefficient of an adapter there is <G, s B A>: a candidate costs the rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .pool import CONFIG, WEIGHTS
+from .features import factors
 
 
-PREFIX = "base_model.model."
 Read = Callable[[Sequence[int]], Callable[[nn.Module], Tensor]]
 
 
@@ -61,7 +58,7 @@ def gradients(
     return dict(zip(modules, found))
 
 
-def derivatives(candidates: Sequence[Path], found: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def derivatives(candidates: Sequence[Path], found: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of each candidate's coefficient in each block.
 
     Args:
@@ -69,23 +66,20 @@ def derivatives(candidates: Sequence[Path], found: Sequence[Mapping[str, Tensor]
         found: results of `gradients`, one for each draw.
 
     Returns:
-        Shape (draws, candidates, blocks).
+        The derivatives, shape (draws, candidates, blocks), and the norms of s B A, shape (candidates, blocks).
     """
     modules = sorted(found[0])
     stacked = {name: torch.stack([own[name] for own in found]) for name in modules}
     slopes = torch.zeros(len(found), len(candidates), len(modules))
+    norms = torch.ones(len(candidates), len(modules))
     for number, folder in enumerate(candidates):
-        tensors = load_file(folder / WEIGHTS)
-        config = json.loads((folder / CONFIG).read_text())
-        scale = config["lora_alpha"] / config["r"]
-        for block, name in enumerate(modules):
-            if f"{PREFIX}{name}.lora_A.weight" in tensors:
-                A, B = (tensors[f"{PREFIX}{name}.lora_{own}.weight"].float() for own in "AB")
-                slopes[:, number, block] = scale * ((stacked[name] @ A.T) * B).sum((1, 2))
-    return slopes
+        for name, A, B in factors(folder):
+            block = modules.index(name)
+            slopes[:, number, block] = ((stacked[name] @ A.T) * B).sum((1, 2))
+            norms[number, block] = torch.linalg.matrix_norm(B @ A)
+    return slopes, norms
 
 
 def modules_of(candidate: Path) -> list[str]:
     """Where an adapter has factors."""
-    names = load_file(candidate / WEIGHTS)
-    return sorted(own.removeprefix(PREFIX).removesuffix(".lora_A.weight") for own in names if ".lora_A." in own)
+    return [name for name, *_ in factors(candidate)]

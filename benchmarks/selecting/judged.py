@@ -52,13 +52,13 @@ def judge(
     support, test = everything[:, : len(labels)], everything[:, len(labels) :]
     paths = [folder / name for name in names]
     modules = modules_of(paths[int(related.nonzero()[0])])
-    slopes = derivatives(paths, [gradients(base, read(rows), labels[list(rows)], modules) for rows in supports])
+    slopes, norms = derivatives(paths, [gradients(base, read(rows), labels[list(rows)], modules) for rows in supports])
     lines: list[dict[str, Any]] = []
     for number, places in enumerate(supports):
         rows, own = list(places), labels[list(places)]
         means = torch.stack([support[:, rows][:, own == label].mean(1) for label in own.unique()], dim=1)
         accuracy = (torch.cdist(test, means).argmin(2) == tests).double().mean(1)
-        draw = Draw(support[:-1, rows], support[-1, rows], own, slopes[number], first_seed + number)
+        draw = Draw(support[:-1, rows], support[-1, rows], own, slopes[number], norms, first_seed + number)
         ordered = orders(draw)
         for name, result in ordered.items():
             first = related[result.order]

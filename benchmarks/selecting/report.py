@@ -12,8 +12,9 @@ from .judged import table
 
 BEGIN, END = "<!-- selecting:begin -->", "<!-- selecting:end -->"
 TITLES = {
-    "movies": "Sentiment of movie reviews (2 classes)",
-    "newsgroups": "Five newsgroups (5 classes)",
+    "clothes": "Dress, coat, sandal or shirt, on a ViT pretrained on digits (4 classes)",
+    "dress-shirt-boot": "Dress, shirt or boot, on the same (3 classes)",
+    "movies": "Sentiment of movie reviews, on a sentence encoder (2 classes)",
     "small": "A tiny network (2 classes)",
 }
 

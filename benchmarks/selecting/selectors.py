@@ -16,10 +16,12 @@ from peft_composition.evidence.scores import leave_one_out_distances, margins
 
 FULL, HALVING = "evidence, all examples", "evidence, halving"
 BLOCKS, WHOLE = "one backward pass, per block", "one backward pass, whole adapter"
-SCREEN = "one backward pass, then halving"
+SCREEN = "one backward pass, per block, then halving"
+APART = "one of each class by distance, then all"
 ACCURACY, RANDOM = "accuracy, all examples", "random"
-SELECTORS = (FULL, HALVING, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
-SCREENED = 4  # one of so many goes on after the backward pass
+SELECTORS = (FULL, HALVING, APART, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
+SCREENED = 2  # one of so many goes on after the backward pass
+FAR_APART = 10  # and after one example of each class
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Draw:
         base: of the base model, shape (n, d).
         labels: shape (n,).
         slopes: of the mean margin, by the share of each candidate in each block, shape (N, blocks).
+        norms: of the candidates there, shape (N, blocks).
         seed: of the draw.
     """
 
@@ -38,6 +41,7 @@ class Draw:
     base: Tensor
     labels: Tensor
     slopes: Tensor
+    norms: Tensor
     seed: int
 
 
@@ -62,12 +66,13 @@ def orders(draw: Draw) -> dict[str, Order]:
     scores = _scores(draw.features, draw.labels)
     shuffled = torch.from_numpy(np.random.default_rng(draw.seed).permutation(count))
     right = (scores > 0).double().mean(1)[shuffled]
-    # A block's largest slope is 1, so that no block decides alone.
-    by_block = draw.slopes.abs() / draw.slopes.abs().amax(0).clamp_min(torch.finfo(draw.slopes.dtype).tiny)
+    # Of an adapter of norm 1: else the largest ones are first, whatever they have learned.
+    by_block = draw.slopes.abs() / draw.norms.clamp_min(torch.finfo(draw.norms.dtype).tiny)
     blocks = by_block.sum(1).argsort(descending=True)
     found = {
         FULL: (scores.mean(1).argsort(descending=True), count * examples, None),
         HALVING: _halved(draw, torch.arange(count)),
+        APART: _apart(draw),
         SCREEN: _halved(draw, blocks[: max(FINALISTS, -(-count // SCREENED))]),
         BLOCKS: (blocks, 0, None),
         WHOLE: (draw.slopes.sum(1).argsort(descending=True), 0, None),
@@ -107,6 +112,20 @@ def _halved(draw: Draw, alive: Tensor) -> tuple[Tensor, int, tuple[Gains, Gains]
 def _gains(own: Tensor, base: Tensor) -> Tensor:
     """In margins and in right answers, shape (2, N, n)."""
     return torch.stack([own - base, (own > 0).double() - (base > 0).double()])
+
+
+def _apart(draw: Draw) -> tuple[Tensor, int, None]:
+    """By how far one example of each class is from those of the others, 1 - cosine; the first ones then by margins."""
+    levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
+    first = [
+        int((draw.labels == label).nonzero()[levels[draw.labels == label].argmin()]) for label in draw.labels.unique()
+    ]
+    own = torch.nn.functional.normalize(draw.features[:, first].double(), dim=2)
+    order = (own @ own.mT).sum((1, 2)).argsort()
+    kept = max(FINALISTS, -(-len(order) // FAR_APART))
+    scores = _scores(draw.features[order[:kept]], draw.labels).mean(1)
+    passed = len(order) * len(first) + kept * (len(draw.labels) - len(first))
+    return torch.cat([order[:kept][scores.argsort(descending=True)], order[kept:]]), passed, None
 
 
 def _scores(features: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two tasks that candidates are selected for, and what is trained for their pools, all on one sentence encoder.
+"""The tasks that candidates are selected for, and what is trained for their pools, on base models of the study.
 
 Support sets, test examples and what planted adapters learn from are three disjoint parts of a task's data.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +22,16 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # the study
 
 from few_shot_transfer import scenario as scenarios
-from few_shot_transfer.bench import features_of
 from few_shot_transfer.data import Tasks, balanced, few_shot, labels_of
 from few_shot_transfer.models import Classifier
 from few_shot_transfer.upstream import foundation, train_adapter
 
 
-__all__ = ["RECIPES", "Target", "features_of", "few_shot", "labels_of"]
+__all__ = ["RECIPES", "Target", "few_shot", "labels_of"]
 
 RANKS = (4, 8, 16)
-STEPS = (10, 20, 30, 45)
-BATCH = 16
+STEPS = (8, 15, 25, 40)
+BATCH, PASS = 16, 50
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Recipe:
     Attributes:
         scenario: of the study, that has the task.
         task: its name there.
-        unrelated: upstream tasks by scenario, that share neither labels nor kind of text and label with the task.
+        unrelated: upstream tasks by scenario, of other sets of labels; some of clothes know a class or two of the task.
         related: upstream tasks of the same labels on other texts.
     """
 
@@ -54,21 +53,23 @@ class Recipe:
 
 TOPICS = ("g1-5", "g6-10", "g11-15", "g16-20")
 RECIPES = {
+    "clothes": Recipe(
+        "fashion-entangled",
+        "new-3-6",
+        {"fashion-entangled": ("t0-1", "t4-5", "t8-9"), "fashion-labels": ("tops", "shoes", "others")},
+        {},
+    ),
+    "dress-shirt-boot": Recipe(
+        "fashion-labels",
+        "new",
+        {"fashion-entangled": ("t0-1", "t4-5"), "fashion-labels": ("tops", "shoes", "others")},
+        {},
+    ),
     "movies": Recipe(
         "vader-domains",
         "movies",
         {"distractors": ("reuters", "g1-10", "g11-20"), "newsgroups-entangled": TOPICS},
         {"vader-domains": ("amazon", "nyt", "tweets")},
-    ),
-    "newsgroups": Recipe(
-        "newsgroups-entangled",
-        "new-6-10",
-        {
-            "vader-domains": ("amazon", "movies", "nyt", "tweets"),
-            "distractors": ("reuters", "g11-20"),
-            "newsgroups-entangled": ("g1-5", "g11-15", "g16-20"),
-        },
-        {},
     ),
 }
 
@@ -116,7 +117,7 @@ class Target:
     def plant(self, folder: Path) -> None:
         """Train an adapter of the very task for each of `RANKS` and `STEPS`, on examples that no support set has."""
         rest = sorted(set(range(len(self._train))) - set(self._drawn))
-        rows = self.model.encode(self._train.select(rest))
+        rows = self._train.select(rest)
         for rank in RANKS:
             for number, steps in enumerate(STEPS):
                 home = folder / f"related-r{rank}-{steps:02}"
@@ -131,11 +132,35 @@ class Target:
                         target_modules=list(self.model.spec.target_modules),
                         modules_to_save=["classifier"],
                     ),
-                    lambda places: self.model.collate([rows[place] for place in places]),
+                    lambda places: self.batch(rows, places),
                     len(rows),
                     steps,
                     seed=len(STEPS) * rank + number,
                 ).save_pretrained(str(home))
+
+    def batch(self, rows: Dataset, places: Sequence[int]) -> dict[str, Tensor]:
+        """Some examples, as the model takes them."""
+        encoded = self.model.encode(rows.select(places))
+        return self.model.collate([encoded[number] for number in range(len(encoded))])
+
+    def reading(self, rows: Dataset, places: Sequence[int]) -> Callable[[nn.Module], Tensor]:
+        """What computes features of some examples in their order, with similar lengths side by side."""
+        texts = self.model.spec.kind == "sentence"
+        order = sorted(places, key=lambda place: len(rows[place]["input"]) if texts else 0)
+        batches = [self.batch(rows, order[start : start + PASS]) for start in range(0, len(order), PASS)]
+        back = torch.tensor([order.index(place) for place in places])
+
+        def read(model: Any) -> Tensor:
+            seen: list[Tensor] = []
+            hook = model.classifier.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            try:
+                for batch in batches:
+                    model(**{key: value for key, value in batch.items() if key != "labels"})
+            finally:
+                hook.remove()
+            return torch.cat(seen)[back]
+
+        return read
 
     def of_the_study(self, related: bool) -> dict[str, Path]:
         """Adapters that the study trained, by task."""

@@ -17,10 +17,11 @@ from torch import Tensor
 from benchmarks.selecting import __main__ as command_line
 from benchmarks.selecting import backward, planted, pool, report, selectors
 from benchmarks.selecting.cost import measure, so_many
-from benchmarks.selecting.features import BASE, features
+from benchmarks.selecting.features import BASE, added, features
 from benchmarks.selecting.judged import judge, table
 from peft_composition.choosing import select_adapters
 from peft_composition.evidence.scores import leave_one_out_distances, margins
+from peft_composition.evidence.streamed import read_in_turn
 
 
 SIZE, SUPPORT = 48, 40
@@ -67,6 +68,25 @@ def test_the_pool_has_all_kinds_and_only_the_broken_ones_cannot_be_read(
     assert BASE in found
 
 
+def test_features_are_those_of_the_library_which_refuses_the_broken_ones(
+    folder: Path, found: dict[str, Tensor]
+) -> None:
+    x = torch.cat([planted.points(SUPPORT, 1)[0], planted.points(500, 2)[0]])
+    base = planted.network()
+    before = {name: own.clone() for name, own in base.state_dict().items()}
+    for own in pool.candidates_in(folder):
+        alone = read_in_turn(base, [str(own)])[0]
+        if not own.name.startswith(pool.BROKEN):
+            with alone.switch(), torch.no_grad():
+                torch.testing.assert_close(base.features(x), found[own.name], rtol=1e-4, atol=1e-4)
+        elif "not-finite" not in own.name:  # which shows in what it puts out
+            with pytest.raises(ValueError, match=own.name), alone.switch():
+                pass
+    with added(base, folder / "related-150-0"):
+        assert not torch.equal(base.lin0.weight, before["lin0.weight"])
+    assert all(torch.equal(base.state_dict()[name], own) for name, own in before.items())
+
+
 def test_what_is_made_of_other_adapters_has_the_right_products(folder: Path) -> None:
     sources = [products(own) for own in sorted((folder / "others").iterdir())]
     made = [products(folder / f"unrelated-{number:03}") for number in range(SIZE // 3)]
@@ -97,11 +117,12 @@ def test_slopes_are_those_of_finite_differences(folder: Path) -> None:
     names = ["related-150-0", "unrelated-008", "random-003"]
     modules = backward.modules_of(folder / names[0])
     assert modules == ["lin0", "lin1"]
-    slopes = backward.derivatives(
+    slopes, norms = backward.derivatives(
         [folder / name for name in names],
         [backward.gradients(base, planted.reading(x)(range(12)), labels, modules)],
     )
     assert slopes.shape == (1, 3, 2)
+    assert norms.shape == (3, 2)
     wide = copy.deepcopy(base).double()
 
     def mean_margin() -> float:
@@ -119,6 +140,8 @@ def test_slopes_are_those_of_finite_differences(folder: Path) -> None:
                 weight -= 2 * delta
                 below = mean_margin()
                 weight += delta
+            delta_norm = float(torch.linalg.matrix_norm(delta)) / 1e-5
+            assert float(norms[number, block]) == pytest.approx(delta_norm, rel=1e-5)
             assert float(slopes[0, number, block]) == pytest.approx((above - below) / 2e-5, rel=1e-3, abs=1e-6)
     assert all(own.requires_grad for own in base.parameters())
 
@@ -127,7 +150,7 @@ def draw_of(found: dict[str, Tensor], labels: Tensor) -> tuple[list[str], select
     names = sorted(name for name in found if name != BASE)
     own = torch.stack([found[name][: len(labels)] for name in names])
     slopes = torch.rand(len(names), 2, generator=torch.Generator().manual_seed(0))
-    return names, selectors.Draw(own, found[BASE][: len(labels)], labels, slopes, 0)
+    return names, selectors.Draw(own, found[BASE][: len(labels)], labels, slopes, torch.ones(len(names), 2), 0)
 
 
 def rows_of(x: Tensor, labels: Tensor) -> list[dict[str, Any]]:
@@ -163,6 +186,8 @@ def test_every_selector_orders_all_candidates_and_pays_for_what_it_sees(found: d
     whole = len(names) * SUPPORT
     assert ordered[selectors.FULL].passed == ordered[selectors.ACCURACY].passed == whole
     assert ordered[selectors.BLOCKS].passed == ordered[selectors.WHOLE].passed == ordered[selectors.RANDOM].passed == 0
+    kept = 8  # at least
+    assert ordered[selectors.APART].passed == len(names) * 2 + kept * (SUPPORT - 2)
     assert 0 < ordered[selectors.SCREEN].passed < ordered[selectors.HALVING].passed < whole
 
 
