@@ -41,7 +41,7 @@ class Recipe:
     Attributes:
         scenario: of the study, that has the task.
         task: its name there.
-        unrelated: upstream tasks by scenario, of other sets of labels; some of clothes know a class or two of the task.
+        unrelated: upstream tasks by scenario, of other labels; some of clothes know a class or two of it.
         related: upstream tasks of the same labels on other texts.
     """
 
