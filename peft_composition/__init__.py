@@ -11,6 +11,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from . import analysis, checkpoint, choosing, comparing, evidence, explaining, sharding, training  # noqa: F401
     from .checkpoint.card import write_model_card
     from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora
     from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub
@@ -90,14 +91,16 @@ _HOMES = {
 _WINGS = ("analysis", "checkpoint", "choosing", "comparing", "evidence", "explaining", "sharding", "training")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-        globals()[name] = found
-        return found
-    if name in _WINGS:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # or no wrong name would be reported
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            found = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+            globals()[name] = found
+            return found
+        if name in _WINGS:
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -166,6 +166,7 @@ class CompositionConfig(PeftConfig):
         self._request = self.target_modules
         self._as_loaded = self._definition() if self._read_from_checkpoint else None
         self.summary_as_read: dict[str, Any] | None = None
+        self.names_in_model: list[str] | None = None  # the class names that its config had when it was built
         if self._read_from_checkpoint:
             require_valid_record(self)
             self.summary_as_read = json.loads(json.dumps(summary(self)))  # far faster than a deep copy

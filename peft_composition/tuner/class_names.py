@@ -24,8 +24,14 @@ def stated_names(model: nn.Module) -> list[str] | None:
 
 
 def record_names(config: CompositionConfig, model: nn.Module) -> None:
-    """Record the names that a model's config has now; where it has none, what was recorded stays."""
-    names = stated_names(model) or config.class_names
+    """Record the names that a model's config has now; where it has none, what was recorded stays.
+
+    A head of the composition's own keeps its names, too, where the model's config still has those of another
+    composition, beside which this one was loaded.
+    """
+    now = stated_names(model)
+    keeps = config.modules_to_save and config.class_names and now == config.names_in_model
+    names = config.class_names if keeps else now or config.class_names
     config.class_names = names if names and len(names) == config.num_labels else None
 
 

@@ -102,8 +102,14 @@ def add_fingerprint(
             return
 
 
-def require_same(config: CompositionConfig, fingerprint: Tensor) -> None:
+def require_same(config: CompositionConfig, fingerprint: Tensor, are_names_optional: bool = False) -> None:
     """Refuse weights that were saved with another config.
+
+    Args:
+        config: the config.
+        fingerprint: saved with the weights.
+        are_names_optional: whether names of classes count only where both have them: a model that weights are loaded
+            into may get its names later, or may have got them since.
 
     Raises:
         ValueError: the configs differ; the message names the first difference.
@@ -111,13 +117,26 @@ def require_same(config: CompositionConfig, fingerprint: Tensor) -> None:
     said = decode(fingerprint)
     here = summary(config)
     # As it was read: module names from older transformers are updated later.
-    if said in (here, config.summary_as_read) or said == json.loads(json.dumps(here)):  # where tuples are lists
+    known = [here, config.summary_as_read or here]
+    if said in known:
+        return
+    if are_names_optional:
+        known = [_with_names_of(said, one) for one in known]
+    if said in known or said == json.loads(json.dumps(known[0])):  # where tuples are lists
         return
     raise ValueError(
         f"The weights of the saved composition and its {_FILE} do not belong together: {_difference(here, said)}. "
         "Probably a save was interrupted, or two processes saved into the same folder. Save the composition again, or "
         "use two files from the same save."
     )
+
+
+def _with_names_of(said: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """What is here, with the names of classes that are said, unless both have some."""
+    if "class_names" in said and "class_names" in here:
+        return dict(here)
+    names = {"class_names": said["class_names"]} if "class_names" in said else {}
+    return {**{field: value for field, value in here.items() if field != "class_names"}, **names}
 
 
 def _difference(config: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
@@ -170,7 +189,7 @@ class AwaitedFingerprint(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Compare with the fingerprint of a state dict that is loaded."""
-        require_same(self._config, state)
+        require_same(self._config, state, are_names_optional=True)
         self._is_new = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -235,7 +254,9 @@ def require_weights_in(folder: Path, config: CompositionConfig) -> None:
     except (SafetensorError, OSError, MemoryError, TypeError):
         return
     weights = {key: entry for key, entry in entries.items() if key not in fingerprints}
-    _require_fitting_weights(config, fingerprints.values(), weights)
+    for fingerprint in fingerprints.values():
+        require_same(config, fingerprint)
+    _require_fitting_weights(config, weights)
 
 
 def checked_weights(config: CompositionConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,7 +274,9 @@ def checked_weights(config: CompositionConfig, state_dict: Mapping[str, Tensor])
     """
     fingerprints = {key: tensor for key, tensor in state_dict.items() if is_fingerprint(key)}
     weights = {key: tensor for key, tensor in state_dict.items() if key not in fingerprints}
-    _require_fitting_weights(config, list(fingerprints.values()), weights)
+    for fingerprint in fingerprints.values():
+        require_same(config, fingerprint, are_names_optional=True)
+    _require_fitting_weights(config, weights)
     if not fingerprints and any(_INFIX in key for key in weights):
         warnings.warn(
             "The saved composition has no fingerprint, so it is unknown whether its weights and its "
@@ -263,11 +286,7 @@ def checked_weights(config: CompositionConfig, state_dict: Mapping[str, Tensor])
     return weights
 
 
-def _require_fitting_weights(
-    config: CompositionConfig, fingerprints: Iterable[Tensor], weights: Mapping[str, Tensor] | Mapping[str, Entry]
-) -> None:
-    for fingerprint in fingerprints:
-        require_same(config, fingerprint)
+def _require_fitting_weights(config: CompositionConfig, weights: Mapping[str, Tensor] | Mapping[str, Entry]) -> None:
     composed = config.composed_modules or {}
     parameters = {} if config.lora_layout is None else config.lora_layout.get("parameters", {})
     for key, tensor in weights.items():

@@ -125,6 +125,7 @@ class CompositionModel(BaseTuner):
                 give_names(config, model, is_alone=len(self.peft_config) == 1)
             else:
                 config.class_names = stated_names(model)
+            config.names_in_model = stated_names(model)
         if held_more_than_once(base.modules):
             find_ties(model, dict(composition_layers(model)))
         if any(packing.packable(base.modules)):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -74,6 +75,42 @@ def test_beside_other_adapters_names_stay(tmp_path: Path, adapters: list[str]) -
     model = PeftModel.from_pretrained(own, tmp_path / "first")
     model.load_adapter(tmp_path / "second", "second")
     assert stated_names(own) == NAMES
+    model.save_pretrained(tmp_path / "both")
+    assert recorded(tmp_path / "both") == NAMES
+    assert recorded(tmp_path / "both" / "second") == sorted(NAMES)  # the order of its own head
+    model.delete_adapter("default")
+    model.save_pretrained(tmp_path / "left")
+    assert recorded(tmp_path / "left" / "second") == sorted(NAMES)
+    own.config.id2label = {0: "x", 1: "y", 2: "z"}  # the user's word
+    model.save_pretrained(tmp_path / "left")
+    assert recorded(tmp_path / "left" / "second") == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("saved", [None, NAMES])
+@pytest.mark.parametrize("here", [None, NAMES])
+@pytest.mark.parametrize("are_set_before", [True, False])
+def test_a_training_goes_on_whoever_knows_the_names(
+    tmp_path: Path, adapters: list[str], saved: list[str] | None, here: list[str] | None, are_set_before: bool
+) -> None:
+    first = composed(base(saved), adapters)
+    first.save_pretrained(tmp_path / "checkpoint")
+    own = base(here if are_set_before else None)
+    model = composed(own, adapters)
+    if here and not are_set_before:
+        own.config.id2label = dict(enumerate(here))
+    model.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)  # as the Trainer does
+    head = {key: value for key, value in first.state_dict().items() if "classifier.modules_to_save" in key}
+    assert len(head) == 2
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in head.items())
+    model.save_pretrained(tmp_path / "next")
+    assert recorded(tmp_path / "next") == here
+
+
+def test_weights_of_a_head_with_another_order_are_refused(tmp_path: Path, adapters: list[str]) -> None:
+    composed(base(NAMES), adapters).save_pretrained(tmp_path / "checkpoint")
+    model = composed(base(sorted(NAMES)), adapters)
+    with pytest.raises(ValueError, match="do not belong together: 'class_names' is"):
+        model.load_adapter(tmp_path / "checkpoint", "default")
 
 
 def test_auto_peft(tmp_path: Path, adapters: list[str]) -> None:
