@@ -11,7 +11,6 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from . import analysis, checkpoint, choosing, comparing, evidence, explaining, sharding, training  # noqa: F401
     from .checkpoint.card import write_model_card
     from .checkpoint.export import LoraExport, lora_from_checkpoint, to_lora
     from .checkpoint.push import CompositionCardMixin, add_to_checkpoint, push_to_hub
