@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 
 from ..checkpoint.base_models import base_config
 from ..checkpoint.saved import SavedComposition
 from ..choosing import EncodedRows, LabelledData, load_processor, read_data
+from ..config import CompositionConfig
 from ..text import one_line
 from ..tuner.class_names import stated_names
 from .inputs import recorded_loader
@@ -63,6 +65,8 @@ def load(
     if not base:
         raise ValueError(f"{folder} does not name its base model; give --base")
     examples = read_data(data, **columns)
+    if k is not None:  # before classes of the head that have no examples here are added
+        examples, _ = examples.draw(k, seed)
     revision = config.revision if base == config.base_model_name_or_path else None
     loader = recorded_loader(config, task, base_config(base, revision))
     require_examples(base, loader, examples)
@@ -82,7 +86,7 @@ def load(
     if test is not None and is_untrained:
         raise ValueError(f"the head of {one_line(folder)} is untrained and cannot predict test data; leave out --test")
     if examples.classes:
-        named = config.class_names or stated_names(model)
+        named = _names_of_head(config, model, is_recorded=base == config.base_model_name_or_path)
         numbers = [str(number) for number in range(config.num_labels or 0)]
         known = next((names for names in (named, numbers) if names and {*examples.classes} <= {*names}), None)
         if known is not None:
@@ -90,14 +94,25 @@ def load(
         elif test is not None:
             _warn_of_the_order(examples.classes, named)
     tests = None if test is None else read_data(test, **{**columns, "classes": examples.classes or None})
-    if k is not None:
-        examples, _ = examples.draw(k, seed)
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     return Loaded(
         PeftModel.from_pretrained(model, str(folder)).eval(),
         EncodedRows(examples, processor, is_seq2seq),
         None if tests is None else EncodedRows(tests, processor, is_seq2seq),
     )
+
+
+def _names_of_head(config: CompositionConfig, model: nn.Module, is_recorded: bool) -> list[str] | None:
+    """The names of the classes of the head that predicts: the composition's own, or else that of the base as loaded.
+
+    Args:
+        config: of the composition.
+        model: its base model.
+        is_recorded: whether that is the one that the composition was saved with.
+    """
+    if config.modules_to_save:
+        return config.class_names or stated_names(model)
+    return stated_names(model) or (config.class_names if is_recorded else None)
 
 
 def _numbered_as(examples: LabelledData, names: Sequence[str]) -> LabelledData:

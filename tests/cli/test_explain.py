@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
-from peft_composition import explain, prune_adapters
+from peft_composition import CompositionConfig, explain, prune_adapters
 from peft_composition.checkpoint.saved import saved_mixing_weights
 from peft_composition.choosing import EncodedRows, load_processor, read_data
 from peft_composition_cli import app
@@ -105,6 +106,55 @@ def test_classes_are_numbered_as_in_the_training(folder: Path) -> None:
     Path("other.csv").write_text(other)
     result = run("explain", "named", "--data", "other.csv", "--test", "other.csv")
     assert "classes are called 0 good, 1 bad, and not as those of the examples" in result.stderr
+
+
+def test_k_of_each_class_that_the_examples_have(folder: Path) -> None:
+    """Where a class of the head has no examples, none are drawn of it, and it keeps its number."""
+    base = AutoModelForSequenceClassification.from_pretrained(
+        "org/base-model", num_labels=3, ignore_mismatched_sizes=True
+    )
+    base.config.id2label = {0: "hail", 1: "good", 2: "bad"}
+    config = CompositionConfig(
+        adapters=["me/lora-a", "./lora-c"], task_type="SEQ_CLS", modules_to_save=["classifier"], mixing="uniform"
+    )
+    get_peft_model(base, config).save_pretrained("weather")
+    result = run("explain", "weather", "--data", "mine.csv", "--k", 2, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["data"] == "mine.csv: 4 examples of 2 classes, 2 of each"
+    assert said["classes"]["names"] == ["good", "bad"]
+    result = run("prune", "weather", "--data", "mine.csv", "--k", 2, "--out", "smaller", "--json")
+    assert result.exit_code == 0, result.output
+    refused = run("explain", "weather", "--data", "mine.csv", "--k", 9)
+    assert "--k 9, but mine.csv has 5 examples of class 'bad'" in refused.output
+
+
+def test_classes_of_another_base_are_numbered_as_it_numbers_them(folder: Path) -> None:
+    """The head of a composition that saves none is that of the base that is loaded."""
+    base = AutoModelForSequenceClassification.from_pretrained("org/base-model", num_labels=2)
+    base.config.id2label = {0: "good", 1: "bad"}
+    model = get_peft_model(base, CompositionConfig(adapters=["me/lora-a", "./lora-c"])).eval()
+    model.save_pretrained("named")
+    assert not json.loads(Path("named/adapter_config.json").read_text())["modules_to_save"]
+    batch = {key: value for key, value in rows().collate(rows()[:10]).items() if key != "labels"}
+    with torch.no_grad():
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    good = [text in WORDS["good"] for (text,) in rows().examples.inputs]
+    names = {"other": {0: "bad", 1: "good"}, "nameless": {0: "LABEL_0", 1: "LABEL_1"}}
+    shutil.copytree("org/base-model", "other")
+    shutil.copytree("org/base-model", "nameless")
+    for name, id2label in names.items():
+        path = Path(name, "config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": id2label}))
+    expected = sum(one == is_good for one, is_good in zip(predicted, good)) / 10
+    assert expected != 0.5  # else the order would not show
+    options = ("--data", "mine.csv", "--test", "mine.csv", "--json")
+    for other, share in (("other", expected), ("nameless", expected), ("org/base-model", 1 - expected)):
+        result = run("explain", "named", "--base", other, "--task", "SEQ_CLS", *options)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["tested"]["accuracy"] == pytest.approx(share), other
+        # what was recorded is of another head, so that the order is only assumed
+        assert ("numbered in order" in result.stderr) == (other == "nameless")
 
 
 def test_explain_puts_the_report_beside(folder: Path) -> None:
