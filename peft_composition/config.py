@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 
 from .as_built import DEFINING, AsBuilt
-from .drafts import CONFIG_DRAFT, draft_in
+from .drafts import CONFIG_DRAFT, draft_in, take_place
 from .given_weights import checked_weights
 from .public import without_local_paths
 from .record import require_valid_record, summary
@@ -366,7 +366,7 @@ class CompositionConfig(PeftConfig):
             fields = json.loads((draft / CONFIG_NAME).read_text(encoding="utf-8"))
             fields = without_local_paths(fields)
             (draft / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
-            os.replace(draft / CONFIG_NAME, folder / CONFIG_NAME)
+            take_place(draft / CONFIG_NAME, folder / CONFIG_NAME)
         # PEFT calls it this way, after it has written weights and card; transformers saves the config first.
         if "auto_mapping_dict" in kwargs:
             _remove_outdated_weights(folder)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -74,8 +74,16 @@ def _is_old(draft: Path) -> bool:
         return False
 
 
+def take_place(draft: Path, target: Path) -> None:
+    """Move a complete file from a draft to its place; a file that is replaced there leaves it its permissions."""
+    with suppress(FileNotFoundError):
+        if draft.stat().st_mode != target.stat().st_mode:
+            shutil.copymode(target, draft)
+    os.replace(draft, target)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write text into a file; what is there before stays whole until the new text is complete.
+    """Write text into a file; what is there before stays whole until the new text is complete, and so do permissions.
 
     Args:
         path: of the file; its folder is made. A device or a pipe, or a file alone in a folder that is not writable, is
@@ -88,7 +96,7 @@ def write_whole(path: Path, text: str) -> None:
     target = path.resolve()
     with draft_in(target.parent, CARD_DRAFT) as draft:
         (draft / target.name).write_text(text, encoding="utf-8")
-        os.replace(draft / target.name, target)
+        take_place(draft / target.name, target)
 
 
 def _lock(folder: Path, waits: bool) -> int | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from .drafts import CONFIG_DRAFT, draft_in
+from .drafts import CONFIG_DRAFT, draft_in, take_place
 from .names import LORA_SUBFOLDER
 from .references import is_hub_id
 
@@ -60,7 +59,7 @@ def publish(folder: Path) -> None:
             fields["base_model_name_or_path"] = None
             with draft_in(path.parent, CONFIG_DRAFT) as draft:
                 (draft / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
-                os.replace(draft / CONFIG_NAME, path)
+                take_place(draft / CONFIG_NAME, path)
 
 
 def _shortened(path: str | None) -> str | None:

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 
-from ..drafts import CARD_DRAFT, draft_in
+from ..drafts import CARD_DRAFT, draft_in, take_place
 from ..names import LORA_SUBFOLDER
 from ..references import Provenance, is_hub_id
 from .explained import PAGE, remove_outdated_report
@@ -85,7 +85,7 @@ def write_model_card(
     _complete_metadata(cast(ModelCardData, card.data), [other for other in described if other.is_complete])
     with draft_in(root, CARD_DRAFT) as draft:
         card.save(draft / REPOCARD_NAME)
-        os.replace(draft / REPOCARD_NAME, path)
+        take_place(draft / REPOCARD_NAME, path)
     return path
 
 

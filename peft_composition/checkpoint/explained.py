@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..drafts import CARD_DRAFT, draft_in
+from ..drafts import CARD_DRAFT, draft_in, take_place
 from ..text import LONG, in_code, in_markdown, one_line
 from .exported import sha256_of, weights_file
 from .saved import saved_mixing_weights
@@ -63,7 +63,7 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> None:
         fields = {**report.to_dict(), "weights_sha256": sha256_of(weights), "files": files}
         (draft / RECORD).write_text(json.dumps(fields, indent=2), encoding="utf-8")
         for name in (*files, RECORD):
-            os.replace(draft / name, place / name)
+            take_place(draft / name, place / name)
 
 
 def section_about(folder: Path, subfolder: str | None) -> str | None:

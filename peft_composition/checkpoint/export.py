@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import CompositionConfig
-from ..drafts import LORA_DRAFT, alone_in, draft_in
+from ..drafts import LORA_DRAFT, alone_in, draft_in, take_place
 from ..public import publish
 from ..text import one_line, plural
 from ..tuner.layer import CompositionLayer
@@ -156,7 +156,7 @@ def _take_places(draft: Path, folder: Path) -> None:
     (folder / RECORD_NAME).unlink(missing_ok=True)
     for name in (SAFETENSORS_WEIGHTS_NAME, HEAD_NAME, RECORD_NAME, CONFIG_NAME):
         if (draft / name).exists():
-            os.replace(draft / name, folder / name)
+            take_place(draft / name, folder / name)
 
 
 def to_lora(

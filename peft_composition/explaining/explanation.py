@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.card import complete_card
 from ..checkpoint.explained import write_report
-from ..drafts import CARD_DRAFT, draft_in
+from ..drafts import CARD_DRAFT, draft_in, take_place
 from .figures import figure_of
 from .findings import Findings
 from .page import page_of
@@ -78,7 +78,7 @@ class Explanation(Findings):
             raise ValueError(f"{target.name}: the suffix must be one of {', '.join(SUFFIXES)}")
         with draft_in(target.parent, CARD_DRAFT) as draft:
             self.write(draft / target.name)
-            os.replace(draft / target.name, target)
+            take_place(draft / target.name, target)
         return target
 
     def save_beside(self, folder: str | os.PathLike[str]) -> None:
