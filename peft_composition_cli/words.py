@@ -42,7 +42,7 @@ PHRASES = (
 _QUOTED = r"""(?<!\w)'[^']*'(?!\w)|(?<![\w=])"[^"]*"(?!\w)"""
 _CALL = r"(?<![\w.])[\w.]+\((?:[^()]|\([^()]*\))*\)"
 _ARGUMENT = re.compile(
-    rf"""{_QUOTED}|{_CALL}|(?<![\w.,/\\=:@-])(?P<name>[a-z]\w*)=(?P<value>\.\.\.|"[^"]*"|'[^']*'|[\w+-]+(?:\.\w+)*)"""
+    rf"""{_QUOTED}|{_CALL}|(?<![\w.,/\\=:@?&#-])(?P<name>[a-z]\w*)=(?P<value>\.\.\.|"[^"]*"|'[^']*'|[\w+-]+(?:\.\w+)*)"""
 )
 _running: ContextVar[Mapping[str, Option]] = ContextVar("_running", default={})  # noqa: B039  (never changed in place)
 

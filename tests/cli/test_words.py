@@ -54,6 +54,7 @@ def speaking() -> None:
         # what is quoted, of a path, of another function, or no option of this command
         ("'label=...' and \"label=3\"", "'label=...' and \"label=3\""),
         ("in runs/label=3/x or runs/x,label=3", "in runs/label=3/x or runs/x,label=3"),
+        ("at https://hub/x?label=3&dtype=auto#label=3", "at https://hub/x?label=3&dtype=auto#label=3"),
         ("pass head=..., adapters=... or seeds=3", "pass head=..., adapters=... or seeds=3"),
         ("the head's label=... and others' label=...", "the head's --label and others' --label"),
         ("check_base_model=maybe", "check_base_model=maybe"),
