@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and in a log file a line every so often."""
+"""Progress of long work: a bar, or where the command line writes into a log file, a line every so often."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from .text import plural
 
 
 SECONDS = 30.0  # between two lines
+_are_lines = False
+
+
+def say_in_lines() -> None:
+    """Show lines in place of bars from now on."""
+    global _are_lines
+    _are_lines = True
 
 
 def progress_bar(total: int, desc: str, unit: str, is_shown: bool = True) -> Any:
-    """What shows progress on stderr, as a context with `update`, `reset`, `set_postfix_str` and `n` as tqdm has them.
+    """What shows progress, as a context with `update`, `reset`, `set_postfix_str` and `n` as tqdm has them.
+
+    It is tqdm's bar, also in notebooks, unless `say_in_lines` was called; `HF_HUB_DISABLE_PROGRESS_BARS` turns it off.
 
     Args:
         total: how many steps there are.
@@ -23,7 +32,7 @@ def progress_bar(total: int, desc: str, unit: str, is_shown: bool = True) -> Any
         unit: of a step.
         is_shown: whether to show it.
     """
-    if is_shown and not sys.stderr.isatty():
+    if is_shown and _are_lines:
         return Lines(total, desc, unit)
     return tqdm(total=total, desc=desc, unit=unit, disable=not is_shown)
 

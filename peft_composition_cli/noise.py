@@ -1,7 +1,7 @@
 """Lines of other libraries that say nothing to those who run a command are hidden; everything else is shown.
 
 What is said at every step is shown once. Of progress bars a log file would get every state: where stderr is no
-terminal, those of downloads and loading are off.
+terminal, bars are off, and long commands say in lines how far they are, unless the user has decided about bars.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ ONCE = ("bitsandbytes.autograd._functions",)
 """Loggers that say the same at every matrix product."""
 
 
+says_lines = False
+"""Whether commands show lines in place of bars; the package is told when it is loaded."""
+
+
 def hide() -> None:
     """Hide such lines from now on, before the libraries are loaded; the program calls it once."""
+    global says_lines
     for name, beginning in NOISE.items():
         logging.getLogger(name).addFilter(_Without(beginning))
     for name in ONCE:
         logging.getLogger(name).addFilter(_Once())
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        says_lines = True
 
 
 class _Without(logging.Filter):

@@ -1,15 +1,24 @@
-"""Progress in a log file: a line every so often, and none of what is over before."""
+"""Progress: a bar, or on the command line in a log file a line every so often, and none of what is over before."""
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
 
 from peft_composition import progress
-from peft_composition.progress import Lines, progress_bar
+from peft_composition.progress import Lines, progress_bar, say_in_lines
 
 
+@pytest.fixture
+def in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a command that writes into a log file."""
+    monkeypatch.setattr(progress, "_are_lines", False)
+    say_in_lines()
+
+
+@pytest.mark.usefixtures("in_lines")
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -26,6 +35,7 @@ def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     ]
 
 
+@pytest.mark.usefixtures("in_lines")
 def test_what_is_quick_or_not_wanted_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for is_shown in (True, False):
         with progress_bar(2, "Comparing", "run", is_shown) as bar:
@@ -36,8 +46,9 @@ def test_what_is_quick_or_not_wanted_says_nothing(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+def test_a_bar_in_python_wherever_stderr_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook is no terminal either."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress_bar(2, "Comparing", "run") as bar:
         assert not isinstance(bar, Lines)
         assert (bar.total, bar.desc) == (2, "Comparing")

@@ -77,7 +77,7 @@ def select_adapters(
         batch_size: for rows.
         mixed_precision: as for `score_adapters`.
         seed: of the order of the examples and of the bootstraps. The same seed gives the same selection.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; the command line writes a line every 30 seconds into a log file.
 
     Returns:
         The selection; `print` shows it.

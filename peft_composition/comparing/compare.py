@@ -97,7 +97,7 @@ def compare_methods(
         collate: as for `score_adapters`.
         mixed_precision: as for `score_adapters`.
         seed: of the splits and of all that is random in the methods.
-        progress: whether to show a progress bar, or in a log file a line every 30 seconds.
+        progress: whether to show a progress bar; the command line writes a line every 30 seconds into a log file.
 
     Returns:
         The table with the verdict; `print` shows it, `as_json` is for programs. The seconds of a method are what it

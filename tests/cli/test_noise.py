@@ -91,3 +91,25 @@ def test_a_command_says_nothing_but_its_own(tmp_path: Path, monkeypatch: pytest.
         )
     assert json.loads(done.stdout)["out"] == "mix"
     assert done.stderr == ""
+
+
+PROGRAM = """
+from peft_composition_cli import noise
+noise.hide()
+import peft_composition.cli
+from peft_composition.progress import progress_bar
+bar = progress_bar(2, "Comparing", "run")
+print(type(bar).__name__, getattr(bar, "disable", None))
+"""
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, "Lines None"), ("1", "tqdm True"), ("0", "tqdm False")])
+def test_lines_in_place_of_bars_unless_the_user_decides(value: str | None, expected: str) -> None:
+    """In fresh processes with stderr in a file: Hugging Face's libraries read the variable when they are imported."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    if value is not None:
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = value
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.stdout.strip() == expected, done.stderr
