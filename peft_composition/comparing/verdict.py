@@ -109,7 +109,7 @@ def judge(
         scores: theirs.
         found: differences of the method to each of them.
         rope: half the width of the region of practical equivalence, in units of the score.
-        level: probability that a word needs.
+        level: probability that "equivalent", and "helps" against several others, need; the other words as above.
         counts_more: whether to compute how many more examples would tell, which takes most of the time.
     """
     require_good_limits(rope, level)

@@ -35,7 +35,8 @@ class Explanation(Findings):
         base_model: the base model's name.
         adapters: where they come from, and their weights.
         weights: `{module: {adapter: weight}}`, as `mixing_weights(model)` gives them.
-        scores: of each adapter alone, of their uniform mix, of the base model and of the mix.
+        scores: of each adapter alone, of their uniform mix, of the base model and of the mix. Where the mix is the
+            uniform one itself, there is no row of its own for the uniform one.
         left_out: what leaving each adapter out of the mix costs.
         updates: how large and how alike the adapters' updates are.
         classes: leave-one-out predictions by class; None for answers in tokens.
