@@ -141,12 +141,14 @@ class _Reusing:
         self.task, self.composition, self.splits, self.seed, self.clock = task, composition, splits, seed, clock
         self.every = torch.arange(len(task.rows))
         self.names = composition.config.adapter_names
+        self.keys = [_key(name) for name in self.names]
         self.reads: dict[str, Any] = {}
         for candidate in candidates(composition, ALL_KINDS):
-            key = candidate.name if candidate.kind == "adapter" else f"({candidate.kind})"
-            self.reads[key] = self._read(key, candidate.switch)
+            is_adapter = candidate.kind == "adapter"
+            key = _key(candidate.name) if is_adapter else f"({candidate.kind})"
+            self.reads[key] = self._read(key, candidate.switch, candidate.name if is_adapter else None)
         self.passes = sum(clock.seconds.values())
-        alone = [self.reads[name] for name in self.names]
+        alone = [self.reads[key] for key in self.keys]
         with clock.timed("(choice)", steps=0):
             self.choices = [
                 task.evidence(alone, self.reads["(uniform)"], self.reads["(base)"], split.train, seed)
@@ -157,13 +159,13 @@ class _Reusing:
     def outcomes(self, methods: Sequence[str]) -> list[Outcome]:
         head = self.task.head_parameters
         shared = {name: self.clock.seconds[name] for name in ("(base)", "(uniform)")}
-        alone = sum(self.clock.seconds[name] for name in (*self.names, "(choice)"))
+        alone = sum(self.clock.seconds[name] for name in (*self.keys, "(choice)"))
         found = []
         if BASE in methods:
             name = HEAD_ONLY if head else ZERO_SHOT
             found.append(self._frozen(name, "alternative", self._always("(base)"), shared["(base)"]))
         if SINGLE in methods:
-            best = [self.reads[self.names[pick]] for pick, _ in self.choices]
+            best = [self.reads[self.keys[pick]] for pick, _ in self.choices]
             found.append(self._frozen(SINGLE, "adapters", best, alone))
         if UNIFORM in methods:
             found.append(self._frozen(UNIFORM, "adapters", self._always("(uniform)"), shared["(uniform)"]))
@@ -188,14 +190,14 @@ class _Reusing:
         judged = self.task.frozen(of_splits, self.splits, self.seed)
         return Outcome(name, kind, judged, _size(self.task.head_parameters), seconds + time.perf_counter() - started)
 
-    def _read(self, key: str, switch: Callable[[], AbstractContextManager[None]]) -> Any:
+    def _read(self, key: str, switch: Callable[[], AbstractContextManager[None]], adapter: str | None = None) -> Any:
         model = self.composition.model
         with self.clock.timed(key), evaluating([model]), switch():
             try:
                 return self.task.read(model, self.every)
             except NotFiniteError as error:
-                if key in self.names:
-                    raise NotFiniteAdapterError(BrokenAdapter(key, f"{error}. {advice(True)}")) from error
+                if adapter is not None:
+                    raise NotFiniteAdapterError(BrokenAdapter(adapter, f"{error}. {advice(True)}")) from error
                 raise NotFiniteError(f"Scoring {quoted(key)}: {error}. {advice(False)}") from error
 
     def _mixed(self, weights: Tensor) -> Any:
@@ -255,6 +257,11 @@ def _fresh(
         Outcome(name, "alternative", own, trainable, trained + seconds[judging])
         for name, judging, own in ((_name(scale), _scaled(scale), own) for scale, own in judged.items())
     ]
+
+
+def _key(adapter: str) -> str:
+    """What an adapter's pass goes by. An adapter may have any name, that of a method, too."""
+    return f"adapter {adapter}"
 
 
 def _name(scale: float) -> str:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from peft_composition import compare_methods
+from peft_composition.comparing import bodies
 from peft_composition.comparing import methods as module
 
 from .. import tiny
-from .test_compare import QUICK, points
+from .test_compare import QUICK, points, questions
 
 
 @pytest.fixture
@@ -67,3 +68,26 @@ def test_seconds_of_a_method_are_its_own(pair: Any, monkeypatch: pytest.MonkeyPa
         "fresh LoRA x 0.5": 5 * (5 + 1),
         "evidence, learned": 4 + 5 * (5 + 1),
     }
+
+
+def test_an_adapter_may_be_called_as_a_method(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pass is not counted as one of the method's."""
+    base, (first, second) = tiny.build("mlp"), pair("mlp")
+    passes = [0.0]
+    base.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: passes[0]))
+    adapters = [{"path": first, "name": "evidence"}, {"path": second, "name": "random LoRAs"}]
+    found = compare_methods(base, adapters, points(), **QUICK)
+    expected = compare_methods(base, [first, second], points(), **QUICK)
+    assert [(row.name, row.seconds) for row in found] == [(row.name, row.seconds) for row in expected]
+
+
+def test_a_control_that_is_not_finite_is_no_fault_of_an_adapter_of_its_name(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = pair("llama")
+    monkeypatch.setattr(bodies, "_randomize", lambda A, B, *_: B.fill_(torch.nan))
+    adapters = [first, {"path": second, "name": "random LoRAs"}]
+    with pytest.raises(ValueError, match="Scoring 'random LoRAs': 8 of 8 answers") as error:
+        compare_methods(tiny.build("llama"), adapters, questions(), judged="uniform", **QUICK)
+    assert not isinstance(error.value, module.NotFiniteAdapterError)
