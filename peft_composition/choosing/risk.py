@@ -35,7 +35,9 @@ def chance_of_harm(scores: Gains, answers: Gains, are_left_out: bool) -> float:
     tell together. Beside the mean of all candidates on the same examples, which takes away the base's own noise and
     what examples have in common, candidates spread by chance and by what they are worth; the pick's lead over that
     mean is drawn towards it by the share that is chance (empirical Bayes). In later rounds the mean of all is that of
-    the finalists less their lead in the first round, drawn in the same way.
+    the finalists less their lead in the first round, drawn in the same way. A finalist that is left alone has no
+    others to be compared with: its variance stands for that of its lead, and of what it led by by chance in the first
+    round the share counts that these examples have of all.
 
     What is left is uncertain by the pick's own error on all examples, and no less than by what all candidates have in
     common, by Student's t: the pool tells by how much the pick is too high, and does not make it surer. Scores are not
@@ -67,9 +69,14 @@ def _chance(gains: Gains, prior: float, are_left_out: bool) -> float:
         noise = float((first - first.mean(0)).var(1).sum()) / (count - 1) * share_of_first
         spread = max(0.0, float(first.mean(1).var()) - noise)
         lead = float(first.mean(1)[gains.places].mean() - first.mean())
-        centre = float(last.mean()) - _part(spread, noise) * lead
-        finalists = len(last)
-        of_pick = float((own - last.mean(0)).var()) * share * finalists / max(finalists - 1, 1)
+        finalists, drawn = len(last), _part(spread, noise)
+        beside = own - last.mean(0)
+        of_pick = float(beside.var()) * share * finalists / max(finalists - 1, 1)
+        if finalists == 1:
+            # With no other beside it, all that it has may be chance; and a part of `last` is the first round's lead.
+            of_pick = float(own.var()) * share
+            drawn += (1 - drawn) * first.shape[1] / examples
+        centre = float(last.mean()) - drawn * lead
         mean = centre + _part(spread, of_pick) * (mean - centre)
     if error == 0:
         return 0.5 if mean == 0 else float(mean < 0)

@@ -118,8 +118,32 @@ def test_where_no_candidate_differs_from_the_base_it_is_rarely_small() -> None:
     assert np.mean((stated - 0.5) ** 2) < 0.1
 
 
-@pytest.mark.parametrize(("mean", "spread"), [(-0.05, 0.05), (0.0, 0.05), (-0.05, 0.15), (0.05, 0.1)])
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.05), (-0.05, 0.15), (0.05, 0.1)])
 def test_it_comes_true_about_as_often_as_it_says(mean: float, spread: float) -> None:
     stated, true = simulated(mean, spread, 500, seed=2)
     assert abs(stated.mean() - (true < 0).mean()) < 0.15
-    assert np.mean((stated - (true < 0)) ** 2) < (0.27 if mean == -spread else 0.12)
+    assert np.mean((stated - (true < 0)) ** 2) < 0.12
+
+
+def test_where_picks_are_near_the_base_it_is_right_on_average_and_tells_no_more_than_a_coin() -> None:
+    """40% of picks are worse, all by little. To state 0.5 of each has a Brier score of 0.25, and this has 0.265."""
+    stated, true = simulated(-0.05, 0.05, 500, seed=2)
+    assert abs(stated.mean() - (true < 0).mean()) < 0.05
+    assert np.mean((stated - (true < 0)) ** 2) == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("first", [12, 40])
+@pytest.mark.parametrize(("mean", "spread"), [(-0.05, 0.05), (0.0, 0.05), (-0.1, 0.1)])
+def test_of_40_candidates_one_is_left(mean: float, spread: float, first: int) -> None:
+    """The best on the first round's examples; those beside it broke later. It is no surer for that."""
+    generator = np.random.default_rng(3)
+    stated, true = [], []
+    for _ in range(400):
+        worth = generator.normal(mean, spread, 40)
+        found = worth[:, None] + generator.normal(0, 0.15, 40) + generator.normal(0, 0.4, (40, 40))
+        pick = int(found[:, :first].mean(1).argmax())
+        own = gains(found[:, :first], found[pick : pick + 1], [pick], 0)
+        stated.append(chance_of_harm(own, own, False))
+        true.append(worth[pick] < 0)
+    assert -0.05 < np.mean(stated) - np.mean(true) < 0.2  # cautious rather than sure
+    assert np.mean((np.array(stated) - true) ** 2) < 0.25
