@@ -52,9 +52,10 @@ class Selection:
         candidates: how many were tried.
         examples: on how many examples at most.
         risk_worse_than_base: the chance that the best adapter is worse than the base model on new examples, mindful
-            of how many were tried. With two examples of each class a small one is too small.
+            of how many were tried. With two examples of each class a small one may be too small.
         measure: what the scores are: "margin" or "log-likelihood".
-        passed: examples that went through the model in all, over all candidates.
+        passed: examples that went through the model, over the candidates of all processes and the mixes of the last
+            ones; what a log had is not passed again and does not count.
         seconds: in all.
     """
 

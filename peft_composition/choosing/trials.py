@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class Trials:
         downloads: the budget for what candidates fetch.
         mixed_precision: as for `score_adapters`.
         bar: of progress.
+
+    Attributes:
+        reasons: of the candidates that could not be scored.
+        passed: examples that went through the model, in all processes together. What the journal has did not.
     """
 
     def __init__(
@@ -72,8 +76,8 @@ class Trials:
         self._bar = bar
         self._seen: dict[int, str | None] = {}
         self._outputs = KeptOutputs()
-        self._reached: dict[int, int] = {}
         self.reasons: dict[int, str] = {}
+        self._own_passed = 0
         self.passed = 0
 
     def run(self, rung: int, numbers: Sequence[int], examples: Examples) -> dict[int, Trial]:
@@ -91,19 +95,19 @@ class Trials:
         world, own_rank = processes(), rank()
         self._outputs.drop_others({0, *numbers})
 
-        def share() -> dict[int, dict[str, Any] | str]:
+        def share() -> tuple[dict[int, dict[str, Any] | str], int]:
             own: dict[int, dict[str, Any] | str] = {}
             for number in [0, *numbers]:
                 if number % world == own_rank:
                     own[number] = self._remembered(rung, number, examples)
                     self._bar.update()
-            return own
+            return own, self._own_passed
 
-        found = {number: result for part in together(share) for number, result in part.items()}
+        parts = together(share)
+        found = {number: result for part, _ in parts for number, result in part.items()}
         if isinstance(found[0], str):
             raise ValueError(found[0])
-        self.passed += sum(len(examples) - self._reached.get(number, 0) for number in found)
-        self._reached.update(dict.fromkeys(found, len(examples)))
+        self.passed = sum(passed for _, passed in parts)
         self.reasons.update({number: own for number, own in found.items() if isinstance(own, str)})
         return {
             number: Trial(torch.tensor(line["values"], dtype=torch.float64), torch.tensor(line["right"]))
@@ -147,7 +151,20 @@ class Trials:
             mix = Candidate("base", "base", nullcontext)
             if number:
                 mix = read_in_turn(self._base, [self._references[number - 1]])[0]
+            new = examples.batches[0 if before is None else before.batches :]
+            mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
         trial = Trial(*per_example(passed))
         self._outputs.put(number, trial.score, outputs)
         return trial
+
+    def _counted(self, mix: Candidate, examples: int) -> Callable[[], AbstractContextManager[None]]:
+        """A candidate's switch that counts the examples, once the adapter could be read."""
+
+        @contextmanager
+        def switch() -> Iterator[None]:
+            with mix.switch():
+                self._own_passed += examples
+                yield
+
+        return switch

@@ -59,6 +59,25 @@ def test_an_example_is_passed_once_and_scores_are_the_same(
     assert sum(more.values()) == each + weighing
     assert sum(seen.values()) == once + weighing
     assert found.passed == once
+    assert again.passed == each  # nothing was kept
+
+
+def test_what_a_log_has_is_not_counted_and_what_is_passed_again_is(tmp_path: Path) -> None:
+    pool = candidates.save_pool(tmp_path / "pool", 40)
+    log = tmp_path / "log.jsonl"
+
+    def run() -> tuple[int, int]:
+        model, seen = counted(tiny.build("bert").eval())
+        found = select_adapters(model, pool, candidates.rows(40), most=1, log=log, progress=False)
+        return found.passed, sum(seen.values()) - 3 * 40  # the last weights are not candidates
+
+    first, seen = run()
+    assert first == seen
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(line for line in lines if b'"rung": 2' not in line))
+    # Those of the last rung and the base run over all 40; no outputs of the rungs before are there.
+    assert run() == (9 * 40, 9 * 40)
+    assert run() == (0, 0)
 
 
 def test_the_worst_go_where_room_ends() -> None:

@@ -195,6 +195,16 @@ def test_two_processes_share_100_candidates_and_survive_kill_9(tmp_path: Path) -
     places = [(own["rung"], own["candidate"]) for own in scored if "rung" in own]
     assert len(places) == len(set(places))
     assert all(len(file.read_bytes().splitlines()) > len(places) / 3 for file in before)  # they shared them out
+    known = [json.loads(line) for lines in before.values() for line in lines.splitlines()]
+    new = {*places} - {(own["rung"], own["candidate"]) for own in known if "rung" in own}
+    one, two = (int((tmp_path / f"{name}.json.passed").read_text()) for name in ("one", "two"))
+    assert one - two == passed({*places}) - passed(new)
+
+
+def passed(places: set[tuple[int, int]]) -> int:
+    """How many examples go through the model on these rungs, by those on them."""
+    sizes = (4, 12, 40)
+    return sum(sizes[rung] - (sizes[rung - 1] if (rung - 1, own) in places else 0) for rung, own in places)
 
 
 MEMORY = """

@@ -53,6 +53,7 @@ def main(pool: str, log: str, out: str, dies_after: int = 0) -> None:
         return
     if rank == 0:
         Path(out).write_text(json.dumps(found.as_json()))
+        Path(f"{out}.passed").write_text(str(found.passed))
     if dist.is_initialized():
         dist.destroy_process_group()
 
