@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -119,9 +119,8 @@ def calibration(
 ) -> None:
     """How often the verdicts of `compare` on simulated users are wrong and how often they can tell, as Markdown."""
     from .calibration import tables
-    from .records import read
 
-    _print_or_fill(tables([record for path in files for record in read(path, key="methods")]), page)
+    _print_or_fill(tables, files, "methods", page)
 
 
 @app.command()
@@ -158,9 +157,8 @@ def chances(
 ) -> None:
     """How often the stated chance that a pick is worse than the base comes true, as Markdown."""
     from .pools import tables
-    from .records import read
 
-    _print_or_fill(tables([record for path in files for record in read(path, key="stated")]), page)
+    _print_or_fill(tables, files, "stated", page)
 
 
 @app.command()
@@ -375,9 +373,14 @@ def _chosen(scenarios: list[str] | None, offline: bool, hub: bool) -> list[str]:
     return names
 
 
-def _print_or_fill(tables: Mapping[str, str], page: Path | None) -> None:
+def _print_or_fill(
+    tables_of: Callable[[list[dict[str, Any]]], Mapping[str, str]], files: list[Path], key: str, page: Path | None
+) -> None:
+    """Tables of the records in some files, which all have a key, printed or put in their places on a page."""
     from .markdown import filled
+    from .records import read
 
+    tables = tables_of([record for path in files for record in read(path, key=key)])
     if page is None:
         typer.echo("\n\n".join(f"### {name}\n\n{text}" for name, text in tables.items()))
     else:

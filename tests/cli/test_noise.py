@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,27 @@ from .. import docs_setups
 from ..warm import ROOT
 
 
+@pytest.fixture
+def shown_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[logging.Logger, list[str]]]:
+    """Makes a logger after `noise.hide()`, with the lines that it lets through."""
+
+    def made(name: str) -> tuple[logging.Logger, list[str]]:
+        logger, shown = logging.getLogger(name), list[str]()
+        for own in {*noise.NOISE, *noise.ONCE, name}:
+            monkeypatch.setattr(logging.getLogger(own), "filters", [])
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        noise.hide()
+        handler = logging.Handler()
+        handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+        monkeypatch.setattr(logger, "handlers", [handler])
+        return logger, shown
+
+    return made
+
+
 @pytest.mark.parametrize("name", ["torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "transformers.modeling"])
-def test_only_the_noise_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    logger = logging.getLogger(name)
-    shown: list[str] = []
-    monkeypatch.setattr(logger, "filters", [])
-    for other in noise.ONCE:
-        monkeypatch.setattr(logging.getLogger(other), "filters", [])
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-    noise.hide()
-    handler = logging.Handler()
-    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
-    monkeypatch.setattr(logger, "handlers", [handler])
+def test_only_the_noise_is_hidden(name: str, shown_by: Callable[[str], tuple[logging.Logger, list[str]]]) -> None:
+    logger, shown = shown_by(name)
     for beginning in noise.NOISE.values():
         logger.warning(f"{beginning} and more", "class") if "%s" in beginning else logger.warning(beginning)
     logger.warning("the file is damaged")
@@ -39,17 +49,11 @@ def test_only_the_noise_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(shown) == (2 if name in noise.NOISE else 3)
 
 
-def test_what_is_said_at_every_step_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_at_every_step_is_shown_once(
+    shown_by: Callable[[str], tuple[logging.Logger, list[str]]],
+) -> None:
     (name,) = noise.ONCE
-    logger = logging.getLogger(name)
-    shown: list[str] = []
-    for own in (*noise.NOISE, name):
-        monkeypatch.setattr(logging.getLogger(own), "filters", [])
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-    noise.hide()
-    handler = logging.Handler()
-    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
-    monkeypatch.setattr(logger, "handlers", [handler])
+    logger, shown = shown_by(name)
     for kind in ("float32", "float32", "bfloat16"):
         logger.warning("inputs will be cast from %s", kind)
     assert shown == ["inputs will be cast from float32", "inputs will be cast from bfloat16"]
