@@ -872,7 +872,7 @@ class TestWhichComposition:
             ({"energy": 0}, "energy must be a share above 0 and at most 1, got 0"),
             ({"energy": 1.5}, "energy must be a share above 0 and at most 1, got 1.5"),
             ({"energy": math.nan}, "energy must be a share above 0 and at most 1, got nan"),
-            ({"rank": 4, "energy": 0.9}, "rank or energy, not both: got rank=4 and energy=0.9"),
+            ({"rank": 4, "energy": 0.9}, r"give rank=\.\.\. or energy=\.\.\., not both: got rank=4 and energy=0\.9"),
             ({"include_head": "apart"}, "include_head must be True, False or \"separate\", got 'apart'"),
             ({"dtype": torch.int8}, "dtype must be a floating point dtype of at least 16 bits, got torch.int8"),
         ],

@@ -104,7 +104,7 @@ def test_the_default_gain_follows_the_normalization_a_given_one_stays() -> None:
     ("changes", "message"),
     [
         ({"mixing": "average"}, "mixing must be one of"),
-        ({"mixing": "fixed", "weights": [1.0]}, "weights has 1 entries for 2 adapters"),
+        ({"mixing": "fixed", "weights": [1.0]}, "weights has 1 entry for 2 adapters"),
         ({"mixing": "fixed", "weights": [0.9, 0.9]}, "weights sum to 1.8"),
         ({"gain": -1.0}, "gain must be"),
         ({"adapters": []}, "adapters must name at least one"),
