@@ -12,6 +12,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Output = Annotated[Path, typer.Option(help="Folder for models, adapters and results.")]
+Page = Annotated[Path | None, typer.Option(help="A page to write the tables into, in place of printing them.")]
 
 
 @app.command()
@@ -94,16 +95,13 @@ def users(
     to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
 ) -> None:
     """Simulated users of `compare`, for `calibration`; those that are there already are left out."""
-    from dataclasses import replace
-
     from . import scenario
     from .evidence import open_benches
     from .records import read
-    from .users import MOST_TEST, simulate, write
+    from .users import simulate, with_tests, write
 
     be_quiet()
-    spec = scenario.load(scenario_name)
-    spec = replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST))
+    spec = with_tests(scenario.load(scenario_name))
     path = (to or output / "users") / f"{spec.name}.jsonl"
     draws = [(k, seed) for seed in range(seeds) for k in map(int, shots.split(","))]
     for bench in open_benches(spec, output, target):
@@ -113,9 +111,7 @@ def users(
 @app.command()
 def calibration(
     files: Annotated[list[Path], typer.Argument(help="Records that `users` wrote.")],
-    page: Annotated[
-        Path | None, typer.Option(help="A page to write the tables into, in place of printing them.")
-    ] = None,
+    page: Page = None,
 ) -> None:
     """How often the verdicts of `compare` on simulated users are wrong and how often they can tell, as Markdown."""
     from .calibration import tables
@@ -132,17 +128,14 @@ def pools(
     to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
 ) -> None:
     """Simulated pools of candidates, for `chances`; those that are there already are left out."""
-    from dataclasses import replace
-
     from . import scenario
     from .evidence import open_benches
     from .pools import simulate
     from .records import read
-    from .users import MOST_TEST, write
+    from .users import with_tests, write
 
     be_quiet()
-    spec = scenario.load(scenario_name)
-    spec = replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST))
+    spec = with_tests(scenario.load(scenario_name))
     path = (to or output / "pools") / f"{spec.name}.jsonl"
     for bench in open_benches(spec, output, target):
         write(simulate(bench, range(seeds), read(path, key="stated")), path)
@@ -151,9 +144,7 @@ def pools(
 @app.command()
 def chances(
     files: Annotated[list[Path], typer.Argument(help="Records that `pools` wrote.")],
-    page: Annotated[
-        Path | None, typer.Option(help="A page to write the tables into, in place of printing them.")
-    ] = None,
+    page: Page = None,
 ) -> None:
     """How often the stated chance that a pick is worse than the base comes true, as Markdown."""
     from .pools import tables
@@ -171,16 +162,13 @@ def verdicts(
     to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
 ) -> None:
     """Verdicts of a user with 200 test examples, beside what 1,000 others say; with a fresh LoRA on all blocks."""
-    from dataclasses import replace
-
     from . import known, scenario
     from .evidence import open_benches
     from .records import read
-    from .users import MOST_TEST, write
+    from .users import with_tests, write
 
     be_quiet()
-    spec = scenario.load(scenario_name)
-    spec = replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST + known.SEEN))
+    spec = with_tests(scenario.load(scenario_name), more=known.SEEN)
     path = (to or output / "known") / f"{spec.name}-{target}-{k}.jsonl"
     if not read(path, key="methods"):
         for bench in open_benches(spec, output, target):

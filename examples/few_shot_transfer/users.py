@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from peft_composition.evidence.scores import leave_one_out_distances, log_likeli
 
 from .bench import BASE, BATCH, UNIFORM, Bench, Draw
 from .records import Record, cut_torn_line, write_line
+from .scenario import Scenario
 from .stand_in import Corners, Recipe, train
 
 
@@ -87,6 +88,11 @@ class LastBlock:
 
 
 @torch.no_grad()
+def with_tests(spec: Scenario, more: int = 0) -> Scenario:
+    """The scenario with `MOST_TEST` test examples, and some more."""
+    return replace(spec, downstream=replace(spec.downstream, test_size=MOST_TEST + more))
+
+
 def last_block(bench: Bench, rows: Dataset) -> LastBlock:
     """The last block and its inputs for some examples."""
     model: Any = bench.model.build(bench.classes, 0).eval()

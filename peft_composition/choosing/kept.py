@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..evidence.passes import Outputs
 
 
@@ -44,8 +42,4 @@ class KeptOutputs:
 
 
 def _size(outputs: Outputs) -> int:
-    return sum(_bytes_of(part) for part in outputs.found)
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return sum(part.nbytes for part in outputs.found)

@@ -16,9 +16,8 @@ from .labelled import expanded
 
 def run(adapters: Sequence[str], base: str | None, task: str | None, as_json: bool, check_base: bool = True) -> bool:
     """Print a row for every adapter; True if all can be composed."""
-    references = references_of(
-        [*dict.fromkeys(expanded(adapters))]
-    )  # a row says all, however often an adapter is named
+    names = dict.fromkeys(expanded(adapters))  # a row says all, however often an adapter is named
+    references = references_of([*names])
     model = None
     if base is not None:
         config = base_config(base)

@@ -51,9 +51,10 @@ def load_task(
     config = base_config(base)
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     task = task or task_of(data, is_encoder_decoder)
-    loader = loaders(task, config)[0]
     if references:
         _, loader = task_and_loader(references, task, config, check_base=True, is_strict=False)
+    else:
+        loader = loaders(task, config)[0]
     require_examples(base, loader, data)
     processor = load_processor(base, data.kind)
     model, _ = load_base(loader, base, processor, num_labels=len(data.classes) or None, is_reported=not data.classes)

@@ -95,11 +95,9 @@ def load(
             _warn_of_the_order(examples.classes, named)
     tests = None if test is None else read_data(test, **{**columns, "classes": examples.classes or None})
     is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    return Loaded(
-        PeftModel.from_pretrained(model, str(folder)).eval(),
-        EncodedRows(examples, processor, is_seq2seq),
-        None if tests is None else EncodedRows(tests, processor, is_seq2seq),
-    )
+    composed = PeftModel.from_pretrained(model, str(folder)).eval()
+    rows = EncodedRows(examples, processor, is_seq2seq)
+    return Loaded(composed, rows, None if tests is None else rows.encoded_alike(tests))
 
 
 def _names_of_head(config: CompositionConfig, model: nn.Module, is_recorded: bool) -> list[str] | None:
