@@ -166,7 +166,7 @@ class CompositionConfig(PeftConfig):
         self._request = self.target_modules
         self._as_loaded = self._definition() if self._read_from_checkpoint else None
         self.summary_as_read: dict[str, Any] | None = None
-        self.names_in_model: list[str] | None = None  # the class names that its config had when it was built
+        self.names_in_model: list[str] | None = None  # of classes, in its config when last looked at
         if self._read_from_checkpoint:
             require_valid_record(self)
             self.summary_as_read = json.loads(json.dumps(summary(self)))  # far faster than a deep copy
@@ -304,7 +304,7 @@ class CompositionConfig(PeftConfig):
 
     def become(self, other: Self) -> None:
         """Take over the fields and the record of another config, because the built model was changed accordingly."""
-        other._read_from_checkpoint = self._read_from_checkpoint
+        other._read_from_checkpoint, other.names_in_model = self._read_from_checkpoint, self.names_in_model
         if not self._read_from_checkpoint:
             other._as_loaded = other.summary_as_read = None
         with other.building():
@@ -325,7 +325,8 @@ class CompositionConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, as they are saved, with `target_modules` as given by the user."""
         self.undo_edits()
-        return {**super().to_dict(), "target_modules": self.requested_target_modules}
+        saved = None if self.modules_to_save is None else [*dict.fromkeys(self.modules_to_save)]  # as PEFT extends it
+        return {**super().to_dict(), "target_modules": self.requested_target_modules, "modules_to_save": saved}
 
     @classmethod
     def from_pretrained(

@@ -27,14 +27,17 @@ def names_or_expression(field: str, value: Any) -> Any:
 
 
 def saved_modules(field: str, value: Any) -> list[str] | None:
-    """The `value` of `modules_to_save`: a list of names, which PEFT also treats as regular expressions."""
+    """The `value` of `modules_to_save`: a list of names, which PEFT also treats as regular expressions.
+
+    Each once: PEFT adds the names of heads to a loaded config that has them already.
+    """
     if value is None:
         return None
     hint = f"; write [{value!r}]" if isinstance(value, str) and _NAME.fullmatch(value) else ""
     names = _names(field, value, "a list of module names", hint)
     for name in names:
         _require_expression(field, name)
-    return [*names]
+    return [*dict.fromkeys(sorted(names) if isinstance(names, Set) else names)]
 
 
 def layer_indices(field: str, value: Any) -> list[int] | int | None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from ..names import without_outer_adapters
 from . import packing
 from .base_layer import device_of, hooks_of, real_device
 from .base_model import BaseModel
-from .class_names import give_names, record_names, stated_names
+from .class_names import NamedClasses, record_names, stated_names
 from .configs import Configs
 from .factors import Factors
 from .fingerprint import add_fingerprint, await_fingerprint, checked_weights, forget_awaited
@@ -32,7 +32,7 @@ from .preparation import Injection, prepare, require_new, require_usable_name
 from .ties import computes_by_flag, find_ties, held_more_than_once, separate, warn_about_leaving
 
 
-class CompositionModel(BaseTuner):
+class CompositionModel(NamedClasses):
     """Mixes trained LoRA adapters into one adapter (arXiv 2402.15414).
 
     Created by `get_peft_model(model, CompositionConfig(adapters=[...]))`. The upstream adapters are read and checked
@@ -109,6 +109,9 @@ class CompositionModel(BaseTuner):
             # Not a list: PEFT would spend time on shortening it, but modules are matched by the record.
             config.target_modules = cast("list[str]", tuple(injection.ranks))
             self._injection = injection
+            config.names_in_model = stated_names(model)
+            if not config.is_restored:
+                config.class_names = config.names_in_model
             if state_dict is not None:
                 state_dict = {injection.key_at_the_module(key): tensor for key, tensor in state_dict.items()}
             try:
@@ -121,11 +124,6 @@ class CompositionModel(BaseTuner):
                 await_fingerprint(carrying, adapter_name, config, injection.mixings)
             if injection.stacked is not None:
                 self._fill(injection, adapter_name)
-            if config.is_restored:
-                give_names(config, model, is_alone=len(self.peft_config) == 1)
-            else:
-                config.class_names = stated_names(model)
-            config.names_in_model = stated_names(model)
         if held_more_than_once(base.modules):
             find_ties(model, dict(composition_layers(model)))
         if any(packing.packable(base.modules)):

@@ -217,8 +217,24 @@ class TestRoundTrip:
         loaded.save_pretrained(str(tmp_path / "second"))
         assert same_state(load_file(tmp_path / "first" / WEIGHTS), load_file(tmp_path / "second" / WEIGHTS))
         first, second = (json.loads((tmp_path / folder / CONFIG).read_text()) for folder in ("first", "second"))
-        assert set(first.pop("modules_to_save")) == set(second.pop("modules_to_save"))  # PEFT appends on every load
         assert first == second
+
+    @pytest.mark.parametrize("given", [None, ["pooler.dense", "classifier"]])
+    def test_heads_are_listed_once_however_often_it_is_loaded(self, given, pair, tmp_path) -> None:
+        """PEFT adds their names to the list on every load."""
+        model = composed("bert", pair("bert"), modules_to_save=given)
+        expected = list(dict.fromkeys([*(given or []), "classifier", "score"]))
+        for number in range(3):
+            assert model.peft_config["default"].modules_to_save == expected
+            model.save_pretrained(str(tmp_path / str(number)))
+            assert json.loads((tmp_path / str(number) / CONFIG).read_text())["modules_to_save"] == expected
+            model = PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path / str(number)))
+        model.load_adapter(str(tmp_path / "0"), "second")
+        assert model.peft_config["second"].modules_to_save == expected
+        config = CompositionConfig(adapters=pair("bert"), task_type="SEQ_CLS")
+        for _ in range(2):
+            get_peft_model(tiny.build("bert"), config)
+        assert config.to_dict()["modules_to_save"] == ["classifier", "score"]
 
 
 class TestFiles:

@@ -86,6 +86,56 @@ def test_beside_other_adapters_names_stay(tmp_path: Path, adapters: list[str]) -
     assert recorded(tmp_path / "left" / "second") == ["x", "y", "z"]
 
 
+def test_names_follow_the_head_that_runs(tmp_path: Path, adapters: list[str]) -> None:
+    trained = composed(base(NAMES), adapters)
+    with torch.no_grad():
+        trained.base_model.model.classifier.modules_to_save["default"].weight.fill_(7)
+    trained.save_pretrained(tmp_path / "first")
+    composed(base(sorted(NAMES)), adapters).save_pretrained(tmp_path / "second")
+    own = base(["x", "y", "z"])
+    own.config.label2id = {"x": 0, "y": 1, "z": 2, "Z": 2}  # all of it comes back
+    before = dict(own.config.id2label), dict(own.config.label2id)
+
+    def is_as_before() -> bool:
+        return (own.config.id2label, own.config.label2id) == before
+
+    model = PeftModel.from_pretrained(own, tmp_path / "first")
+    assert stated_names(own) == NAMES
+    with model.disable_adapter():
+        assert is_as_before()
+    assert stated_names(own) == NAMES
+    model.load_adapter(tmp_path / "second", "second")
+    for active, names in (("second", sorted(NAMES)), ("default", NAMES), ("second", sorted(NAMES))):
+        model.set_adapter(active)
+        assert stated_names(own) == names
+        assert own.config.label2id == {name: place for place, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "both")
+    assert [recorded(tmp_path / "both" / part) for part in ("", "second")] == [NAMES, sorted(NAMES)]
+    model.delete_adapter("second")
+    assert stated_names(own) == NAMES  # the other one is active now
+    model.delete_adapter("default")
+    assert is_as_before()
+
+    unloaded = PeftModel.from_pretrained(base(), tmp_path / "first").unload()
+    assert bool((unloaded.classifier.weight == 7).all())  # PEFT leaves the trained head in the model
+    assert stated_names(unloaded) == NAMES
+
+
+def test_names_that_the_user_gives_to_a_loaded_composition_stay(tmp_path: Path, adapters: list[str]) -> None:
+    composed(base(NAMES), adapters).save_pretrained(tmp_path / "first")
+    own = base()
+    model = PeftModel.from_pretrained(own, tmp_path / "first")
+    own.config.id2label = {0: "x", 1: "y", 2: "z"}
+    with model.disable_adapter():
+        assert stated_names(own) == ["x", "y", "z"]
+    model.set_adapter("default")
+    assert stated_names(own) == ["x", "y", "z"]
+    model.save_pretrained(tmp_path / "again")
+    assert recorded(tmp_path / "again") == ["x", "y", "z"]
+    model.delete_adapter("default")
+    assert stated_names(own) == ["x", "y", "z"]
+
+
 @pytest.mark.parametrize("saved", [None, NAMES])
 @pytest.mark.parametrize("here", [None, NAMES])
 @pytest.mark.parametrize("are_set_before", [True, False])
