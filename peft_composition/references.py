@@ -40,6 +40,18 @@ def is_hub_id(name: str | None) -> bool:
     return True
 
 
+def within_hub(name: str) -> tuple[str, str] | None:
+    """The Hub id and the folder within it of a name like `org/repo/folder`; None if it is no such name.
+
+    If its first part is a folder here, it is a path here.
+    """
+    parts = name.split("/")
+    if is_local(parts[0]) or any(part in ("", ".", "..") for part in parts[2:]) or len(parts) < 3:
+        return None
+    repository = "/".join(parts[:2])
+    return (repository, "/".join(parts[2:])) if is_hub_id(repository) else None
+
+
 class AdapterReference(TypedDict, total=False):
     """The location and the name of one upstream adapter.
 
@@ -90,6 +102,35 @@ class LoraLayout(_LayoutOfLayers, total=False):
     parameters: dict[str, list[str]]
 
 
+def read_reference(text: str) -> AdapterReference:
+    """An adapter as it is written in a shell or a file of candidates.
+
+    Args:
+        text: a folder, or a Hub id, with `/folder` for a folder within the repository and `@revision` for a revision.
+    """
+    if is_local(text):
+        return AdapterReference(path=text)
+    path, at, revision = text.rpartition("@")
+    location = path if at else text
+    found = within_hub(location)
+    if found is None and not (at and is_hub_id(location)):
+        return AdapterReference(path=text)
+    own = AdapterReference(path=location) if found is None else AdapterReference(path=found[0], subfolder=found[1])
+    return AdapterReference(**own, revision=revision) if at else own
+
+
+def place_of(reference: AdapterReference) -> str:
+    """The folder or Hub id of an adapter, with its subfolder."""
+    subfolder = reference.get("subfolder")
+    return reference["path"] + (f"/{subfolder}" if subfolder else "")
+
+
+def location_of(reference: AdapterReference) -> str:
+    """Where an adapter is, as `read_reference` reads it."""
+    revision = reference.get("revision")
+    return place_of(reference) + (f"@{revision}" if revision else "")
+
+
 def named_references(adapters: object) -> list[Any]:
     """Every entry as a dict with all keys and a unique name."""
     if isinstance(adapters, (str, Path, Mapping)):
@@ -103,7 +144,7 @@ def named_references(adapters: object) -> list[Any]:
         other = seen.setdefault(reference["name"], reference)
         if other is not reference:
             raise ValueError(
-                f"two adapters are named {reference['name']!r}: {_location(other)} and {_location(reference)}; "
+                f"two adapters are named {reference['name']!r}: {location_of(other)} and {location_of(reference)}; "
                 'give each a name of its own: {"path": ..., "name": ...}'
             )
     return references
@@ -140,18 +181,12 @@ def _reference(entry: object) -> AdapterReference:
     return reference
 
 
-def _location(reference: AdapterReference) -> str:
-    subfolder = reference.get("subfolder")
-    revision = reference.get("revision")
-    return reference["path"] + (f"/{subfolder}" if subfolder else "") + (f"@{revision}" if revision else "")
-
-
 def _parts(reference: AdapterReference) -> tuple[str, ...]:
     """The parts of a location; for "." and "..", which are no names, the parts of the full path."""
-    parts = Path(_location(reference)).parts
+    parts = Path(location_of(reference)).parts
     if parts and parts[-1] != "..":
         return parts
-    return Path(os.path.abspath(_location(reference))).parts
+    return Path(os.path.abspath(location_of(reference))).parts
 
 
 def _fill_in_names(references: list[AdapterReference]) -> None:

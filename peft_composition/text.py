@@ -64,9 +64,9 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     Args:
         count: how many.
         one: the noun for one.
-        many: for others. Default: with an "s".
+        many: for others. Default: with an "s", or "es" after one.
     """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
+    return f"{count:,} {one if count == 1 else many or one + ('es' if one.endswith('s') else 's')}"
 
 
 def in_markdown(text: object, limit: int = SHORT) -> str:

@@ -31,7 +31,7 @@ def compare(
         Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
         typer.Argument(
             metavar="ADAPTER...",
-            help="Hub ids (id@revision for a revision), folders, or a folder of adapters.",
+            help="Hub ids (id/folder within it, id@revision), folders, or a folder of adapters.",
             show_default=False,
         ),
     ] = None,

@@ -15,7 +15,8 @@ def inspect(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER...", help="Hub ids (id@revision for a revision), folders, or a folder of adapters."
+            metavar="ADAPTER...",
+            help="Hub ids (id/folder within it, id@revision), folders, or a folder of adapters.",
         ),
     ],
     base: Annotated[

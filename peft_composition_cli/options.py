@@ -31,7 +31,8 @@ class Dtype(StrEnum):
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER...", help="Hub ids (id@revision for a revision) or folders.")
+    list[str],
+    typer.Argument(metavar="ADAPTER...", help="Hub ids (id/folder within it, id@revision) or folders."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write to; must be new or empty.", file_okay=False)]
 Saved = Annotated[

@@ -20,7 +20,7 @@ def select(
         Optional[list[str]],  # noqa: UP045  (typer reads it at run time)
         typer.Argument(
             metavar="ADAPTER...",
-            help="Candidates: Hub ids (id@revision for a revision), folders, or a folder of adapters.",
+            help="Candidates: Hub ids (id/folder within it, id@revision), folders, or a folder of adapters.",
             show_default=False,
         ),
     ] = None,

@@ -31,8 +31,8 @@ OTHER_NAMES = {
 }
 # What is said of Python alone.
 PHRASES = (
-    (re.compile(r'\{"path": \.\.\., "subfolder": "([^"]+)"\}'), r"its path with /\1 (on the Hub: download it first)"),
-    (re.compile(r'\{"path": "([^"]+)", "subfolder": "([^"]+)"\}'), r"\1/\2 (on the Hub: download it first)"),
+    (re.compile(r'\{"path": \.\.\., "subfolder": "([^"]+)"\}'), r"its path with /\1"),
+    (re.compile(r'\{"path": "([^"]+)", "subfolder": "([^"]+)"\}'), r"\1/\2"),
     (
         re.compile(r'give each a name of its own: \{"path": \.\.\., "name": \.\.\.\}'),
         "give each once, or a copy in a folder of another name",

@@ -25,7 +25,7 @@ from typing import Any, cast
 from unittest.mock import patch
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 
 from .hub_metadata import errors_in
 
@@ -592,7 +592,11 @@ def as_the_hub(hub: HubServer, cache: str | Path, token: str = "") -> Iterator[N
     }
     variables = {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     close_session()
-    with patch.dict(os.environ, variables), patch.multiple(constants, **settings):
+    with (
+        patch.dict(os.environ, variables),
+        patch.multiple(constants, **settings),
+        patch.object(hf_api.api, "endpoint", hub.url),
+    ):
         try:
             yield
         finally:

@@ -148,6 +148,7 @@ def test_a_literal_of_python_means_the_text(text: str) -> None:
         (1, ("adapter",), "1 adapter"),
         (2, ("class", "classes"), "2 classes"),
         (1000, ("example",), "1,000 examples"),
+        (9, ("pass",), "9 passes"),
     ],
 )
 def test_counts_agree_with_their_nouns(count: int, words: tuple[str, ...], expected: str) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from ..config import CompositionConfig
-from ..references import AdapterReference, is_hub_id
+from ..references import AdapterReference, is_hub_id, place_of
 from ..text import LONG, one_line, quoted
 from ..tuner.preparation import require_composable
 from ..upstream.adapter import UpstreamAdapter, read_adapters, read_config
@@ -41,7 +41,7 @@ class AdapterReport:
 
     Attributes:
         name: its name in a composition.
-        path: Hub id or folder.
+        path: Hub id or folder, with its subfolder.
         revision: the requested revision.
         commit: the commit of that revision, for an adapter from the Hub.
         license: the license that its card states.
@@ -99,7 +99,7 @@ def inspect_adapters(
     read: list[tuple[AdapterReport, UpstreamAdapter]] = []
     same = _Agreement(check_base_model)
     for found, reference in zip(_locate_each(references), references):
-        report = AdapterReport(reference["name"], reference["path"], reference.get("revision"))
+        report = AdapterReport(reference["name"], place_of(reference), reference.get("revision"))
         reports.append(report)
         with _Judging(report):
             if isinstance(found, Exception):

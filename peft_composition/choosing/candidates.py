@@ -12,6 +12,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from ..drafts import write_whole
+from ..references import read_reference
 from ..text import one_line, quoted, shown
 from .search import FoundAdapter
 
@@ -37,7 +38,8 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Any]:
 
     Args:
         path: what `search --out` wrote, of which those that can be composed count, at the commits that were looked at;
-            or a text file with a Hub id or folder on each line, where `#` begins a comment.
+            or a text file with a folder or Hub id on each line (`id/folder` for a folder within the repository,
+            `id@revision` for a revision), where `#` begins a comment.
 
     Returns:
         Entries as `CompositionConfig` takes them.
@@ -55,10 +57,16 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Any]:
         found += _of_search(text, where)
     else:
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
-        found += [line for line in lines if line]
+        found += [_entry(line) for line in lines if line]
     if not found:
         raise ValueError(f"{where} lists no candidate that can be composed")
     return found
+
+
+def _entry(line: str) -> Any:
+    """A line as it is, unless it says more than a path."""
+    found = read_reference(line)
+    return line if found == {"path": line} else found
 
 
 def _of_search(text: str, where: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from ..evidence.scores import bayesian_bootstrap, interval
 from ..evidence.table import DRAWS
 from ..evidence.together import together
 from ..progress import progress_bar
-from ..references import AdapterReference, is_local
+from ..references import AdapterReference, is_local, place_of
 from ..text import plural
 from .downloads import Downloads
 from .greedy import choose_together, weigh
@@ -218,8 +218,8 @@ def _none(references: Sequence[AdapterReference], reasons: dict[int, str]) -> st
 def _row(reference: AdapterReference, trial: Trial, seed: int) -> RankedAdapter:
     low, high = interval(trial.values, bayesian_bootstrap(len(trial.values), DRAWS, seed))
     accuracy = float(trial.is_right.double().mean())
-    return RankedAdapter(reference["name"], reference["path"], trial.score, low, high, accuracy, len(trial.values))
+    return RankedAdapter(reference["name"], place_of(reference), trial.score, low, high, accuracy, len(trial.values))
 
 
 def _broken(reference: AdapterReference, reason: str) -> RankedAdapter:
-    return RankedAdapter(reference["name"], reference["path"], None, None, None, None, 0, reason)
+    return RankedAdapter(reference["name"], place_of(reference), None, None, None, None, 0, reason)

@@ -20,7 +20,7 @@ class RankedAdapter:
 
     Attributes:
         name: of the adapter in a composition.
-        path: its Hub id or folder.
+        path: its Hub id or folder, with its subfolder.
         score: mean over the examples that it got to see; None where it could not be scored.
         low: lower end of the middle 95% of that mean over Bayesian bootstraps of the examples.
         high: upper end.

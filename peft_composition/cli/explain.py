@@ -49,6 +49,7 @@ def run(
         collate=loaded.rows.collate,
         batch_size=batch_size,
         seed=seed,
+        progress=True,
     )
     if not prints:
         return

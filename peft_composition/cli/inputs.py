@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +13,7 @@ from transformers import PretrainedConfig
 
 from ..checkpoint.base_models import AUTO_CLASSES, Loader, choose, loaders, stated_class
 from ..config import CompositionConfig
-from ..references import AdapterReference, is_hub_id
+from ..references import AdapterReference, read_reference
 from ..text import one_line
 from ..tuner.preparation import require_composable
 from ..upstream.adapter import read_adapters, read_config
@@ -24,13 +22,8 @@ from ..upstream.keys import HEADS
 
 
 def references_of(adapters: Sequence[str]) -> list[AdapterReference]:
-    """The adapters as dicts with names; `id@revision` means a revision of a Hub repository."""
-    entries: list[str | Path | AdapterReference] = []
-    for adapter in adapters:
-        path, at, revision = adapter.rpartition("@")
-        is_revision = at and not os.path.isdir(adapter) and is_hub_id(path)
-        entries.append(AdapterReference(path=path, revision=revision) if is_revision else adapter)
-    return CompositionConfig(adapters=entries).references
+    """The adapters as dicts with names."""
+    return CompositionConfig(adapters=[*map(read_reference, adapters)]).references
 
 
 def task_and_loader(

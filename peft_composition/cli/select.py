@@ -12,6 +12,7 @@ from peft_composition_cli.words import spoken
 
 from ..choosing import Selection, read_candidates, read_data, search_adapters, select_adapters
 from ..drafts import write_whole
+from ..references import location_of
 from ..terminal import print_json, say
 from .inputs import references_of
 from .labelled import expanded, is_first, load_task
@@ -62,9 +63,7 @@ def run(
 
 def _command(base: str, selection: Selection, classes: int) -> str:
     """The command that composes what was chosen."""
-    names = [
-        own["path"] + (f"@{own['revision']}" if own.get("revision") else "") for own in selection.config.references
-    ]
+    names = [*map(location_of, selection.config.references)]
     weights = ",".join(f"{weight:.4f}" for weight in selection.chosen.values())
     words = ["peft-composition", "compose", "--base", base, *names, "--mixing", "fixed", "--weights", weights]
     if selection.config.task_type:  # adapters need not state one

@@ -161,6 +161,7 @@ def passes(
     examples: Examples,
     mixed_precision: Precision = "no",
     are_shared: bool = True,
+    bar: Any = None,
 ) -> list[Passed]:
     """Run every candidate over the examples, in eval mode and without gradients.
 
@@ -170,16 +171,23 @@ def passes(
         examples: what they are scored on.
         mixed_precision: as accelerate has it.
         are_shared: whether several processes share out the candidates; else each runs all of them.
+        bar: counts the candidates, as `progress_bar` makes it; that of the first process counts all. Default: none.
 
     Raises:
         ValueError: a candidate's features or likelihoods cannot be scored; the message names it.
     """
-    mine = partial(_pass, model, examples, mixed_precision)
+
+    def run(candidate: Candidate, counts: int = 1) -> Passed:
+        found, _ = _pass_on(model, candidate, examples, mixed_precision, None)
+        if bar is not None:
+            bar.update(counts)
+        return found
+
     with evaluating([model]), torch.no_grad():
         # What is sharded is gathered by all processes at once.
         if processes() == 1 or not are_shared or _is_sharded(model):
-            return [mine(candidate) for candidate in mixes]
-        return _shared(mixes, mine)
+            return [run(candidate) for candidate in mixes]
+        return _shared(mixes, run)
 
 
 def one_pass(
@@ -206,10 +214,6 @@ def one_pass(
     """
     with evaluating([model]), torch.no_grad():
         return _pass_on(model, candidate, examples, mixed_precision, before)
-
-
-def _pass(model: nn.Module, examples: Examples, mixed_precision: Precision, candidate: Candidate) -> Passed:
-    return _pass_on(model, candidate, examples, mixed_precision, None)[0]
 
 
 def _pass_on(
@@ -284,12 +288,12 @@ def read_answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Pr
     return whole
 
 
-def _shared(mixes: Sequence[Candidate], run: Callable[[Candidate], Passed]) -> list[Passed]:
+def _shared(mixes: Sequence[Candidate], run: Callable[[Candidate, int], Passed]) -> list[Passed]:
     """Every process runs its part of the candidates, and all get all results. An error is everybody's."""
     own: dict[int, Passed | Exception] = {}
     for number in range(rank(), len(mixes), processes()):
         try:
-            own[number] = run(mixes[number])
+            own[number] = run(mixes[number], min(processes(), len(mixes) - number))  # others run theirs meanwhile
         except Exception as error:  # raised below, in all processes
             own[number] = sendable(error)
             break

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..analysis.report import Similarities, weights_table
-from ..evidence.batches import Collate
+from ..evidence.batches import Collate, rank
 from ..evidence.passes import (
     ALL_KINDS,
     Composition,
@@ -27,6 +27,7 @@ from ..evidence.passes import (
 from ..evidence.score import require_pairs
 from ..evidence.scores import LeftOut
 from ..evidence.table import tabulate
+from ..progress import progress_bar
 from ..references import is_hub_id
 from ..text import plural
 from ..tuner.mixing_weights import mixing_weights
@@ -57,6 +58,7 @@ def explain(
     batch_size: int = 16,
     mixed_precision: Precision = "no",
     seed: int = 0,
+    progress: bool = False,
 ) -> Explanation:
     """Explain a composition: which adapter is where, what each is worth, and what the mix would be without it.
 
@@ -81,6 +83,7 @@ def explain(
         batch_size: as for `score_adapters`.
         mixed_precision: as for `score_adapters`.
         seed: of the bootstraps behind the intervals.
+        progress: whether to show a progress bar; the command line writes a line every 30 seconds into a log file.
 
     Returns:
         The explanation; `save("report.html")` writes it as a page that needs no other file.
@@ -113,7 +116,8 @@ def explain(
     others = [kind for kind in ALL_KINDS if kind != "uniform" or not _is_uniform(composition)]
     mixes = [*candidates(composition, others), THE_MIX]
     left = [without(composition, {number}) for number in range(count)]
-    passed = passes(called, [*mixes, *left], examples, mixed_precision)
+    with progress_bar(len(mixes) + count, "Explaining", "pass", progress and rank() == 0) as bar:
+        passed = passes(called, [*mixes, *left], examples, mixed_precision, bar=bar)
     of_mixes, of_left = passed[: len(mixes)], passed[len(mixes) :]
     whole = Outcome.of(of_mixes[-1])
     classes = None
@@ -163,7 +167,8 @@ def _facts(composition: Composition) -> tuple[AdapterFacts, ...]:
         row = rows.get(name)
         source = "a local folder"
         if entry["commit"] is not None and is_hub_id(entry["path"]):
-            source = f"{entry['path']} at {entry['commit'][:12]}"
+            inner = f"/{entry['subfolder']}" if entry["subfolder"] else ""
+            source = f"{entry['path']}{inner} at {entry['commit'][:12]}"
         weights = (0.0, 0.0, 0.0) if row is None else (row.mean, row.min, row.max)
         license_ = entry.get("license") or "not stated"
         span = (min(ranks, default=0), max(ranks, default=0))

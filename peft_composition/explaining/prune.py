@@ -9,11 +9,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..evidence.batches import Collate
+from ..evidence.batches import Collate, rank
 from ..evidence.passes import Composition, Examples, Precision, candidates, composition_in, passes, read_examples
 from ..evidence.score import require_pairs
 from ..evidence.scores import NotFiniteError
 from ..evidence.table import Measure
+from ..progress import progress_bar
 from ..text import one_line, plural
 from ..tuner.dropping import drop_adapters, is_mix
 from ..tuner.factors import Factors
@@ -95,6 +96,7 @@ def prune_adapters(
     batch_size: int = 16,
     mixed_precision: Precision = "no",
     seed: int = 0,
+    progress: bool = False,
 ) -> PruneReport:
     """Drop the adapters whose removal does not cost, judged on a few labelled examples; in place.
 
@@ -120,6 +122,7 @@ def prune_adapters(
         batch_size: as for `score_adapters`.
         mixed_precision: as for `score_adapters`.
         seed: of the bootstraps behind the intervals.
+        progress: whether to show a progress bar; the command line writes a line every 30 seconds into a log file.
 
     Returns:
         What leaving each adapter out costs, which were dropped, and how the predictions changed.
@@ -141,14 +144,15 @@ def prune_adapters(
         require_pairs(examples.labels)
     names = composition.config.adapter_names
     alone = [without(composition, {number}) for number in range(len(names))]
-    try:
-        first, *others = passes(composition.model, [THE_MIX, *alone], examples, mixed_precision)
-    except NotFiniteError:
-        passes(composition.model, candidates(composition, ("adapter",)), examples, mixed_precision)  # names whose
-        raise
-    whole = Outcome.of(first)
-    rows = left_out_rows(composition, whole, dict(enumerate(others)), seed)
-    dropped, left = _choose(composition, examples, mixed_precision, whole, rows, tolerance, seed)
+    with progress_bar(1 + 2 * len(names), "Pruning", "pass", progress and rank() == 0) as bar:
+        try:
+            first, *others = passes(composition.model, [THE_MIX, *alone], examples, mixed_precision, bar=bar)
+        except NotFiniteError:
+            passes(composition.model, candidates(composition, ("adapter",)), examples, mixed_precision)  # names whose
+            raise
+        whole = Outcome.of(first)
+        rows = left_out_rows(composition, whole, dict(enumerate(others)), seed)
+        dropped, left = _choose(composition, examples, mixed_precision, whole, rows, tolerance, seed, bar)
     before = _values_in(composition)
     if dropped:
         drop_adapters(model, composition.name, composition.config, composition.layers, dropped)
@@ -176,6 +180,7 @@ def _choose(
     rows: list[LeftOutAdapter],
     tolerance: float,
     seed: int,
+    bar: Any,
 ) -> tuple[list[int], Outcome]:
     """The numbers of the adapters to drop, in that order, and what the mix without them did."""
     dropped: list[int] = []
@@ -184,8 +189,10 @@ def _choose(
     for number in sorted(range(len(rows)), key=lambda n: (-rows[n].change.mean, abs(rows[n].weight))):
         others = [other for other in range(len(rows)) if other not in (*dropped, number)]
         if not is_mix(composition.config, others):
+            bar.update()
             continue
-        (passed,) = passes(composition.model, [without(composition, [*dropped, number])], examples, mixed_precision)
+        left_out = [without(composition, [*dropped, number])]
+        (passed,) = passes(composition.model, left_out, examples, mixed_precision, bar=bar)
         left = Outcome.of(passed)
         if whole.change_to(left, seed).low >= -tolerance:
             dropped.append(number)

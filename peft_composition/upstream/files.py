@@ -23,7 +23,7 @@ from huggingface_hub.utils import tqdm
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .. import compat
-from ..references import AdapterReference, is_hub_id, is_local, looks_like_path
+from ..references import AdapterReference, is_hub_id, is_local, looks_like_path, place_of, within_hub
 from ..text import in_python
 from . import formats
 from .errors import AdapterError, NotCachedError
@@ -90,7 +90,9 @@ def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFi
         return _locate_in_folder(reference)
     if looks_like_path(reference["path"]):
         is_file = ": it is a file; give the folder that holds it" if os.path.isfile(reference["path"]) else ""
-        raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}")
+        found = within_hub(reference["path"])
+        on_hub = f"; for a folder of a Hub repository, write {_as_dict(*found)}" if found is not None else ""
+        raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}{on_hub}")
     path, at, revision = reference["path"].rpartition("@")
     if at and is_hub_id(path):
         wanted = f'{{"path": {in_python(path)}, "revision": {in_python(revision)}}}'
@@ -99,6 +101,10 @@ def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFi
         )
     files = _locate_on_hub(reference)
     return replace(files, card=_download_card(reference, files.commit)) if with_card else files
+
+
+def _as_dict(path: str, subfolder: str) -> str:
+    return f'{{"path": {in_python(path)}, "subfolder": {in_python(subfolder)}}}'
 
 
 def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
@@ -153,7 +159,7 @@ def _files_on_hub(reference: AdapterReference, commit: str | None) -> list[str]:
 def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     config = download_files(reference, CONFIG_NAME, reference.get("revision"))
     if config is None:
-        raise AdapterError(reference["name"], _no_config(reference["path"], _files_on_hub(reference, None)))
+        raise AdapterError(reference["name"], _no_config(place_of(reference), _files_on_hub(reference, None)))
     commit = commit_of(config)
     not_cached: NotCachedError | None = None
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
@@ -168,7 +174,7 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
             return AdapterFiles(reference, config, weights, commit)
     if not_cached is not None:
         raise not_cached
-    raise AdapterError(reference["name"], _no_weights(reference["path"], _files_on_hub(reference, commit)))
+    raise AdapterError(reference["name"], _no_weights(place_of(reference), _files_on_hub(reference, commit)))
 
 
 def _download_card(reference: AdapterReference, commit: str | None) -> Path | None:

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
-from peft_composition import CompositionConfig, explain, prune_adapters
+from peft_composition import CompositionConfig, explain, progress, prune_adapters
 from peft_composition.checkpoint.saved import saved_mixing_weights
 from peft_composition.choosing import EncodedRows, load_processor, read_data
 from peft_composition_cli import app
@@ -71,6 +71,20 @@ def test_explain_is_what_the_function_says(folder: Path) -> None:
     page = Path("r/report.html").read_text()
     assert "What composed is made of" in page
     assert str(folder) not in page + Path("r/report.md").read_text() + result.stdout
+
+
+def test_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every pass is said; three adapters take a pass each alone and one each without them."""
+    monkeypatch.setattr(progress, "_are_lines", True)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    for command, count, more in (("explain", 8, ()), ("prune", 7, ("--out", "smaller"))):  # and the mix; base
+        result = run(command, "composed", "--data", "mine.csv", *more)
+        assert result.exit_code == 0, result.output
+        what = {"explain": "Explaining", "prune": "Pruning"}[command]
+        said = [line for line in result.stderr.splitlines() if line.startswith(what)]
+        assert [line.partition(" passes")[0] for line in said] == [
+            f"{what}: {number} of {count}" for number in range(1, count + 1)
+        ]
 
 
 def test_classes_are_numbered_as_in_the_training(folder: Path) -> None:

@@ -47,10 +47,8 @@ def speaking() -> None:
         ("pass CompositionConfig(check_base_model=False). Modules", "pass --no-check-base. Modules"),
         ("with one_rank=True or one_rank=False.", "with no --own-ranks or --own-ranks."),
         ("dataclasses.replace(config, composed_modules=None).", "peft-composition compose."),
-        (
-            'Choose one: {"path": ..., "subfolder": "a"}',
-            "Choose one: its path with /a (on the Hub: download it first)",
-        ),
+        ('Choose one: {"path": ..., "subfolder": "a"}', "Choose one: its path with /a"),
+        ('composed: {"path": "me/mix", "subfolder": "lora"}', "composed: me/mix/lora"),
         # what is quoted, of a path, of another function, or no option of this command
         ("'label=...' and \"label=3\"", "'label=...' and \"label=3\""),
         ("in runs/label=3/x or runs/x,label=3", "in runs/label=3/x or runs/x,label=3"),
@@ -84,7 +82,7 @@ def test_other_names_are_options() -> None:
         (("compare", "{a}", "--data", "mine.csv", "{columns}", "--k", "9"), "--k 9, but class 0 has only 5 examples"),
         (("select", "{a}", "--data", "mine.csv", "{columns}", "--k", "9"), "--k 9, but mine.csv has 5 examples"),
         (("compose", "{a}", "{a}", "--out", "new"), "give each once, or a copy in a folder of another name"),
-        (("compose", "you", "--out", "new"), "Choose one: its path with /lora-b (on the Hub"),
+        (("compose", "you", "--out", "new"), "Choose one: its path with /lora-b"),
     ],
 )
 def test_commands(reviews: Path, args: tuple[str, ...], said: str) -> None:  # noqa: F811
