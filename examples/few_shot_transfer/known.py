@@ -71,13 +71,15 @@ def verdicts(records: Sequence[Record]) -> str:
             differences = np.stack([right[judged] - right[name] for name in others], axis=-1)
             scores = [float(right[name][seen].mean()) for name in others]
             verdict = judge(judged, others, scores, over_draws(differences[None, seen]), ROPE)
+            words = {"helps": verdict.helps, "equivalent": verdict.equivalent, "harms": verdict.harms}
+            sure = words.get(verdict.word)
             truth = float(right[judged][rest].mean()) - max(float(right[name][rest].mean()) for name in others)
             rows.append(
                 [
                     f"`{record['scenario']}`, {record['target']}",
                     str(record["seed"]),
                     judged,
-                    f"{verdict.word} ({100 * max(verdict.helps, verdict.equivalent, verdict.harms):.0f}%)",
+                    verdict.word if sure is None else f"{verdict.word} ({100 * sure:.0f}%)",
                     f"{100 * verdict.difference:+.1f} against {verdict.against}",
                     f"{100 * truth:+.1f} on {len(rest):,}",
                 ]

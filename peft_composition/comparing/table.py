@@ -12,7 +12,7 @@ from .methods import EVIDENCE, FRESH, LEARNED, RANDOM, Kind
 from .verdict import Verdict
 
 
-FORMAT = 1
+FORMAT = 2
 """Of `Comparison.as_json`; it grows when keys change their meaning or go."""
 MEANINGS = {
     EVIDENCE: "adapters weighed by how well each predicts examples that are left out",

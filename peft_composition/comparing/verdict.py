@@ -38,12 +38,13 @@ class Verdict:
         low: lower end of the 95% interval of that difference. It was picked among several, so that the interval is one
             of as many that all hold together (Bonferroni).
         high: upper end.
-        helps: probability that the method is better than every other by more than the region of practical equivalence.
+        helps: how sure it is, from 0 to 1, that the method is better than every other by more than the region of
+            practical equivalence. This and the next two decide: a word is said where its own reaches `level`.
         equivalent: that it is as good as the best, whichever that is.
-        harms: that it is worse than the best, whichever that is, by more than that region.
+        harms: that it is worse than the one it is judged against by more than that region.
         others: how many there are.
         rope: half the width of the region.
-        level: probability that "equivalent", and "helps" against several others, need; see `judge`.
+        level: what a word needs.
         more: about how many more examples would tell, if the difference stayed as it is; None where they tell now or
             where it would be more than 100,000.
     """
@@ -67,8 +68,6 @@ class Verdict:
         chances = (
             f"helps {100 * self.helps:.0f}%, equivalent {100 * self.equivalent:.0f}%, harms {100 * self.harms:.0f}%"
         )
-        if self.others > 1:
-            chances = f"against the best of {self.others}, whichever it is: {chances}"
         text = {
             "helps": f"{self.judged} helps: it is better than {self.against}, the best without adapters",
             "equivalent": f"{self.judged} is equivalent to {self.against}, the best without adapters, in practice",
@@ -82,7 +81,10 @@ class Verdict:
                 if self.more is not None
                 else " More examples of a difference this small would not tell."
             )
-        return f"{text}: {points} ({chances}; the same in practice within {100 * self.rope:g} points).{end}"
+        region = f"{100 * self.rope:g}"
+        unit = "point" if region == "1" else "points"
+        needed = f"{100 * self.level:g}% are needed; the same in practice within {region} {unit}"
+        return f"{text}: {points} ({chances}; {needed}).{end}"
 
 
 def judge(
@@ -96,12 +98,13 @@ def judge(
 ) -> Verdict:
     """The verdict on a method against the best of the others.
 
-    Which of the others is best is not known: the one with the highest score is so by luck in part. So the
-    probabilities are about the smallest difference to any of them, drawn from their joint distribution: "helps" must
-    be better than each (an intersection-union test), with a probability of `level`, or of 1 - (1 - level) / 2 where
-    there is a single other. "Harms" is about the one with the highest score: the method must be worse than that by
-    more than the region with a probability of 1 - (1 - level) / 4, counting how many it was picked from (Bonferroni).
-    At the default level the whole 95% interval is then below the region.
+    Which of the others is best is not known: the one with the highest score is so by luck in part. So "helps" is about
+    the smallest difference to any of them, drawn from their joint distribution: the method must be better than each
+    (an intersection-union test), with a probability of `level`, or of 1 - (1 - level) / 2 where there is a single
+    other. "Harms" is about the one with the highest score: the method must be worse than that by more than the region
+    with a probability of 1 - (1 - level) / 4, counting how many it was picked from (Bonferroni). At the default level
+    the whole 95% interval is then below the region. Where a word needs more than `level`, the odds are stated in the
+    same proportion smaller, so that what is stated reaches `level` where the word is said.
 
     Args:
         judged: the method.
@@ -109,7 +112,7 @@ def judge(
         scores: theirs.
         found: differences of the method to each of them.
         rope: half the width of the region of practical equivalence, in units of the score.
-        level: probability that "equivalent", and "helps" against several others, need; the other words as above.
+        level: what a word needs, as above.
         counts_more: whether to compute how many more examples would tell, which takes most of the time.
     """
     require_good_limits(rope, level)
@@ -173,13 +176,25 @@ def examples_to_tell(found: Differences, best: int, rope: float, level: float = 
 def _decide(
     found: Differences, best: int, rope: float, level: float, draws: Floats | None = None
 ) -> tuple[Word, dict[Word, float]]:
-    """The word, and the probabilities of all words but the last."""
+    """The word, and how sure each of the other three is, of which one that is said has `level` or more."""
     least = (found.sample(DRAWS, seed=0) if draws is None else draws).min(1)
     others = len(found.mean)
-    helps, harms = float((least > rope).mean()), float((least < -rope).mean())
-    chances: dict[Word, float] = {"helps": helps, "equivalent": 1 - helps - harms, "harms": harms}
-    if helps >= (level if others > 1 else 1 - (1 - level) * OF_ONE):
-        return "helps", chances
-    if found.probabilities(rope)[best, 0] >= 1 - (1 - level) * OF_HARM / others:
-        return "harms", chances
-    return "equivalent" if chances["equivalent"] >= level else "cannot tell", chances
+    better, worse = float((least > rope).mean()), float((least < -rope).mean())
+    for_helps = level if others > 1 else 1 - (1 - level) * OF_ONE
+    worse_than_best, for_harms = float(found.probabilities(rope)[best, 0]), 1 - (1 - level) * OF_HARM / others
+    sure: dict[Word, float] = {
+        "helps": _stated(better, for_helps, level),
+        "equivalent": 1 - better - worse,
+        "harms": _stated(worse_than_best, for_harms, level),
+    }
+    if better >= for_helps:
+        return "helps", sure
+    if worse_than_best >= for_harms:
+        return "harms", sure
+    return "equivalent" if sure["equivalent"] >= level else "cannot tell", sure
+
+
+def _stated(probability: float, needed: float, level: float) -> float:
+    """A probability with its odds in proportion, so that it becomes `level` where it is `needed`."""
+    share = level / (1 - level) * (1 - needed) / needed
+    return share * probability / (share * probability + 1 - probability)

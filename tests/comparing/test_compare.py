@@ -19,6 +19,7 @@ from peft_composition.comparing.bodies import composed, random_factors
 from peft_composition.comparing.compare import _left_out
 from peft_composition.comparing.heads import Budget, batches
 from peft_composition.comparing.rows import Rows
+from peft_composition.comparing.verdict import LEVEL
 from peft_composition.evidence.batches import read_batches
 
 from .. import tiny
@@ -111,7 +112,8 @@ def test_json_for_other_programs(pair) -> None:
     found = compare_methods(tiny.build("mlp"), pair("mlp"), points(), **QUICK).as_json()
     assert {"verdict", "best", "against", "difference", "low", "high", "methods"} <= found.keys()
     assert found["verdict"] in ("helps", "equivalent", "harms", "cannot tell")
-    assert sum(found["probabilities"].values()) == pytest.approx(1)
+    sure = found["probabilities"]
+    assert max(sure, key=sure.get) == found["verdict"] or max(sure.values()) < LEVEL  # what is stated is what decides
     for row in found["methods"]:
         assert {"name", "score", "low", "high", "trainable", "seconds"} <= row.keys()
     by_name = {row["name"]: row["score"] for row in found["methods"]}

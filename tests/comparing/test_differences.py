@@ -122,7 +122,7 @@ def test_to_harm_it_must_be_worse_than_a_single_one_by_more_the_more_there_are()
     one = judge("mix", ["a"], [0.5], of([-0.13], 0.05), 0.01)  # 98.9% for each; 97.5% are needed
     assert one.word == "harms"
     several = judge("mix", ["a", "b", "c"], [0.5] * 3, of([-0.13] * 3, 0.05), 0.01)  # 99.2% are needed
-    assert several.harms > one.harms
+    assert several.harms < 0.9 < one.harms
     assert several.word == "cannot tell"
 
 
@@ -153,10 +153,28 @@ def test_difference_and_interval_are_of_the_one_that_is_named(mean: list[float])
 
 
 def test_the_chances_of_one_other_are_those_of_t() -> None:
+    """Their odds in proportion, so that 0.9 is stated where 0.95 and 0.975 are needed."""
     verdict = judge("mix", ["head"], [0.5], of([0.03], 0.04), 0.01)
-    expected = [stats.t.sf((0.01 - 0.03) / 0.04, 30), stats.t.cdf((-0.01 - 0.03) / 0.04, 30)]
-    assert np.allclose([verdict.helps, verdict.harms], expected, atol=0.01)
-    assert math.isclose(verdict.helps + verdict.equivalent + verdict.harms, 1)
+    better, worse = stats.t.sf((0.01 - 0.03) / 0.04, 30), stats.t.cdf((-0.01 - 0.03) / 0.04, 30)
+    odds = 9 / 19 * better / (1 - better), 9 / 39 * worse / (1 - worse)
+    assert np.allclose([verdict.helps, verdict.harms], [own / (1 + own) for own in odds], atol=0.01)
+    assert math.isclose(verdict.equivalent, 1 - better - worse, abs_tol=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("level", [0.8, 0.9])
+def test_what_is_stated_is_what_decides(count: int, level: float) -> None:
+    """A chance of harm of 95% stood beside "cannot tell"."""
+    words = set()
+    for mean in np.linspace(-0.2, 0.2, 41):
+        for error in (0.002, 0.05):
+            found = of([mean] * count, error, 0.5)
+            verdict = judge("mix", ["a", "b", "c"][:count], [0.5] * count, found, 0.01, level, counts_more=False)
+            stated = {"helps": verdict.helps, "equivalent": verdict.equivalent, "harms": verdict.harms}
+            assert [word for word, sure in stated.items() if sure >= level] in ([verdict.word], [])
+            assert (verdict.word == "cannot tell") == (max(stated.values()) < level)
+            words.add(verdict.word)
+    assert len(words) == 4
 
 
 def test_it_must_be_better_than_each_other() -> None:
@@ -164,10 +182,10 @@ def test_it_must_be_better_than_each_other() -> None:
     assert one.word == "cannot tell"
     assert one.against == "lora"
     two = judge("mix", ["head", "lora"], [0.5, 0.5], of([0.1, 0.1], 0.05), 0.01)
-    alone = judge("mix", ["head"], [0.5], of([0.1], 0.05), 0.01)
     # Independent but for the common chi-square of t, which 30 degrees of freedom make nearly constant.
-    assert np.isclose(two.helps, alone.helps**2, atol=0.01)
-    assert two.helps < alone.helps
+    better = stats.t.sf((0.01 - 0.1) / 0.05, 30)
+    assert np.isclose(two.helps, better**2, atol=0.01)
+    assert two.helps < better
 
 
 def test_how_many_more_examples() -> None:

@@ -44,8 +44,8 @@ def test_a_table_with_the_verdict_in_words() -> None:
     assert empty == ""
     assert verdict == (
         "cannot tell whether evidence is better or worse than fresh LoRA: +10.0 points [-5.0, +20.0] "
-        "(against the best of 3, whichever it is: helps 70%, equivalent 10%, harms 20%; the same in practice within 1 "
-        "points). About 120 more examples would tell, if the difference stays as it is."
+        "(helps 70%, equivalent 10%, harms 20%; 90% are needed; the same in practice within 1 point). "
+        "About 120 more examples would tell, if the difference stays as it is."
     )
 
 
@@ -66,7 +66,7 @@ def test_what_needs_a_word_is_said_below() -> None:
 
 def test_json_is_plain() -> None:
     found = json.loads(json.dumps(RESULT.as_json()))
-    assert found["format"] == 1
+    assert found["format"] == 2
     assert (found["verdict"], found["best"], found["against"]) == ("cannot tell", "evidence", "fresh LoRA")
     assert (found["seconds"], found["broken"]) == (0.0, [])
     assert found["methods"][1] == {

@@ -28,6 +28,7 @@ from few_shot_transfer.users import (
     unpacked,
 )
 from peft import LoraConfig, get_peft_model
+from scipy import stats
 from sentence_classifier import SentenceClassifier
 from transformers import BertConfig
 
@@ -138,6 +139,17 @@ def test_of_each_method_at_most_one_in_twenty_is_told_what_is_not_so(others: tup
         for word in ("helps", "harms"):
             untrue = [case for case in found if case.judged == method and not getattr(case, word)]
             assert sum(case.verdict.word == word for case in untrue) <= 0.05 * len(untrue), (method, word)
+
+
+def test_harm_is_about_as_frequent_as_stated() -> None:
+    """It was stated as 92% where 46% were harmed."""
+    docs = Path(__file__).parents[2] / "docs"
+    users = [user for file in sorted((docs / "study" / "users").glob("*.jsonl")) for user in read(file, "methods")]
+    found = cases(users, WITH_ADAPTERS, WITHOUT_ADAPTERS)
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        own = [case for case in found if low <= case.verdict.harms < low + 0.2 + (low == 0.8)]
+        truth = stats.binomtest(sum(case.harms for case in own), len(own)).proportion_ci(0.95)
+        assert np.mean([case.verdict.harms for case in own]) <= truth.high
 
 
 def test_tables_are_put_between_their_marks() -> None:
