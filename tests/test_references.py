@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peft_composition import AdapterError
 from peft_composition.references import location_of, read_reference
+from peft_composition.upstream.files import locate_one
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,15 @@ def test_references(text: str, expected: dict[str, Any], tmp_path: Path, monkeyp
     found = read_reference(text)
     assert found == expected
     assert location_of(found) == text
+
+
+def test_a_typing_error_in_the_name_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a Hub id, but the folder around it is here."""
+    (tmp_path / "pool" / "lora").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path, said in (
+        ("pool/loar", "local folder (pool is one, without loar) nor"),
+        ("poo/lora", "local folder nor"),
+    ):
+        with pytest.raises(AdapterError, match=re.escape(f"{path} is neither a {said} in the Hub cache")):
+            locate_one({"path": path, "name": "a", "local_files_only": True})

@@ -56,6 +56,13 @@ AUTO_CLASSES: dict[str, dict[str, str]] = {
 }
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model reads texts in both directions, as BERT does; transformers would load it as a causal one."""
+    is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    other = ("is_decoder", "is_encoder_decoder", "causal")  # the last is what XLM says
+    return is_masked and not any(getattr(config, name, False) for name in other)
+
+
 @dataclass(frozen=True)
 class Loader:
     """A transformers class that loads a base model.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import random
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..text import one_line, plural, quoted, shown
+from .oddities import warn_about
 from .tables import Table, read_table
 
 
@@ -150,18 +150,9 @@ def read_data(
 
 
 def _told(data: LabelledData) -> LabelledData:
-    """The same; warns of rows that are there several times."""
-    keys = list(zip(data.inputs, data.labels or data.answers))
-    try:
-        copies = len(keys) - len(set(keys))
-    except TypeError:  # images in memory are not compared
-        copies = 0
-    if copies:
-        warnings.warn(
-            f"{one_line(data.source)}: {copies} of {len(keys)} rows {'is a copy' if copies == 1 else 'are copies'} of "
-            "others; copies count several times in evidence and intervals: drop them",
-            stacklevel=3,
-        )
+    """The same, after warnings."""
+    rows = [*zip(data.inputs, data.labels or data.answers)]
+    warn_about(data.source, rows, [data.classes[label] for label in data.labels])
     return data
 
 

@@ -46,7 +46,7 @@ def load_processor(base: str, kind: Kind, revision: str | None = None) -> Any:
 class EncodedRows(Sequence[dict[str, Any]]):
     """Examples as rows of model inputs with `labels`, and the function that makes a batch of them.
 
-    It is what `score_adapters(model, rows, collate=rows.collate)`, `fit_mixing_weights` and
+    It is what `score_adapters(model, rows)`, `fit_mixing_weights`, `compare_methods`, `explain` and
     `Trainer(train_dataset=rows, data_collator=rows.collate)` take. A causal model reads the prompt, a space, the
     answer and the end of text; only the last two count. An encoder-decoder model reads the prompt.
 

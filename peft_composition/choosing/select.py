@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import CompositionConfig
-from ..evidence.batches import Collate, processes, rank
+from ..evidence.batches import Collate, collate_of, processes, rank
 from ..evidence.passes import Precision
 from ..evidence.scores import bayesian_bootstrap, interval
 from ..evidence.table import DRAWS
@@ -74,7 +74,7 @@ def select_adapters(
         cache_budget: GB that downloads may take; repositories that were in the cache before are not counted and stay.
         task_type: of the resulting config.
         head: as for `score_adapters`.
-        collate: as for `score_adapters`. Default: that of `data`, if it has one.
+        collate: as for `score_adapters`.
         batch_size: for rows.
         mixed_precision: as for `score_adapters`.
         seed: of the order of the examples and of the bootstraps. The same seed gives the same selection.
@@ -96,7 +96,7 @@ def select_adapters(
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
     references = _references(candidates)
-    steps = ladder(base, data, head, collate or getattr(data, "collate", None), batch_size, seed)
+    steps = ladder(base, data, head, collate_of(data, collate), batch_size, seed)
     own_rank = rank()
     key = "" if log is None else together(lambda: key_of(base, references, steps, mixed_precision, seed))[0]
     journal = together(lambda: Journal(log, key, own_rank, steps.sizes))[own_rank]

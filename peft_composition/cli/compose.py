@@ -43,7 +43,8 @@ def run(
     references = references_of(adapters)
     task, loader = task_and_loader(references, task, base_config(base), check_base, is_strict=True)
     if num_labels is not None and not loader.is_classifier:
-        raise ValueError(f"--num-labels is for classifiers, but the model is a {loader.builds.__name__}; leave it out")
+        wanted = "leave it out" if task else "the adapters state no task: give --task SEQ_CLS, or leave it out"
+        raise ValueError(f"--num-labels is for classifiers, but the model is a {loader.builds.__name__}; {wanted}")
     base_model, new = loader.from_pretrained(
         base,
         num_labels=num_labels,

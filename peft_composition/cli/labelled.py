@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers import PretrainedConfig
 
-from ..checkpoint.base_models import Loader, base_config, loaders
+from ..checkpoint.base_models import Loader, base_config, is_encoder, loaders
 from ..choosing import EncodedRows, LabelledData, adapters_in, load_processor
 from ..references import AdapterReference
 from ..text import one_line
@@ -55,7 +56,7 @@ def load_task(
         _, loader = task_and_loader(references, task, config, check_base=True, is_strict=False)
     else:
         loader = loaders(task, config)[0]
-    require_examples(base, loader, data)
+    require_examples(base, loader, data, config)
     processor = load_processor(base, data.kind)
     model, _ = load_base(loader, base, processor, num_labels=len(data.classes) or None, is_reported=not data.classes)
     return Task(model, EncodedRows(data, processor, is_encoder_decoder and not data.classes), task)
@@ -82,12 +83,17 @@ def load_base(loader: Loader, base: str, processor: Any, **options: Any) -> tupl
     return model if getattr(model, "quantization_method", None) == "bitsandbytes" else model.to(device), new
 
 
-def require_examples(what: str, loader: Loader, data: LabelledData) -> None:
-    """Refuse classes for a model that answers, and answers for one that names classes."""
+def require_examples(what: str, loader: Loader, data: LabelledData, config: PretrainedConfig) -> None:
+    """Refuse classes for a model that answers, and answers for one that names classes or only reads."""
     if loader.is_classifier != (data.kind != "answer"):
         needs = "classes (--label)" if loader.is_classifier else "--prompt and --answer"
         raise ValueError(
             f"{one_line(what)} is loaded as a {loader.builds.__name__}, which needs {needs}; give them, or --task"
+        )
+    if data.kind == "answer" and is_encoder(config):
+        raise ValueError(
+            f"{one_line(what)} is an encoder ({one_line(config.model_type)}), which does not answer: give classes "
+            "(--label), or a base that is a language model"
         )
 
 

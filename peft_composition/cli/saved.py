@@ -68,8 +68,9 @@ def load(
     if k is not None:  # before classes of the head that have no examples here are added
         examples, _ = examples.draw(k, seed)
     revision = config.revision if base == config.base_model_name_or_path else None
-    loader = recorded_loader(config, task, base_config(base, revision))
-    require_examples(base, loader, examples)
+    of_base = base_config(base, revision)
+    loader = recorded_loader(config, task, of_base)
+    require_examples(base, loader, examples, of_base)
     processor = load_processor(base, examples.kind, revision)
     model, new = load_base(
         loader,

@@ -195,9 +195,9 @@ def _left_out(rows: Rows, folds: int, repeats: int, seed: int) -> list[Split]:
     every = torch.arange(len(rows))
     labels = torch.zeros(len(rows), dtype=torch.int64) if rows.labels is None else rows.labels
     if rows.labels is not None and len(labels.unique()) < 2:
-        raise ValueError(f"all {len(rows)} examples are of class {int(labels[0])}: nothing can be told apart")
+        raise ValueError(f"all {len(rows)} examples are of {rows.called(int(labels[0]))}: nothing can be told apart")
     found = []
-    for of_example in cross_fit(labels, folds, repeats, seed):
+    for of_example in cross_fit(labels, folds, repeats, seed, rows.called):
         for fold in range(int(of_example.max()) + 1):
             found.append(Split(every[of_example != fold], every[of_example == fold]))
     return found
@@ -207,7 +207,7 @@ def _draws(rows: Rows, tests: Rows | None, k: int | None, seeds: int, seed: int)
     """Draws with the rows that they need, numbered anew."""
     labels = torch.zeros(len(rows), dtype=torch.int64) if rows.labels is None else rows.labels
     every = torch.arange(len(rows))
-    drawn = [every if k is None else draw_per_class(labels, k, seed + number) for number in range(seeds)]
+    drawn = [every if k is None else draw_per_class(labels, k, seed + number, rows.called) for number in range(seeds)]
     used = torch.cat(drawn).unique()
     if tests is None:
         judged_by = every[~torch.isin(every, used)]

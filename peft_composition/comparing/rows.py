@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..evidence.batches import Batch, Collate, all_labels, is_batch, read_batches
+from ..evidence.batches import Batch, Collate, all_labels, collate_of, is_batch, read_batches
+from ..text import quoted
 
 
 class Rows:
@@ -17,7 +18,8 @@ class Rows:
 
     Args:
         data: a data set or list of rows, a `DataLoader` over one, or a list of batches whose examples have one shape.
-        collate: makes a batch of rows. Default: the loader's, or transformers' `default_data_collator`.
+        collate: makes a batch of rows. Default: the loader's, the rows' own (`EncodedRows`), or transformers'
+            `default_data_collator`.
 
     Attributes:
         labels: the class of each, shape (n,); None where labels are tokens of answers.
@@ -29,11 +31,13 @@ class Rows:
     def __init__(self, data: Any, collate: Collate | None) -> None:
         if isinstance(data, DataLoader):
             data, collate = data.dataset, collate or data.collate_fn
+        collate = collate_of(data, collate)
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, dict):
             raise ValueError(
                 f"data must be rows that can be split: a data set, a list, or a DataLoader over one, got "
                 f"{type(data).__name__}"
             )
+        self._names = tuple(getattr(getattr(data, "examples", None), "classes", ()))
         self._rows = [data[index] for index in range(len(data))]
         if collate is None and self._rows and is_batch(self._rows[0]):
             self._rows = [_row(batch, index) for batch in self._rows for index in range(len(_any(batch)))]
@@ -43,6 +47,12 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def called(self, label: int) -> str:
+        """What a message calls the examples of a class; all of them where labels are tokens."""
+        if self.labels is None:
+            return "the data"
+        return f"class {quoted(self._names[label]) if label < len(self._names) else label}"
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """One batch of these rows."""
@@ -56,14 +66,14 @@ class Rows:
     def subset(self, rows: Tensor) -> Rows:
         """Some of the rows."""
         part = object.__new__(Rows)
-        part._rows, part._collate = [self._rows[row] for row in rows.tolist()], self._collate
+        part._rows, part._collate, part._names = [self._rows[row] for row in rows.tolist()], self._collate, self._names
         part.labels = None if self.labels is None else self.labels[rows]
         return part
 
     def joined(self, others: Rows) -> Rows:
         """These rows and then the others."""
         both = object.__new__(Rows)
-        both._rows, both._collate = [*self._rows, *others._rows], self._collate
+        both._rows, both._collate, both._names = [*self._rows, *others._rows], self._collate, self._names
         if (self.labels is None) != (others.labels is None):
             raise ValueError("labels are classes in one part of the examples and tokens in the other; use one kind")
         both.labels = None

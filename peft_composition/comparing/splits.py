@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..text import plural
 
 
-def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int) -> list[Tensor]:
+Called = Callable[[int], str]
+"""What a message calls the examples of a class."""
+
+
+def _by_number(label: int) -> str:
+    return f"class {label}"
+
+
+def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int, called: Called = _by_number) -> list[Tensor]:
     """Number the fold in which each example is left out, for every repeat.
 
     Each class is dealt out to the folds in random order, starting at the fold where the last class ended, so that
@@ -20,6 +30,7 @@ def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int) -> list[Tenso
         folds: at most how many; there are no more than the smallest class has examples.
         repeats: how often.
         seed: of the order.
+        called: for messages.
 
     Returns:
         For every repeat the number of each example's fold, shape (n,).
@@ -32,7 +43,7 @@ def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int) -> list[Tenso
         small = int(classes[counts.argmin()])
         raise ValueError(
             f"cross-fitting needs 2 folds or more and 2 examples of every class, got folds={folds}, and "
-            f"{int(counts.min())} of class {small}; give more examples, or test=..."
+            f"{called(small)} has {plural(int(counts.min()), 'example')}; give more examples, or test=..."
         )
     folds = min(folds, int(counts.min()))
     generator = torch.Generator().manual_seed(seed)
@@ -49,13 +60,14 @@ def cross_fit(labels: Tensor, folds: int, repeats: int, seed: int) -> list[Tenso
     return found
 
 
-def draw_per_class(labels: Tensor, k: int, seed: int) -> Tensor:
+def draw_per_class(labels: Tensor, k: int, seed: int, called: Called = _by_number) -> Tensor:
     """Draw K examples of each class.
 
     Args:
         labels: classes, shape (n,).
         k: how many of each.
         seed: of the draw. Draws of one seed are nested: that of a smaller K is within it.
+        called: for messages.
 
     Returns:
         Their rows, in order.
@@ -67,7 +79,7 @@ def draw_per_class(labels: Tensor, k: int, seed: int) -> Tensor:
     for each in labels.unique():
         own = (labels == each).nonzero().flatten()
         if len(own) < k:
-            raise ValueError(f"k={k}, but class {int(each)} has only {plural(len(own), 'example')}")
+            raise ValueError(f"k={k}, but {called(int(each))} has only {plural(len(own), 'example')}")
         generator = torch.Generator().manual_seed(1000 * seed + int(each))
         rows.append(own[torch.randperm(len(own), generator=generator)[:k]])
     return torch.cat(rows).sort().values

@@ -16,7 +16,7 @@ FORMAT = 2
 """Of `Comparison.as_json`; it grows when keys change their meaning or go."""
 MEANINGS = {
     EVIDENCE: "adapters weighed by how well each predicts examples that are left out",
-    LEARNED: "these weights trained further, with the head",
+    LEARNED: "these weights trained further, together with the head where there is one",
     RANDOM: "random values of the adapters' sizes; what they gain is not what adapters know",
 }
 

@@ -23,7 +23,7 @@ def read_batches(data: Any, collate: Collate | None, batch_size: int) -> list[Ba
 
     Args:
         data: a `DataLoader`; an iterable of batches; or a data set or list of rows.
-        collate: turns rows into a batch. Default: transformers' `default_data_collator`.
+        collate: turns rows into a batch. Default: the rows' own, or transformers' `default_data_collator`.
         batch_size: the batch size for rows.
 
     Returns:
@@ -81,6 +81,11 @@ def _read(data: Any, collate: Collate | None, batch_size: int) -> list[Batch]:
     return batches
 
 
+def collate_of(data: Any, given: Collate | None) -> Collate | None:
+    """What makes batches of rows: what is given, or what the rows bring along, as `EncodedRows` do; or None."""
+    return given or getattr(data, "collate", None)
+
+
 def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[Any]:
     if isinstance(data, Mapping):
         raise ValueError(
@@ -88,6 +93,7 @@ def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[An
         )
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         return data
+    collate = collate_of(data, collate)
     if collate is None and (not len(data) or is_batch(data[0])):
         return data
     rows = [for_the_model(data[index]) for index in range(len(data))]

@@ -46,7 +46,7 @@ def score_adapters(
         adapter_name: of the composition. Default: the active one.
         head: the module that makes classes of features, or its name. Default: that in `modules_to_save`, or else
             `classifier`, `score` or the like.
-        collate: makes a batch of rows. Default: transformers' `default_data_collator`.
+        collate: makes a batch of rows. Default: their own (`EncodedRows`), or transformers' `default_data_collator`.
         batch_size: for rows.
         mixed_precision: `"bf16"` or `"fp16"` runs the passes under autocast, as the Trainer does with `bf16=True`.
         seed: of the bootstraps behind the intervals.

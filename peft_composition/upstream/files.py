@@ -213,16 +213,16 @@ def download_files(reference: AdapterReference, filename: str, revision: str | N
     except LocalEntryNotFoundError as error:
         raise NotCachedError(
             name,
-            f"{path}{at} is neither a local folder nor in the Hub cache, and {filename} could not be downloaded "
-            "(offline, or local_files_only)",
+            f"{path}{at} is neither a local folder{_beside(path)} nor in the Hub cache, and {filename} could not be "
+            "downloaded (offline, or local_files_only)",
         ) from error
     except GatedRepoError as error:
         raise AdapterError(name, f"{path} is gated: accept its terms on the Hub and log in (hf auth login)") from error
     except RepositoryNotFoundError as error:
         raise AdapterError(
             name,
-            f"{path} is neither a local folder nor a Hub repository that you can read; for a private one, log in "
-            "(hf auth login) or set HF_TOKEN",
+            f"{path} is neither a local folder{_beside(path)} nor a Hub repository that you can read; for a private "
+            "one, log in (hf auth login) or set HF_TOKEN",
         ) from error
     except RevisionNotFoundError as error:
         raise AdapterError(name, f"{path} has no revision {revision!r}") from error
@@ -232,6 +232,12 @@ def download_files(reference: AdapterReference, filename: str, revision: str | N
         raise AdapterError(name, f"{path!r} is neither a local folder nor a Hub id: {error}") from error
     except Exception as error:  # the HTTP client has errors of its own, in a package that changes with the version
         raise AdapterError(name, f"{path}{at} could not be downloaded: {error}") from error
+
+
+def _beside(path: str) -> str:
+    """Says that the folder around a missing one is there, so that its name may have a typing error."""
+    folder, _, name = path.rpartition("/")
+    return f" ({folder} is one, without {name})" if folder and is_local(folder) else ""
 
 
 def commit_of(cached: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 import warnings
 from collections import Counter
@@ -229,6 +230,38 @@ def test_copies_are_counted_and_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_data(rows[:10])
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            ["positive"] * 3 + ["negative"] * 3 + ["postive"],
+            "class 'postive' has 1 of 7 examples. If .* for 'positive',",
+        ),
+        (
+            ["Good", "good", "good", "bad", "Good", "good", "bad"],
+            "class 'Good' has 2 of 7 examples. If .* for 'good',",
+        ),
+        (["positive"] * 3 + ["negative"] * 3 + ["neutral"], None),
+        (["class 1"] * 3 + ["class 2"] + ["class 3"] * 3, None),  # they are numbered
+        (["positive"] * 4 + ["postive"] * 2 + ["negative"], None),  # several times
+        (["rain", "train"], None),  # of each one
+        ([1, 1, 1, 10, 2, 2], None),
+    ],
+)
+def test_classes_that_look_like_typing_errors_are_told(labels: list[Any], said: str | None) -> None:
+    rows = [{"text": str(number), "label": label} for number, label in enumerate(labels)]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        data = read_data(rows)
+    assert data.classes == tuple(
+        sorted(set(map(str, labels)), key=lambda own: (len(own), own) if own.isdigit() else own)
+    )
+    assert len(found) == (said is not None)
+    if said is not None:
+        assert re.search(said, str(found[0].message))
+        assert found[0].filename == __file__
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

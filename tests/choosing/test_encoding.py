@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from peft_composition import score_adapters
 from peft_composition.choosing import EncodedRows, LabelledData, load_processor, read_data
+from peft_composition.comparing.rows import Rows
 
 from .. import tiny
 
@@ -134,7 +135,10 @@ def test_adapters_are_scored_on_them(kind: str, tmp_path: Path) -> None:
     is_classifier = kind == "bert"
     data = read_data(rows, text="t", label="l") if is_classifier else read_data(rows, prompt="t", answer="l")
     encoded = EncodedRows(data, tokenizer(), is_encoder_decoder=kind == "t5")
-    scores = score_adapters(base, encoded, adapters=[str(own)], collate=encoded.collate)
+    scores = score_adapters(base, encoded, adapters=[str(own)])  # of different lengths: they are padded as they say
+    (batch,) = Rows(encoded, None).batches(torch.arange(4), 4)  # as for `compare_methods`
+    expected = encoded.collate(encoded[:])
+    assert all(torch.equal(batch[key], value) for key, value in expected.items())
     assert [row.name for row in scores] == ["own", "base"]
     assert scores.examples == 4
     assert torch.tensor([row.score for row in scores]).isfinite().all()

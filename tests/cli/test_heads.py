@@ -147,6 +147,20 @@ def test_labels_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_labels_for_adapters_that_state_no_task(tmp_path: Path) -> None:
+    """It was advised to leave the labels out."""
+    base = tiny.build("bert").bert
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    lora = tiny.save_lora(tmp_path / "lora", base, ["query"])
+    options = ("--base", tmp_path / "base", lora, "--num-labels", 2, "--no-check-base", "--out")
+    refused = run("compose", *options, tmp_path / "o")
+    assert refused.exit_code == 1
+    assert (
+        "the model is a BertModel; the adapters state no task: give --task SEQ_CLS, or leave it out" in refused.stderr
+    )
+    assert run("compose", *options, tmp_path / "o", "--task", "SEQ_CLS").exit_code == 0
+
+
 def test_merge_says_what_nobody_has_trained(tmp_path: Path, encoder: Path, loras: list[Path]) -> None:
     run_json("compose", "--base", encoder, "--adapters", *loras, "--out", tmp_path / "mix")
     result = run("merge", tmp_path / "mix", "--out", tmp_path / "merged")

@@ -77,9 +77,16 @@ def test_other_names_are_options() -> None:
         (("compare", "{a}", "--data", "mine.csv", "--text", "review"), "give --label, one of"),
         (("select", "{a}", "--data", "mine.csv", "--prompt", "review"), "give both columns, --prompt and --answer"),
         (("select", "{a}", "--data", "mine.csv", "--text", "review", "--image", "stars"), "give --text or --image, a"),
+        (
+            ("select", "{a}", "--data", "mine.csv", "--prompt", "review", "--answer", "stars"),
+            "encoder (bert), which does",
+        ),
         (("compare", "{a}", "--data", "mine.csv", "{columns}", "--seeds", "3"), "--seeds 3 draws of all examples"),
         (("compare", "{a}", "--data", "mine.csv", "{columns}", "--k", "4"), "lower --k or --seeds, give --test,"),
-        (("compare", "{a}", "--data", "mine.csv", "{columns}", "--k", "9"), "--k 9, but class 0 has only 5 examples"),
+        (
+            ("compare", "{a}", "--data", "mine.csv", "{columns}", "--k", "9"),
+            "--k 9, but class 'bad' has only 5 examples",
+        ),
         (("select", "{a}", "--data", "mine.csv", "{columns}", "--k", "9"), "--k 9, but mine.csv has 5 examples"),
         (("compose", "{a}", "{a}", "--out", "new"), "give each once, or a copy in a folder of another name"),
         (("compose", "you", "--out", "new"), "Choose one: its path with /lora-b"),

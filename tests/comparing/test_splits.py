@@ -25,7 +25,7 @@ def test_no_more_folds_than_the_smallest_class_has_examples() -> None:
     labels = torch.tensor([0, 0, 0, 0, 0, 1, 1])
     (folds,) = cross_fit(labels, 5, 1, seed=0)
     assert sorted(folds[labels == 1].tolist()) == [0, 1]
-    with pytest.raises(ValueError, match="1 of class 4"):
+    with pytest.raises(ValueError, match="class 4 has 1 example; give"):
         cross_fit(torch.tensor([0, 0, 4]), 5, 1, seed=0)
 
 
