@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_composition.evidence.fit import weights_by
+from peft_composition.evidence.own_heads import examples_per_class, information, own_head
 from peft_composition.evidence.scores import leave_one_out_distances
+from peft_composition.evidence.weights import informed
+from peft_composition.references import AdapterReference
 
 from .bench import BASE, UNIFORM, Bench, Draw
 from .data import Tasks
@@ -34,6 +37,7 @@ from .views import VIEWS
 
 METHODS = ("likelihood-vote", "vote", "stacking")
 OF_VIEWS = "two-views"  # at K = 1: the margin vote, with two views of each example as its examples
+WITH_HEADS = "heads-and-vote"  # the likelihood vote times what the adapters' own heads tell; at K = 1 these alone
 FIXED = "evidence, stand-in"
 TRAINED = {  # where the weights start, and how head and weights are trained
     "cold": ("uniform", Recipe()),
@@ -82,14 +86,15 @@ def compare(
     Args:
         bench: the task.
         draws: K and seeds.
-        methods: of choosing weights, among `METHODS` and `OF_VIEWS`; each draw's mix is run module by module.
+        methods: of choosing weights, among `METHODS`, `WITH_HEADS` and `OF_VIEWS`; each draw's mix is run module by
+            module.
         trained: recipes on stand-ins, among `TRAINED`; `FIXED` beside them.
         known: records that there are; what they have is not done again.
         progress: whether to show a progress bar.
 
     Yields:
-        A record for each draw and contender: K = 1 has none for the methods, which choose the uniform mix there, but
-        for `OF_VIEWS`, which has none elsewhere.
+        A record for each draw and contender: K = 1 has none for `METHODS`, which choose the uniform mix there, and
+        `OF_VIEWS` has none elsewhere.
     """
     facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
     done = {(r["scenario"], r["target"], r["k"], r["seed"], r["method"]) for r in known}
@@ -101,7 +106,7 @@ def compare(
             if "single" in is_new:
                 yield from ({**own, **record} for record in _parts(bench, (k, seed)))
             for method in (name for name in methods if name in is_new):
-                if (method == OF_VIEWS) == (k == 1):
+                if method == WITH_HEADS or (method == OF_VIEWS) == (k == 1):
                     yield {**own, **_mixed(bench, (k, seed), method)}
             wanted = [name for name in (FIXED, *trained) if name in is_new] if trained else []
             if wanted:
@@ -174,6 +179,16 @@ def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
         seen = [torch.cat([bench.view_features(name, view, draw) for view in VIEWS]) for name in candidates]
         left = [leave_one_out_distances(features, labels.repeat(len(VIEWS))) for features in seen]
         return weights_by("vote", left, draw[1])
+    if method == WITH_HEADS:
+        count = len(bench.names)
+        even = torch.full((count,), 1 / count, dtype=torch.float64)
+        weights = even if draw[0] == 1 else _chosen(bench, draw, METHODS[0])
+        heads = [own_head(AdapterReference(name=own.name, path=str(own.folder))) for own in bench.adapters]
+        told = [
+            None if head is None else information(bench.features(name, draw), labels, head)
+            for name, head in zip(bench.names, heads)
+        ]
+        return informed(weights, told, examples_per_class(labels))
     left = [leave_one_out_distances(bench.features(name, draw), labels) for name in candidates]
     return weights_by(method, left, draw[1])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ CAUTION = 0.5
 """By how many standard errors a candidate must be ahead of the uniform mix; chosen on seven tasks of the study."""
 LEAST_BASE = 0.01
 """A smaller share of the base model is given to the adapters."""
+STEEPNESS = 2.0
+"""The power of what an adapter's own head tells, with one example of each class; chosen on six tasks of the study."""
+LEAST_NATS = 1e-3
+"""What a head tells at least; less is the noise of heads that tell nothing."""
 
 
 def stack(log_likelihoods: Tensor) -> Tensor:
@@ -92,6 +98,27 @@ def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:
     adapters, uniform, base = shares[:-2].double(), float(shares[-2]), float(shares[-1])
     total = 1 - base if base > LEAST_BASE else 1.0
     return floored(adapters + uniform / len(adapters), floor, total)
+
+
+def informed(weights: Tensor, informations: Sequence[float | None], per_class: float, floor: float = FLOOR) -> Tensor:
+    """Mixing weights times what the adapters' own heads tell of the examples, to the power of 2 / sqrt(K).
+
+    Few examples that are left out say little, and heads that were trained on many say more; with K the former grows.
+
+    Args:
+        weights: by other evidence, or uniform ones, shape (N,).
+        informations: of each adapter's head, in nats; None where it is not known, that counts as the mean of the
+            others.
+        per_class: K, the number of examples of each class.
+        floor: the least weight.
+
+    Returns:
+        Shape (N,), float64, with the same sum.
+    """
+    known = [max(own, LEAST_NATS) for own in informations if own is not None]
+    mean = sum(known) / len(known)
+    told = torch.tensor([mean if own is None else max(own, LEAST_NATS) for own in informations], dtype=torch.float64)
+    return floored(weights.double() * told ** (STEEPNESS / per_class**0.5), floor, float(weights.sum()))
 
 
 def floored(weights: Tensor, floor: float = FLOOR, total: float = 1.0) -> Tensor:
