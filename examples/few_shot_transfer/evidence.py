@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_composition.evidence.fit import weights_by
-from peft_composition.evidence.own_heads import examples_per_class, information, own_head
+from peft_composition.evidence.own_heads import information, own_head
 from peft_composition.evidence.scores import leave_one_out_distances
 from peft_composition.evidence.weights import informed
 from peft_composition.references import AdapterReference
@@ -188,7 +188,7 @@ def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
             None if head is None else information(bench.features(name, draw), labels, head)
             for name, head in zip(bench.names, heads)
         ]
-        return informed(weights, told, examples_per_class(labels))
+        return informed(weights, told, labels)
     left = [leave_one_out_distances(bench.features(name, draw), labels) for name in candidates]
     return weights_by(method, left, draw[1])
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..evidence.batches import inputs_on
 from ..evidence.fit import weights_by
 from ..evidence.heads import find_head, logits_of
+from ..evidence.own_heads import OwnHead, information
 from ..evidence.passes import Examples, Precision, autocast, read_answers, read_features
 from ..evidence.posterior import IGNORED, Answers, posterior
-from ..evidence.scores import leave_one_out_distances, log_likelihoods
+from ..evidence.scores import has_pairs, leave_one_out_distances, log_likelihoods
+from ..evidence.weights import informed
 from .heads import Budget, Heads, predict, train_heads
 from .rows import Rows
 
@@ -50,9 +52,24 @@ class Task(Protocol):
         """What is cached of a frozen body for some rows."""
 
     def evidence(
-        self, adapters: Sequence[Any], uniform: Any, base: Any, rows: Tensor, seed: int
+        self,
+        adapters: Sequence[Any],
+        uniform: Any,
+        base: Any,
+        rows: Tensor,
+        seed: int,
+        heads: Sequence[OwnHead | None],
     ) -> tuple[int, Tensor]:
-        """The number of the best adapter alone, and mixing weights, from what was read of some rows."""
+        """The number of the best adapter alone, and mixing weights, from what was read of some rows.
+
+        Args:
+            adapters: of each adapter alone, of all rows.
+            uniform: of the uniform mix.
+            base: of the base model.
+            rows: to go by.
+            seed: of the bootstraps.
+            heads: that the adapters were saved with; None where one is not known.
+        """
 
     def frozen(self, of_splits: Sequence[Any], splits: Sequence[Split], seed: int) -> list[Judged]:
         """Judge a method with a frozen body, from what was read of all rows by each split's own body."""
@@ -110,16 +127,25 @@ class Classes:
         return features.float().cpu()
 
     def evidence(
-        self, adapters: Sequence[Tensor], uniform: Tensor, base: Tensor, rows: Tensor, seed: int
+        self,
+        adapters: Sequence[Tensor],
+        uniform: Tensor,
+        base: Tensor,
+        rows: Tensor,
+        seed: int,
+        heads: Sequence[OwnHead | None],
     ) -> tuple[int, Tensor]:
         """The number of the best adapter alone, and mixing weights."""
         labels, count = self.labels[rows], len(adapters)
-        counts = labels.unique(return_counts=True)[1]
-        if int(counts.max()) == 1 or len(counts) == 1:  # nothing can be left out or told apart
-            return 0, torch.full((count,), 1 / count, dtype=torch.float64)
+        weights = torch.full((count,), 1 / count, dtype=torch.float64)
+        if len(labels.unique()) == 1:  # nothing can be told apart
+            return 0, weights
+        told = [None if head is None else information(own[rows], labels, head) for own, head in zip(adapters, heads)]
+        if not has_pairs(labels):
+            return max(range(count), key=lambda place: told[place] or 0.0), informed(weights, told, labels)
         left = [leave_one_out_distances(own[rows], labels) for own in (*adapters, uniform, base)]
         best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())
-        return best, weights_by("likelihood-vote", left, seed)
+        return best, informed(weights_by("likelihood-vote", left, seed), told, labels)
 
     def frozen(self, of_splits: Sequence[Tensor], splits: Sequence[Split], seed: int) -> list[Judged]:
         """Judge a method with a frozen body."""
@@ -196,7 +222,13 @@ class Tokens:
             return read_answers(model, list(self.rows.batches(rows, BATCH)), self.precision)
 
     def evidence(
-        self, adapters: Sequence[Answers], uniform: Answers, base: Answers, rows: Tensor, seed: int
+        self,
+        adapters: Sequence[Answers],
+        uniform: Answers,
+        base: Answers,
+        rows: Tensor,
+        seed: int,
+        heads: Sequence[OwnHead | None],
     ) -> tuple[int, Tensor]:
         """The number of the best adapter alone, and mixing weights."""
         nll = torch.stack([own.nll[rows] for own in adapters], dim=1)

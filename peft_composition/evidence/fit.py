@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..tuner.mixing import Mixing
 from .batches import Collate
+from .own_heads import are_known
 from .passes import (
     ALL_KINDS,
     Candidate,
@@ -18,6 +19,7 @@ from .passes import (
     Kind,
     Passed,
     Precision,
+    asking_own_heads,
     candidates,
     composition_in,
     passes,
@@ -26,12 +28,14 @@ from .passes import (
 from .posterior import Answers, posterior
 from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
 from .table import DRAWS, EvidenceReport, tabulate
-from .weights import spread_uniform, stack, vote
+from .weights import informed, spread_uniform, stack, vote
 
 
-Method = Literal["auto", "likelihood-vote", "vote", "stacking", "posterior"]
+Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior"]
 METHODS = get_args(Method)
-_MIXES: dict[str, tuple[Kind, ...]] = {"posterior": ("adapter", "uniform")}
+_WITHOUT_HEADS = {"heads-and-vote": "likelihood-vote", "own-heads": "uniform"}  # what is done where none can be asked
+_NO_HEADS = "no two adapters have a linear head here that could be asked, too"
+_MIXES: dict[str, tuple[Kind, ...]] = {"posterior": ("adapter", "uniform"), "own-heads": ("adapter",)}
 
 
 def fit_mixing_weights(
@@ -52,6 +56,10 @@ def fit_mixing_weights(
     weight decay pulls back to); what it had learned before is given up. Every module gets the same weights. A
     checkpoint that is saved afterwards has them.
 
+    - `"heads-and-vote"` (classifiers): the weights by `"likelihood-vote"`, times what each adapter's own head tells of
+      the classes of the examples (their mutual information with its output, to the power 2 / sqrt(K)). With one
+      example of each class, of which none can be left out, the heads alone. An adapter without a linear head in its
+      files, or whose files are gone, counts as the mean of the others.
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
       them most likely, by leave-one-out predictions of class means. It must be ahead of the uniform mix by half a
       standard error: what the examples cannot tell apart stays uniform.
@@ -60,15 +68,15 @@ def fit_mixing_weights(
       2018).
     - `"posterior"` (causal and encoder-decoder models): the probability of each adapter given the answers.
 
-    In the first three the uniform mix and the base model are candidates, too. All adapters get the share of the
+    In all but the last the uniform mix and the base model are candidates, too. All adapters get the share of the
     uniform mix evenly; that of the base model is missing in the sum of the weights, so that adapters which harm are
     mixed in less, down to not at all. No weight is below 1e-4.
 
     Args:
         model: a model with a fixed or learned composition, neither merged nor disabled.
         data: the examples, as for `score_adapters`.
-        method: one of the above. Default: `"likelihood-vote"` where labels are classes, `"posterior"` where they are
-            tokens.
+        method: one of the above. Default: `"posterior"` where labels are tokens, else `"heads-and-vote"`, or
+            `"likelihood-vote"` where fewer than two adapters have a head.
         adapter_name: of the composition. Default: the active one.
         head: as for `score_adapters`.
         collate: as for `score_adapters`.
@@ -77,8 +85,8 @@ def fit_mixing_weights(
         seed: of the bootstraps. The same seed gives the same weights.
 
     Returns:
-        The weights, the scores behind them, and why. With one example of each class nothing can be left out: then the
-        weights are uniform, and `reason` says so.
+        The weights, the scores behind them, and why. With one example of each class and no heads to ask there is
+        nothing to go by: then the weights are uniform, and `reason` says so.
 
     Raises:
         ValueError: as `score_adapters`; or a uniform composition, or a method for other labels. The composition is as
@@ -100,18 +108,28 @@ def fit_mixing_weights(
     examples = read_examples(composition.model, data, head, collate, batch_size)
     chosen, reason = _choose(method, examples.labels)
     names = composition.config.adapter_names
-    scores = None
-    weights = [1 / len(names)] * len(names)
+    scores, told = None, None
+    weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
     if chosen != "uniform":
         mixes = candidates(composition, _MIXES.get(chosen, ALL_KINDS))
+        if chosen in _WITHOUT_HEADS:
+            mixes = asking_own_heads(composition, mixes)
         passed = passes(composition.model, mixes, examples, mixed_precision)
-        scores = tabulate(mixes, passed, len(examples), seed)
+        scores = tabulate(mixes, passed, len(examples), seed) if chosen != "own-heads" else None
         if chosen == "posterior":
-            weights = _by_posterior(mixes, passed).tolist()
-        else:
-            weights = weights_by(chosen, [cast(LeftOut, own.found) for own in passed], seed).tolist()
-    put_weights(composition, weights)
-    return EvidenceReport(chosen, dict(zip(names, weights)), reason, scores, time.perf_counter() - started)
+            weights = _by_posterior(mixes, passed)
+        elif chosen != "own-heads":
+            left = [cast(LeftOut, own.found) for own in passed]
+            weights = weights_by(_WITHOUT_HEADS.get(chosen, chosen), left, seed)
+        if chosen in _WITHOUT_HEADS:
+            told = [own.information for own in passed[: len(names)]]
+            weights = informed(weights, told, cast(Tensor, examples.labels))
+            if not are_known(told):
+                chosen, reason, told = _WITHOUT_HEADS[chosen], f"{reason}; {_NO_HEADS}", None
+    put_weights(composition, weights.tolist())
+    by_name = dict(zip(names, weights.tolist()))
+    informations = dict(zip(names, told)) if told is not None else None
+    return EvidenceReport(chosen, by_name, reason, scores, time.perf_counter() - started, informations)
 
 
 def put_weights(composition: Composition, weights: Sequence[float]) -> None:
@@ -138,17 +156,18 @@ def _choose(method: Method, labels: Tensor | None) -> tuple[str, str]:
     if method == "posterior":
         raise ValueError(
             'method="posterior" needs the tokens of answers as labels, shape (examples, positions); these labels are '
-            'classes: use "likelihood-vote", "vote" or "stacking".'
+            'classes: use "heads-and-vote", "likelihood-vote", "vote" or "stacking".'
         )
     classes, counts = labels.unique(return_counts=True)
     if len(classes) == 1:
         raise ValueError(f"All {len(labels)} examples are of class {int(classes[0])}: nothing can be told apart.")
     most = int(counts.max())
     if most == 1:
-        return "uniform", "one example of each class: none can be left out and compared with others of its class"
+        reason = "one example of each class: none can be left out and compared with others of its class"
+        return ("own-heads" if method in ("auto", "heads-and-vote") else "uniform"), reason
     least = int(counts.min())
     return (
-        "likelihood-vote" if method == "auto" else method
+        "heads-and-vote" if method == "auto" else method
     ), f"{least if least == most else f'{least} to {most}'} of a class"
 
 

@@ -70,9 +70,9 @@ def _head_of(adapter: UpstreamAdapter) -> OwnHead | None:
     biases = [key for (_, leaf), key in keys.items() if leaf == "bias"]
     if biases and adapter.weights.shape(biases[0]) != shape[:1]:
         return None
-    found = OwnHead(read(weights[0]).clone(), read(biases[0]).clone() if biases else None)
+    head = OwnHead(read(weights[0]).clone(), read(biases[0]).clone() if biases else None)
     adapter.weights.unmap()
-    return found if all(bool(own.isfinite().all()) for own in found if own is not None) else None
+    return head if all(bool(own.isfinite().all()) for own in head if own is not None) else None
 
 
 def information(features: Tensor, labels: Tensor, head: OwnHead) -> float | None:
@@ -105,11 +105,6 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return -torch.special.xlogy(probabilities, probabilities).sum(-1)
 
 
-def examples_per_class(labels: Tensor) -> float:
-    """On average."""
-    return len(labels) / len(labels.unique())
-
-
-def known(informations: Sequence[float | None]) -> bool:
-    """Whether the heads of at least two adapters say something: one alone cannot be compared."""
+def are_known(informations: Sequence[float | None]) -> bool:
+    """Whether the heads of at least two adapters could be asked: one alone cannot be compared."""
     return sum(own is not None for own in informations) >= 2

@@ -19,8 +19,9 @@ from ..tuner.locating import composition_of, unwrapped
 from ..tuner.single import evaluating, mixed_by, one_adapter
 from .batches import Batch, Collate, all_labels, inputs_on, processes, rank, read_batches
 from .heads import Features, find_head
+from .own_heads import OwnHead, information, own_head
 from .posterior import Answers, answers
-from .scores import LeftOut, NotFiniteError, leave_one_out_distances
+from .scores import LeftOut, NotFiniteError, has_pairs, leave_one_out_distances, nothing_left_out
 from .together import sendable, together
 
 
@@ -56,11 +57,14 @@ class Candidate:
         name: of the adapter, or "uniform" or "base".
         kind: what it is; "mix" for the composition as it is, "without" for the mix without an adapter.
         switch: makes a context inside of which the model is so, and after which it is as before.
+        own_head: reads the head that the adapter was saved with, to ask it about the examples. Then a pass over one
+            example of each class is something, too, though none can be left out. Default: it is not asked.
     """
 
     name: str
     kind: Kind
     switch: Callable[[], AbstractContextManager[None]]
+    own_head: Callable[[], OwnHead | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class Passed:
-    """What one pass of a candidate gave, and the seconds it took."""
+    """What one pass of a candidate gave.
+
+    Attributes:
+        found: of classes or of answers.
+        seconds: it took.
+        information: of the classes in the output of the adapter's own head, in nats; None where it was not asked.
+    """
 
     found: LeftOut | Answers
     seconds: float
+    information: float | None = None
 
 
 class Outputs(NamedTuple):
@@ -136,6 +147,23 @@ def candidates(composition: Composition, kinds: Sequence[Kind]) -> list[Candidat
     found.append(Candidate("uniform", "uniform", partial(mixed_by, layers, name, [1 / count] * count)))
     found.append(Candidate("base", "base", partial(mixed_by, layers, name, [0.0] * count)))
     return [candidate for candidate in found if candidate.kind in kinds]
+
+
+def asking_own_heads(composition: Composition, mixes: Sequence[Candidate]) -> list[Candidate]:
+    """The same candidates, each adapter alone with the head that it was saved with.
+
+    Args:
+        composition: that they are of.
+        mixes: the candidates.
+    """
+    recorded = {own["name"]: own for own in composition.config.provenance or ()}
+    references = {own["name"]: own for own in composition.config.references}
+    return [
+        replace(own, own_head=partial(own_head, references[own.name], recorded.get(own.name)))
+        if own.kind == "adapter"
+        else own
+        for own in mixes
+    ]
 
 
 def read_examples(
@@ -222,6 +250,7 @@ def _pass_on(
     started = time.perf_counter()
     found: LeftOut | Answers
     outputs: Outputs
+    told = None
     new = replace(examples, batches=examples.batches[0 if before is None else before.batches :])
     with candidate.switch():
         try:
@@ -234,7 +263,14 @@ def _pass_on(
                 features = read_features(model, new, mixed_precision)
                 if before is not None:
                     features = torch.cat([before.found[0].to(features.device), features])
-                found = leave_one_out_distances(features, examples.labels)
+                if candidate.own_head is not None:
+                    head = candidate.own_head()
+                    told = None if head is None else information(features, examples.labels, head)
+                found = (
+                    nothing_left_out(features, examples.labels)
+                    if candidate.own_head is not None and not has_pairs(examples.labels)
+                    else leave_one_out_distances(features, examples.labels)
+                )
                 outputs = Outputs(len(examples.batches), (features.cpu(),))
         except NotFiniteError as error:
             raise NotFiniteError(
@@ -242,7 +278,7 @@ def _pass_on(
             ) from error
         except ValueError as error:
             raise ValueError(f"Scoring {_what(candidate)}: {error}") from error
-    return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started), outputs
+    return Passed(type(found)(*(part.cpu() for part in found)), time.perf_counter() - started, told), outputs
 
 
 def _what(candidate: Candidate) -> str:

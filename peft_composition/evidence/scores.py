@@ -74,6 +74,26 @@ def leave_one_out_distances(features: Tensor, labels: Tensor) -> LeftOut:
     return LeftOut(distances, labels_left, rows)
 
 
+def has_pairs(labels: Tensor) -> bool:
+    """Whether a class has two examples, so that one can be left out."""
+    return len(labels) > len(labels.unique())
+
+
+def nothing_left_out(features: Tensor, labels: Tensor) -> LeftOut:
+    """The distances of no example, where each is the only one of its class.
+
+    Args:
+        features: shape (n, d).
+        labels: shape (n,).
+
+    Raises:
+        NotFiniteError: as `leave_one_out_distances`.
+    """
+    wide = _wide(features)
+    none = torch.zeros(0, dtype=torch.long)
+    return LeftOut(wide.new_zeros(0, len(labels.unique())), none, none)
+
+
 def margins(left: LeftOut) -> Tensor:
     """How much nearer an example is to its own class than to the nearest other class: (o - g) / (o + g), in -1 to 1.
 

@@ -103,11 +103,14 @@ class EvidenceReport:
     """What `fit_mixing_weights` did. `print` shows it.
 
     Attributes:
-        method: "likelihood-vote", "vote", "stacking" or "posterior"; "uniform" where there was no evidence to go by.
+        method: "heads-and-vote", "likelihood-vote", "vote", "stacking" or "posterior"; "own-heads" where only these
+            could be asked, and "uniform" where there was no evidence to go by.
         weights: by adapter; the same in all modules. What their sum leaves to 1 is the base model's.
         reason: why this method.
         scores: of the candidates that it went by; None where nothing was scored.
         seconds: in all.
+        informations: what each adapter's own head tells of the classes of the examples, in nats; None for an adapter
+            whose head is not known. None where heads were not asked.
     """
 
     method: str
@@ -115,16 +118,23 @@ class EvidenceReport:
     reason: str
     scores: AdapterScores | None
     seconds: float
+    informations: dict[str, float | None] | None = None
 
     def __str__(self) -> str:
         width = max(len(one_line(name)) for name in (*self.weights, "(base)"))
         ranked = sorted(self.weights.items(), key=lambda item: -item[1])
-        lines = [f"{one_line(name):{width}}  {weight:.4f}" for name, weight in ranked]
+        lines = [f"{one_line(name):{width}}  {weight:.4f}{self._told(name)}" for name, weight in ranked]
         rest = 1 - sum(self.weights.values())
         if self.method != "posterior" and rest > LEAST_BASE / 2:
             lines.append(f"{'(base)':{width}}  {rest:.4f}")
         text = "\n".join([f"mixing weights by {self.method} ({self.reason}), {self.seconds:.1f} s", *lines])
         return text if self.scores is None else f"{text}\n\n{self.scores}"
+
+    def _told(self, name: str) -> str:
+        if self.informations is None:
+            return ""
+        own = self.informations[name]
+        return "  its own head is not known" if own is None else f"  its own head tells {own:.3f} nats of the classes"
 
 
 def per_example(passed: Passed) -> tuple[Tensor, Tensor]:

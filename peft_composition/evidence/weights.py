@@ -100,24 +100,28 @@ def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:
     return floored(adapters + uniform / len(adapters), floor, total)
 
 
-def informed(weights: Tensor, informations: Sequence[float | None], per_class: float, floor: float = FLOOR) -> Tensor:
-    """Mixing weights times what the adapters' own heads tell of the examples, to the power of 2 / sqrt(K).
+def informed(weights: Tensor, informations: Sequence[float | None], labels: Tensor, floor: float = FLOOR) -> Tensor:
+    """Mixing weights times what the adapters' own heads tell of the examples, to the power 2 / sqrt(K).
 
-    Few examples that are left out say little, and heads that were trained on many say more; with K the former grows.
+    K is the number of examples of each class. With few of them leaving one out says little, and the heads were trained
+    on many; as K grows, the examples count for more.
 
     Args:
         weights: by other evidence, or uniform ones, shape (N,).
-        informations: of each adapter's head, in nats; None where it is not known, that counts as the mean of the
-            others.
-        per_class: K, the number of examples of each class.
+        informations: of the adapters' heads, in nats; None where one is not known, which counts as the mean of the
+            others. Where fewer than two are known, the weights stay.
+        labels: of the examples, shape (n,).
         floor: the least weight.
 
     Returns:
         Shape (N,), float64, with the same sum.
     """
     known = [max(own, LEAST_NATS) for own in informations if own is not None]
+    if len(known) < 2:
+        return weights.double()
     mean = sum(known) / len(known)
     told = torch.tensor([mean if own is None else max(own, LEAST_NATS) for own in informations], dtype=torch.float64)
+    per_class = len(labels) / len(labels.unique())
     return floored(weights.double() * told ** (STEEPNESS / per_class**0.5), floor, float(weights.sum()))
 
 

@@ -362,7 +362,7 @@ def refused(model: Any, data: Any, message: str, **options: Any) -> None:
         ([{"x": POINTS * math.nan, "labels": CLASSES}], {}, "adapter 'first' alone: .*NaN"),
         (iter([(POINTS, CLASSES)]), {}, "a batch must be a mapping .*tuple"),
         (points(), {"method": "posterior"}, "needs the tokens of answers"),
-        (points(), {"method": "best"}, "'auto', 'likelihood-vote', 'vote', 'stacking', 'posterior', got 'best'"),
+        (points(), {"method": "best"}, "'auto', 'heads-and-vote', 'likelihood-vote', .*, got 'best'"),
         (points(), {"head": "nothing"}, "called 'nothing': there is none.*head=..."),
         (points(), {"head": nn.Linear(2, 2)}, "is not a module of the model"),
     ],
