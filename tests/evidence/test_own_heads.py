@@ -1,0 +1,260 @@
+"""What adapters' own heads tell: the formula by a loop, where heads are found, and what weights follow."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peft_composition import CompositionConfig, compare_methods, fit_mixing_weights, mixing_weights
+from peft_composition.evidence.own_heads import OwnHead, information, own_head
+from peft_composition.evidence.weights import LEAST_NATS, STEEPNESS, informed
+from peft_composition.references import AdapterReference
+
+from .. import tiny
+
+
+WIDTH = 16
+POINTS = torch.randn(12, 10, generator=torch.Generator().manual_seed(2))
+CLASSES = torch.tensor([0, 1, 2] * 4)
+ONE_EACH = [{"x": POINTS[:3], "labels": CLASSES[:3]}]
+FOUR_EACH = [{"x": POINTS, "labels": CLASSES}]
+
+
+def reference(folder: Path) -> AdapterReference:
+    return AdapterReference(name=folder.name, path=str(folder))
+
+
+def with_head(folder: Path, entries: dict[str, Tensor]) -> Path:
+    """The adapter with these tensors beside its factors, in place of its head."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    factors = {key: value for key, value in weights.items() if ".lora_" in key}
+    save_file({**factors, **entries}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Two adapters of the tiny MLP: the head of the first sends points anywhere, that of the second hardly differs."""
+    made = []
+    for seed, scale in enumerate((3.0, 0.01)):
+        folder = tmp_path / ("first", "second")[seed]
+        tiny.save_lora(folder, tiny.build("mlp"), ["lin0", "lin1"], seed=seed)
+        head = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed)) * scale
+        made.append(
+            with_head(folder, {"base_model.model.head.weight": head, "base_model.model.head.bias": torch.zeros(4)})
+        )
+    return made
+
+
+def features_alone(folder: Path, points: Tensor) -> Tensor:
+    """What the head would get with one adapter, composed by hand."""
+    model = tiny.composed_by_hand(tiny.build("mlp"), [str(folder)], [1.0])
+    seen: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        model(points)
+    return seen[0]
+
+
+def by_loop(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """The mutual information of class and output, each class as likely, by a sum over the joint table."""
+    classes = sorted(set(labels.tolist()))
+    table = []
+    for label in classes:
+        rows = []
+        for place in range(len(labels)):
+            if int(labels[place]) == label:
+                logits = [
+                    sum(float(a) * float(b) for a, b in zip(features[place].double(), row.double()))
+                    + (0.0 if bias is None else float(bias[number]))
+                    for number, row in enumerate(weight)
+                ]
+                most = max(logits)
+                powers = [math.exp(value - most) for value in logits]
+                rows.append([power / sum(powers) for power in powers])
+        table.append([sum(column) / len(rows) / len(classes) for column in zip(*rows)])
+    marginal = [sum(column) for column in zip(*table)]
+    return sum(
+        joint * math.log(joint * len(classes) / marginal[number])
+        for row in table
+        for number, joint in enumerate(row)
+        if joint > 0
+    )
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("labels", [torch.arange(5), torch.tensor([0, 0, 3, 3, 3]), torch.tensor([7, 2, 2, 7, 5])])
+def test_information_is_that_of_the_joint_table(labels, has_bias) -> None:
+    generator = torch.Generator().manual_seed(5)
+    features, weight = torch.randn(5, 6, generator=generator), torch.randn(3, 6, generator=generator)
+    bias = torch.randn(3, generator=generator) if has_bias else None
+    found = information(features, labels, OwnHead(weight, bias))
+    assert found == pytest.approx(by_loop(features, labels, weight, bias), abs=1e-10)
+
+
+def test_information_lies_between_nothing_and_the_logarithm_of_the_classes() -> None:
+    labels = torch.arange(3)
+    certain = OwnHead(100 * torch.eye(3), None)
+    assert information(torch.eye(3), labels, certain) == pytest.approx(math.log(3), abs=1e-12)
+    assert information(torch.ones(3, 3), labels, certain) == pytest.approx(0, abs=1e-12)
+    assert information(torch.eye(3), labels, OwnHead(torch.zeros(2, 3), torch.tensor([0.0, 5.0]))) == 0
+    assert information(torch.eye(3), labels, OwnHead(torch.zeros(2, 4), None)) is None, "of another width"
+
+
+def test_weights_are_multiplied_and_their_sum_stays() -> None:
+    weights, told = torch.tensor([0.5, 0.2, 0.1]), [0.4, 0.1, None]
+    for labels, power in ((torch.arange(4), STEEPNESS), (torch.arange(4).repeat(4), STEEPNESS / 2)):
+        products = [0.5 * 0.4**power, 0.2 * 0.1**power, 0.1 * 0.25**power]
+        expected = [0.8 * own / sum(products) for own in products]
+        assert informed(weights, told, labels).tolist() == pytest.approx(expected, abs=1e-7)
+    assert informed(weights, [0.4, None, None], torch.arange(4)).tolist() == weights.double().tolist(), "no comparison"
+    nothing = informed(weights, [0.0, LEAST_NATS / 3, LEAST_NATS], torch.arange(4))
+    assert nothing.tolist() == pytest.approx(weights.tolist(), abs=1e-7), "noise of heads that tell nothing"
+
+
+def test_with_one_example_of_each_class_the_heads_decide(folders) -> None:
+    model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
+    report = fit_mixing_weights(model, ONE_EACH)
+    assert (report.method, report.scores) == ("own-heads", None)
+    told = []
+    for folder in folders:
+        weights = load_file(folder / "adapter_model.safetensors")
+        weight, bias = (weights[f"base_model.model.head.{leaf}"] for leaf in ("weight", "bias"))
+        told.append(by_loop(features_alone(folder, POINTS[:3]), CLASSES[:3], weight, bias))
+    assert list((report.informations or {}).values()) == pytest.approx(told, abs=1e-5)
+    squares = [max(own, LEAST_NATS) ** STEEPNESS for own in told]
+    expected = [max(own / sum(squares), 1e-4) for own in squares]
+    assert list(report.weights.values()) == pytest.approx([own / sum(expected) for own in expected], abs=1e-4)
+    assert report.weights["first"] > 0.9
+    assert "first   0.9" in str(report)
+    assert "nats of the classes" in str(report)
+    for row in mixing_weights(model).values():
+        assert row == pytest.approx(report.weights, abs=1e-6)
+
+
+def test_with_more_the_vote_is_multiplied(folders) -> None:
+    model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
+    vote = fit_mixing_weights(model, FOUR_EACH, "likelihood-vote")
+    assert vote.informations is None
+    report = fit_mixing_weights(model, FOUR_EACH)
+    assert (report.method, report.scores is not None) == ("heads-and-vote", True)
+    assert fit_mixing_weights(model, FOUR_EACH, "heads-and-vote").weights == report.weights
+    expected = informed(
+        torch.tensor([*vote.weights.values()], dtype=torch.float64), [*(report.informations or {}).values()], CLASSES
+    )
+    assert list(report.weights.values()) == pytest.approx(expected.tolist(), abs=1e-9)
+    assert report.weights["first"] > vote.weights["first"]
+    assert sum(report.weights.values()) == pytest.approx(sum(vote.weights.values()), abs=1e-9), (
+        "the base keeps its share"
+    )
+
+
+def test_a_checkpoint_asks_the_files_that_it_was_made_of_and_does_without_them(folders, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a checkpoint names local folders without what lies above them
+    model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
+    at_once = fit_mixing_weights(model, ONE_EACH)
+    model.save_pretrained(str(tmp_path / "saved"))
+
+    def loaded() -> Any:
+        return fit_mixing_weights(PeftModel.from_pretrained(tiny.build("mlp"), str(tmp_path / "saved")), ONE_EACH)
+
+    assert loaded().weights == pytest.approx(at_once.weights, abs=1e-6)
+    changed = load_file(folders[0] / "adapter_model.safetensors")
+    save_file({key: 2 * value for key, value in changed.items()}, folders[0] / "adapter_model.safetensors")
+    assert loaded().method == "uniform", "another adapter lies there now, and one head alone cannot be compared"
+    shutil.rmtree(folders[0])
+    report = loaded()
+    assert (report.method, report.weights) == ("uniform", {"first": 0.5, "second": 0.5})
+    assert "no two adapters have a linear head" in report.reason
+
+
+HEAD = torch.randn(4, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("entries", "shape"),
+    [
+        ({"base_model.model.head.weight": HEAD}, (4, WIDTH)),
+        (
+            {"base_model.model.classifier.weight": HEAD, "base_model.model.classifier.bias": HEAD[:, 0].clone()},
+            (4, WIDTH),
+        ),
+        ({"base_model.model.score.modules_to_save.default.weight": HEAD}, (4, WIDTH)),
+        ({"base_model.model.classifier.modules_to_save.weight": HEAD.half()}, (4, WIDTH)),
+        ({}, None),
+        ({"base_model.model.head.weight": HEAD[:1]}, None),  # a regression
+        ({"base_model.model.head.weight": HEAD[None]}, None),
+        ({"base_model.model.head.weight": HEAD.int()}, None),
+        ({"base_model.model.head.weight": HEAD * math.nan}, None),
+        ({"base_model.model.head.weight": HEAD, "base_model.model.head.bias": HEAD[:3, 0].clone()}, None),
+        ({"base_model.model.head.weight": HEAD, "base_model.model.score.weight": HEAD + 1}, None),  # which one?
+        (  # of RoBERTa: between its layers is a function that the file does not name
+            {
+                "base_model.model.classifier.dense.weight": torch.eye(WIDTH),
+                "base_model.model.classifier.out_proj.weight": HEAD,
+            },
+            None,
+        ),
+    ],
+)
+def test_which_heads_are_found(entries, shape, folders) -> None:
+    found = own_head(reference(with_head(folders[0], entries)))
+    assert (None if found is None else tuple(found.weight.shape)) == shape
+
+
+def test_a_pickled_adapter_has_a_head_and_a_missing_one_none(folders) -> None:
+    weights = load_file(folders[0] / "adapter_model.safetensors")
+    torch.save(weights, folders[0] / "adapter_model.bin")
+    (folders[0] / "adapter_model.safetensors").unlink()
+    found = own_head(reference(folders[0]))
+    assert found is not None
+    assert torch.equal(found.weight, weights["base_model.model.head.weight"])
+    assert own_head(AdapterReference(name="gone", path="somebody/gone")) is None
+
+
+def test_an_adapter_without_a_head_counts_as_the_mean_of_the_others(folders, tmp_path) -> None:
+    third = tmp_path / "third"
+    shutil.copytree(folders[1], third)
+    with_head(third, {})
+    model = tiny.compose("mlp", [*map(str, folders), str(third)], mixing="fixed", weights=[0.3, 0.3, 0.4])
+    report = fit_mixing_weights(model, ONE_EACH)
+    assert (report.informations or {})["third"] is None
+    assert report.weights["first"] > report.weights["third"] > report.weights["second"]
+    assert "its own head is not known" in str(report)
+
+
+def test_compare_asks_them_with_one_example_of_each_class(folders) -> None:
+    rows = [{"x": point, "labels": label} for point, label in zip(POINTS, CLASSES)]
+    base = tiny.build("mlp")
+    nn.init.zeros_(base.head.weight)
+
+    def scored(weights: list[Path]) -> dict[str, float]:
+        adapters = list(map(str, weights))
+        found = compare_methods(
+            base, adapters, rows[:3], test=rows[3:], methods=("base", "evidence", "uniform"), steps=20
+        )
+        return {row.name: row.loss for row in found}
+
+    asked = scored(folders)
+    for folder in folders:
+        with_head(folder, {})
+    unasked = scored(folders)
+    assert unasked["evidence"] == unasked["uniform"] == asked["uniform"]
+    assert asked["evidence"] != asked["uniform"]
+
+
+def test_the_config_of_the_composition_is_as_it_was(folders) -> None:
+    model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
+    config = model.peft_config["default"]
+    assert isinstance(config, CompositionConfig)
+    before = [dict(own) for own in config.references]
+    fit_mixing_weights(model, ONE_EACH)
+    assert [dict(own) for own in config.references] == before
