@@ -81,5 +81,5 @@ def require_pairs(labels: Tensor) -> None:
     if len(counts) > 1 and int(counts.max()) == 1:
         raise ValueError(
             f"There is one example of each of {len(counts)} classes: none can be left out and compared with others of "
-            "its class. Give two or more of a class; with one, the uniform mix is the choice."
+            "its class. Give two or more of a class; with one, fit_mixing_weights goes by the adapters' own heads."
         )
