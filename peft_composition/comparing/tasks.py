@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..evidence.batches import inputs_on
 from ..evidence.fit import weights_by
-from ..evidence.heads import find_head, logits_of
+from ..evidence.heads import find_head, logits_of, original_head
 from ..evidence.own_heads import OwnHead, information
 from ..evidence.passes import Examples, Precision, autocast, read_answers, read_features
 from ..evidence.posterior import IGNORED, Answers, posterior
@@ -140,7 +140,11 @@ class Classes:
         weights = torch.full((count,), 1 / count, dtype=torch.float64)
         if len(labels.unique()) == 1:  # nothing can be told apart
             return 0, weights
-        told = [None if head is None else information(own[rows], labels, head) for own, head in zip(adapters, heads)]
+        module = original_head(self.head)
+        told = [
+            None if head is None else information(own[rows], labels, head, module)
+            for own, head in zip(adapters, heads)
+        ]
         if not has_pairs(labels):
             return max(range(count), key=lambda place: told[place] or 0.0), informed(weights, told, labels)
         left = [leave_one_out_distances(own[rows], labels) for own in (*adapters, uniform, base)]

@@ -34,7 +34,7 @@ from .weights import informed, spread_uniform, stack, vote
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior"]
 METHODS = get_args(Method)
 _WITHOUT_HEADS = {"heads-and-vote": "likelihood-vote", "own-heads": "uniform"}  # what is done where none can be asked
-_NO_HEADS = "no two adapters have a linear head here that could be asked, too"
+_NO_HEADS = "no two adapters have a head here that could be asked, too"
 _MIXES: dict[str, tuple[Kind, ...]] = {"posterior": ("adapter", "uniform"), "own-heads": ("adapter",)}
 
 
@@ -58,8 +58,8 @@ def fit_mixing_weights(
 
     - `"heads-and-vote"` (classifiers): the weights by `"likelihood-vote"`, times what each adapter's own head tells of
       the classes of the examples (their mutual information with its output, to the power 2 / sqrt(K)). With one
-      example of each class, of which none can be left out, the heads alone. An adapter without a linear head in its
-      files, or whose files are gone, counts as the mean of the others.
+      example of each class, of which none can be left out, the heads alone. An adapter without a head in its files, or
+      whose files are gone, counts as the mean of the others.
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
       them most likely, by leave-one-out predictions of class means. It must be ahead of the uniform mix by half a
       standard error: what the examples cannot tell apart stays uniform.

@@ -73,6 +73,11 @@ def _wrapper_of(model: nn.Module, head: nn.Module) -> nn.Module:
     return head
 
 
+def original_head(head: nn.Module | None) -> nn.Module | None:
+    """The head inside of PEFT's wrapper."""
+    return head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+
+
 class Features:
     """Pooled features of a batch, as the head gets them; filled by a forward pass within `watching`.
 

@@ -7,11 +7,11 @@ own head, even one example of each. No label of that head is used, and the head 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..references import AdapterReference, Provenance
 from ..upstream.adapter import UpstreamAdapter, read_adapters
@@ -20,20 +20,13 @@ from ..upstream.files import locate_one
 from .heads import HEADS
 
 
+OwnHead = Mapping[str, Tensor]
+"""The tensors of a head by their names within it: `weight` (classes, width) and `bias`, or those of several layers."""
+
 # Saved by PEFT, or by hand, with or without the name of the copy that PEFT trains.
-_HEAD = re.compile(rf"(?:^|\.)(?P<name>{'|'.join(HEADS)})(?:\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>weight|bias)$")
-
-
-class OwnHead(NamedTuple):
-    """A linear head that an adapter was saved with.
-
-    Attributes:
-        weight: shape (classes, width), at least two classes.
-        bias: shape (classes,), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+_HEAD = re.compile(
+    rf"(?:^|\.)(?P<head>{'|'.join(HEADS)})(?:\.modules_to_save(?:\.default)?)?\.(?P<name>(?:\w+\.)*(?:weight|bias))$"
+)
 
 
 def own_head(reference: AdapterReference, provenance: Provenance | None = None) -> OwnHead | None:
@@ -44,7 +37,7 @@ def own_head(reference: AdapterReference, provenance: Provenance | None = None) 
         provenance: what a composition recorded when it was read.
 
     Returns:
-        None where the files are gone or have changed since, or where there is not exactly one linear head.
+        None where the files are gone or have changed since, or where there is not exactly one head.
     """
     local = AdapterReference(**{**reference, "local_files_only": True})
     sha256 = None
@@ -59,23 +52,18 @@ def own_head(reference: AdapterReference, provenance: Provenance | None = None) 
 
 
 def _head_of(adapter: UpstreamAdapter) -> OwnHead | None:
-    keys = {(found["name"], found["leaf"]): key for key in adapter.weights if (found := _HEAD.search(key)) is not None}
-    weights = [key for (_, leaf), key in keys.items() if leaf == "weight"]
-    others = [key for key in adapter.extras if any(part in HEADS for part in key.split("."))]
-    if len(weights) != 1 or len(others) != len(keys):  # several layers, or several heads
+    weights = adapter.weights
+    matches = {key: found for key in weights if ".lora_" not in key and (found := _HEAD.search(key)) is not None}
+    keys = {match["name"]: key for key, match in matches.items()}
+    is_one = len({match["head"] for match in matches.values()}) == 1 and len(keys) == len(matches)
+    if not is_one or not all(weights.is_floating_point(key) for key in keys.values()):
         return None
-    shape, read = adapter.weights.shape(weights[0]), adapter.weights.read
-    if len(shape) != 2 or shape[0] < 2 or not adapter.weights.is_floating_point(weights[0]):
-        return None
-    biases = [key for (_, leaf), key in keys.items() if leaf == "bias"]
-    if biases and adapter.weights.shape(biases[0]) != shape[:1]:
-        return None
-    head = OwnHead(read(weights[0]).clone(), read(biases[0]).clone() if biases else None)
-    adapter.weights.unmap()
-    return head if all(bool(own.isfinite().all()) for own in head if own is not None) else None
+    head = {name: weights.read(key).clone() for name, key in keys.items()}
+    weights.unmap()
+    return head if all(bool(own.isfinite().all()) for own in head.values()) else None
 
 
-def information(features: Tensor, labels: Tensor, head: OwnHead) -> float | None:
+def information(features: Tensor, labels: Tensor, head: OwnHead, module: nn.Module | None = None) -> float | None:
     """How much an adapter's own head tells of the classes of the examples: their mutual information with its output.
 
     With p_c the mean of the head's probabilities over the examples of class c and p the mean of these over the
@@ -86,19 +74,35 @@ def information(features: Tensor, labels: Tensor, head: OwnHead) -> float | None
         features: of the adapter alone, shape (n, width).
         labels: shape (n,).
         head: its own.
+        module: the model's head, which says what a head of several layers computes between them.
 
     Returns:
-        In nats; None if the head is of another width.
+        In nats; None if the head does not fit the features or the module, or has less than two outputs.
     """
-    if head.weight.shape[1] != features.shape[1]:
+    logits = _logits(features.detach().cpu(), head, module)
+    if logits is None or not bool(logits.isfinite().all()):
         return None
-    wide = features.double().cpu() @ head.weight.double().cpu().T
-    if head.bias is not None:
-        wide = wide + head.bias.double().cpu()
-    probabilities = wide.softmax(1)
+    probabilities = logits.double().softmax(1)
     labels = labels.cpu()
     of_classes = torch.stack([probabilities[labels == label].mean(0) for label in labels.unique()])
     return max(0.0, float(_entropy(of_classes.mean(0)) - _entropy(of_classes).mean()))
+
+
+def _logits(features: Tensor, head: OwnHead, module: nn.Module | None) -> Tensor | None:
+    """Shape (n, classes), float64."""
+    wide = {name: own.double() for name, own in head.items()}
+    x = features.double()
+    try:
+        if wide.keys() <= {"weight", "bias"}:
+            logits = nn.functional.linear(x, wide["weight"], wide.get("bias"))
+        elif module is not None and wide.keys() == dict(module.named_parameters()).keys():
+            # What such heads are given is all tokens, and they take the first one.
+            logits = functional_call(module, wide, (x[:, None],))
+        else:
+            return None
+    except (RuntimeError, IndexError, KeyError, TypeError):
+        return None
+    return logits if logits.dim() == 2 and len(logits) == len(x) and logits.shape[1] > 1 else None
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

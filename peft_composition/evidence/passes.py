@@ -18,7 +18,7 @@ from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_of, unwrapped
 from ..tuner.single import evaluating, mixed_by, one_adapter
 from .batches import Batch, Collate, all_labels, inputs_on, processes, rank, read_batches
-from .heads import Features, find_head
+from .heads import Features, find_head, original_head
 from .own_heads import OwnHead, information, own_head
 from .posterior import Answers, answers
 from .scores import LeftOut, NotFiniteError, has_pairs, leave_one_out_distances, nothing_left_out
@@ -265,7 +265,11 @@ def _pass_on(
                     features = torch.cat([before.found[0].to(features.device), features])
                 if candidate.own_head is not None:
                     head = candidate.own_head()
-                    told = None if head is None else information(features, examples.labels, head)
+                    told = (
+                        None
+                        if head is None
+                        else information(features, examples.labels, head, original_head(examples.head))
+                    )
                 found = (
                     nothing_left_out(features, examples.labels)
                     if candidate.own_head is not None and not has_pairs(examples.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from peft_composition import CompositionConfig, compare_methods, fit_mixing_weights, mixing_weights
-from peft_composition.evidence.own_heads import OwnHead, information, own_head
+from peft_composition.evidence.own_heads import information, own_head
 from peft_composition.evidence.weights import LEAST_NATS, STEEPNESS, informed
 from peft_composition.references import AdapterReference
 
@@ -96,17 +98,25 @@ def test_information_is_that_of_the_joint_table(labels, has_bias) -> None:
     generator = torch.Generator().manual_seed(5)
     features, weight = torch.randn(5, 6, generator=generator), torch.randn(3, 6, generator=generator)
     bias = torch.randn(3, generator=generator) if has_bias else None
-    found = information(features, labels, OwnHead(weight, bias))
+    found = information(features, labels, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     assert found == pytest.approx(by_loop(features, labels, weight, bias), abs=1e-10)
 
 
 def test_information_lies_between_nothing_and_the_logarithm_of_the_classes() -> None:
     labels = torch.arange(3)
-    certain = OwnHead(100 * torch.eye(3), None)
+    certain = {"weight": 100 * torch.eye(3)}
     assert information(torch.eye(3), labels, certain) == pytest.approx(math.log(3), abs=1e-12)
     assert information(torch.ones(3, 3), labels, certain) == pytest.approx(0, abs=1e-12)
-    assert information(torch.eye(3), labels, OwnHead(torch.zeros(2, 3), torch.tensor([0.0, 5.0]))) == 0
-    assert information(torch.eye(3), labels, OwnHead(torch.zeros(2, 4), None)) is None, "of another width"
+    assert information(torch.eye(3), labels, {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, 5.0])}) == 0
+    for misfit in (
+        torch.zeros(2, 4),
+        torch.ones(1, 3),
+        torch.ones(1, 2, 3),
+        torch.full((2, 3), 1e308, dtype=torch.float64),
+    ):
+        assert information(torch.eye(3), labels, {"weight": misfit}) is None, (
+            "another width, a regression, no matrix, overflow"
+        )
 
 
 def test_weights_are_multiplied_and_their_sum_stays() -> None:
@@ -173,41 +183,70 @@ def test_a_checkpoint_asks_the_files_that_it_was_made_of_and_does_without_them(f
     shutil.rmtree(folders[0])
     report = loaded()
     assert (report.method, report.weights) == ("uniform", {"first": 0.5, "second": 0.5})
-    assert "no two adapters have a linear head" in report.reason
+    assert "no two adapters have a head" in report.reason
 
 
 HEAD = torch.randn(4, WIDTH)
 
 
 @pytest.mark.parametrize(
-    ("entries", "shape"),
+    ("entries", "names"),
     [
-        ({"base_model.model.head.weight": HEAD}, (4, WIDTH)),
+        ({"base_model.model.head.weight": HEAD}, {"weight"}),
         (
             {"base_model.model.classifier.weight": HEAD, "base_model.model.classifier.bias": HEAD[:, 0].clone()},
-            (4, WIDTH),
+            {"weight", "bias"},
         ),
-        ({"base_model.model.score.modules_to_save.default.weight": HEAD}, (4, WIDTH)),
-        ({"base_model.model.classifier.modules_to_save.weight": HEAD.half()}, (4, WIDTH)),
+        ({"base_model.model.score.modules_to_save.default.weight": HEAD}, {"weight"}),
+        ({"base_model.model.classifier.modules_to_save.weight": HEAD.half()}, {"weight"}),
+        (
+            {
+                "base_model.model.classifier.dense.weight": HEAD,
+                "base_model.model.classifier.out_proj.weight": HEAD + 1,
+            },
+            {"dense.weight", "out_proj.weight"},
+        ),
         ({}, None),
-        ({"base_model.model.head.weight": HEAD[:1]}, None),  # a regression
-        ({"base_model.model.head.weight": HEAD[None]}, None),
         ({"base_model.model.head.weight": HEAD.int()}, None),
         ({"base_model.model.head.weight": HEAD * math.nan}, None),
-        ({"base_model.model.head.weight": HEAD, "base_model.model.head.bias": HEAD[:3, 0].clone()}, None),
         ({"base_model.model.head.weight": HEAD, "base_model.model.score.weight": HEAD + 1}, None),  # which one?
-        (  # of RoBERTa: between its layers is a function that the file does not name
-            {
-                "base_model.model.classifier.dense.weight": torch.eye(WIDTH),
-                "base_model.model.classifier.out_proj.weight": HEAD,
-            },
-            None,
-        ),
     ],
 )
-def test_which_heads_are_found(entries, shape, folders) -> None:
+def test_which_heads_are_found(entries, names, folders) -> None:
     found = own_head(reference(with_head(folders[0], entries)))
-    assert (None if found is None else tuple(found.weight.shape)) == shape
+    assert (None if found is None else {*found}) == names
+
+
+def test_a_head_of_several_layers_is_run_as_the_model_does(tmp_path) -> None:
+    config = RobertaConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=4
+    )
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(config).eval()
+    batch = {"input_ids": torch.randint(3, 60, (3, 7)), "labels": torch.arange(3)}
+    told = []
+    for number in range(2):
+        torch.manual_seed(number + 1)
+        lora = get_peft_model(
+            copy.deepcopy(base), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+        ).eval()
+        with torch.no_grad():
+            for name, parameter in lora.named_parameters():
+                if "lora_B" in name or "modules_to_save" in name:
+                    parameter.normal_(std=0.4)
+            probabilities = lora(batch["input_ids"]).logits.double().softmax(1)
+        lora.save_pretrained(str(tmp_path / f"lora-{number}"))
+        one, mean = probabilities, probabilities.mean(0)
+        told.append(float((one * one.log()).sum(1).mean() - (mean * mean.log()).sum()))
+    model = get_peft_model(
+        base,
+        CompositionConfig(
+            adapters=[str(tmp_path / f"lora-{number}") for number in range(2)], mixing="fixed", task_type="SEQ_CLS"
+        ),
+    )
+    report = fit_mixing_weights(model, [batch])
+    assert report.method == "own-heads"
+    assert list((report.informations or {}).values()) == pytest.approx(told, abs=1e-5)
 
 
 def test_a_pickled_adapter_has_a_head_and_a_missing_one_none(folders) -> None:
@@ -216,7 +255,7 @@ def test_a_pickled_adapter_has_a_head_and_a_missing_one_none(folders) -> None:
     (folders[0] / "adapter_model.safetensors").unlink()
     found = own_head(reference(folders[0]))
     assert found is not None
-    assert torch.equal(found.weight, weights["base_model.model.head.weight"])
+    assert torch.equal(found["weight"], weights["base_model.model.head.weight"])
     assert own_head(AdapterReference(name="gone", path="somebody/gone")) is None
 
 
