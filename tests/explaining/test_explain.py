@@ -324,6 +324,11 @@ def test_in_a_browser(tmp_path: Path) -> None:
                     "[...document.querySelectorAll('.scroll')].map(r => [r.tabIndex, r.getAttribute('aria-label')])"
                 )
                 assert all(index == 0 and label for index, label in regions)
+                if path == plain and width == 390:  # what leaving one out costs is seen whole on a phone
+                    sizes = page.value(
+                        "(r => [r.scrollWidth, r.clientWidth])(document.querySelector('#without .scroll'))"
+                    )
+                    assert sizes[0] <= sizes[1]
                 colors = page.value("[getComputedStyle(document.body).backgroundColor]")
                 assert colors == (["rgb(20, 23, 29)"] if dark else ["rgb(251, 250, 247)"])
         page.open(plain, 1280)
