@@ -2,7 +2,7 @@
 
 A model without a head answers alike at every draw. So each adapter alone is run once over a pool of examples that
 support sets are drawn from, and each distinct mix once over the test examples; weights are rounded to quarters
-before they are run. All of it is kept on disk.
+before they are run, but not those that were trained. All but these is kept on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -43,22 +44,29 @@ TRAINED = {"learned": False, "posterior, then learned": True}  # whether the pos
 
 @dataclass(frozen=True)
 class Seen:
-    """What each adapter alone makes of n examples with C options: negative log-likelihoods.
+    """What each adapter alone and their uniform mix make of n examples with C options: negative log-likelihoods.
 
     Attributes:
-        options: shape (n, adapters, C).
+        options: of the adapters, shape (n, adapters, C).
         tokens: of the options, shape (n, C).
         labels: the right options, shape (n,).
+        mixed: of the uniform mix, shape (n, C).
     """
 
     options: Tensor
     tokens: Tensor
     labels: Tensor
+    mixed: Tensor
 
     @property
     def nll(self) -> Tensor:
-        """Of the right answers, (n, adapters)."""
+        """Of the right answers under the adapters, (n, adapters)."""
         return self.options[torch.arange(len(self.labels)), :, self.labels]
+
+    @property
+    def uniform(self) -> Tensor:
+        """Of the right answers under the uniform mix, (n,)."""
+        return self.mixed[torch.arange(len(self.labels)), self.labels]
 
     @property
     def length(self) -> Tensor:
@@ -89,6 +97,8 @@ def _most_right(seen: Seen, seed: int) -> Tensor:
 
 WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
+    "posterior, uniform mix as one more": lambda seen, _: posterior(seen.nll, seen.length, seen.uniform),
+    "posterior, uniform mix at one half": lambda seen, _: posterior(seen.nll, seen.length, seen.uniform, 0.5),
     "posterior, every token counts": lambda seen, _: posterior(seen.nll, seen.length, temper=1.0),
     "posterior, an answer counts as one token": lambda seen, _: posterior(
         seen.nll / seen.length[:, None], torch.ones(len(seen.labels))
@@ -117,7 +127,7 @@ class Bench(Protocol):
         """Of the adapters."""
 
     def seen(self, draw: Draw) -> Seen:
-        """What each adapter alone makes of the support set."""
+        """What each adapter alone and their uniform mix make of the support set."""
 
     def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
         """How a mix answers the test questions; a number is an adapter alone."""
@@ -167,11 +177,13 @@ class AnswerBench:
         return few_shot(labels_of(self.rows["pool"]), *draw)
 
     def seen(self, draw: Draw) -> Seen:
-        """What each adapter alone makes of the support set."""
+        """What each adapter alone and their uniform mix make of the support set."""
         chosen = self.support(draw)
-        found = [self._scores(number, "pool") for number in range(len(self.adapters))]
+        count = len(self.adapters)
+        found = [self._scores(number, "pool") for number in range(count)]
+        mixed, *_ = self._scores([1 / count] * count, "pool")
         labels = torch.tensor(self.rows["pool"].select(chosen)["label"][:])
-        return Seen(torch.stack([own[0][chosen] for own in found], 1), found[0][1][chosen], labels)
+        return Seen(torch.stack([own[0][chosen] for own in found], 1), found[0][1][chosen], labels, mixed[chosen])
 
     def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
         """How a mix answers the test questions; a number is an adapter alone.
@@ -181,7 +193,9 @@ class AnswerBench:
             give the right answer, in percent; `nll` of the right one among the options; and `nll_token`, of a token of
             the right answer over the whole vocabulary.
         """
-        nll, tokens, said = self._scores(weights, "test")
+        return self._judge(*self._scores(weights, "test"))
+
+    def _judge(self, nll: Tensor, tokens: Tensor, said: Tensor) -> dict[str, float]:
         labels = torch.tensor(labels_of(self.rows["test"]))
         place = torch.arange(len(labels)), labels
         return {
@@ -192,18 +206,17 @@ class AnswerBench:
         }
 
     def learned(self, draw: Draw, start: Sequence[float], scratch: Path) -> tuple[dict[str, float], Any]:
-        """Weights trained on the support set: what they answer, and their means over modules."""
-        base = self.model.build(0, 0)
-        model = compose(base, self.adapters, self.scenario, mixing="learned", weight_sharing="model")
+        """Weights of every module trained on the support set: what the model answers, and their means over modules."""
+        model = compose(self.model.build(0, 0), self.adapters, self.scenario, mixing="learned")
         put_weights(composition_in(model, None), start)
         rows = self.model.encode(self.rows["pool"].select(self.support(draw)))
         how = self.scenario.downstream
         rate = how.grid["mixing"][0]
         plan = Plan(rate, how.epochs, how.batch_size, None, how.max_steps, draw[1])
         fit(model, rows, plan, scratch, self.model.collate)
-        shared = next(iter(mixing_weights(model).values()))
-        found = [float(shared[name]) for name in self.names]
-        return self.judged(in_parts(found)), found
+        of_modules = mixing_weights(model).values()
+        found = [fmean(float(own[name]) for own in of_modules) for name in self.names]
+        return self._judge(*option_scores(model, self.model, self.rows["test"])), found
 
     @cached_property
     def _composition(self) -> Composition:

@@ -138,12 +138,15 @@ class MadeBench:
         return torch.randperm(POOL, generator=torch.Generator().manual_seed(seed))[:k]
 
     def seen(self, draw: Draw) -> Seen:
-        """What each adapter alone makes of the support set."""
+        """What each adapter alone and their uniform mix make of the support set."""
+        count = len(self.names)
         if not self._of_pool:
-            self._of_pool = [self._scores(number, self.pool) for number in range(len(self.names))]
+            mixes = [*range(count), [1 / count] * count]
+            self._of_pool = [self._scores(mix, self.pool) for mix in mixes]
         chosen = self.support(draw)
-        options = torch.stack([nll[chosen] for nll, _, _ in self._of_pool], 1)
-        return Seen(options, self._of_pool[0][1][chosen], torch.zeros(len(chosen), dtype=torch.int64))
+        *alone, mixed = (nll[chosen] for nll, _, _ in self._of_pool)
+        labels = torch.zeros(len(chosen), dtype=torch.int64)
+        return Seen(torch.stack(alone, 1), self._of_pool[0][1][chosen], labels, mixed)
 
     def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
         """How a mix answers the test questions; a number is an adapter alone."""

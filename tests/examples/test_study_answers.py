@@ -69,7 +69,8 @@ def seen() -> answers.Seen:
     generator = torch.Generator().manual_seed(0)
     options = 3 * torch.rand(5, 3, 2, dtype=torch.float64, generator=generator)
     tokens = torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0], [4.0, 1.0], [1.0, 6.0]]).double()
-    return answers.Seen(options, tokens, torch.tensor([0, 1, 1, 0, 1]))
+    mixed = 3 * torch.rand(5, 2, dtype=torch.float64, generator=generator)
+    return answers.Seen(options, tokens, torch.tensor([0, 1, 1, 0, 1]), mixed)
 
 
 def by_hand(scores: list[float]) -> list[float]:
