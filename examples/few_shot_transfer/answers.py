@@ -24,6 +24,7 @@ from peft_composition import mixing_weights
 from peft_composition.evidence.fit import put_weights
 from peft_composition.evidence.passes import Composition, composition_in
 from peft_composition.evidence.posterior import posterior
+from peft_composition.evidence.weights import floored
 from peft_composition.tuner.single import mixed_by, one_adapter
 
 from .bench import BASE, UNIFORM, Draw, compose
@@ -95,10 +96,17 @@ def _most_right(seen: Seen, seed: int) -> Tensor:
     return torch.eye(len(right), dtype=torch.float64)[best]
 
 
+def _with_uniform(seen: Seen, odds: int) -> Tensor:
+    """The uniform mix is a candidate, before so many times as probable as an adapter; all get its share evenly."""
+    count = seen.nll.shape[1]
+    found = posterior(torch.cat([seen.nll, seen.uniform[:, None].expand(-1, odds)], 1), seen.length, floor=0.0)
+    return floored(found[:count] + found[count:].sum() / count)
+
+
 WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
-    "posterior, uniform mix as one more": lambda seen, _: posterior(seen.nll, seen.length, seen.uniform),
-    "posterior, uniform mix at one half": lambda seen, _: posterior(seen.nll, seen.length, seen.uniform, 0.5),
+    "posterior, uniform mix as one more": lambda seen, _: _with_uniform(seen, 1),
+    "posterior, uniform mix at one half": lambda seen, _: _with_uniform(seen, seen.nll.shape[1]),
     "posterior, every token counts": lambda seen, _: posterior(seen.nll, seen.length, temper=1.0),
     "posterior, an answer counts as one token": lambda seen, _: posterior(
         seen.nll / seen.length[:, None], torch.ones(len(seen.labels))

@@ -5,7 +5,6 @@ Pure functions on tensors.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -73,15 +72,8 @@ def answers(logits: Tensor, labels: Tensor, is_shifted: bool) -> Answers:
     return Answers(nll, tokens.cpu().double(), wrong == 0)
 
 
-def posterior(
-    nll: Tensor,
-    tokens: Tensor,
-    uniform: Tensor | None = None,
-    share: float | None = None,
-    temper: float | None = None,
-    floor: float = FLOOR,
-) -> Tensor:
-    """The probability of each adapter given the answers, if one candidate produced them all: softmax_n(-sum_i NLL_n(i)).
+def posterior(nll: Tensor, tokens: Tensor, temper: float | None = None, floor: float = FLOOR) -> Tensor:
+    """The probability of each adapter given the answers, if one adapter produced them all: softmax_n(-sum_i NLL_n(i)).
 
     The tokens of one answer give similar evidence, and with many of them the least difference between two adapters
     would decide. So an answer of more than two tokens counts as two: its log-likelihood is their mean, times two.
@@ -89,9 +81,6 @@ def posterior(
     Args:
         nll: negative log-likelihoods of the answers, shape (examples, adapters).
         tokens: numbers of tokens of the answers, shape (examples,).
-        uniform: those of the uniform mix, shape (examples,), which then is a candidate, too: its probability is given
-            to all adapters evenly. Default: the adapters alone are candidates.
-        share: how probable the uniform mix is before any answer is seen. Default: as probable as each adapter.
         temper: factor for log-likelihoods, whatever the number of tokens; 1 counts every token.
         floor: the smallest weight.
 
@@ -101,15 +90,10 @@ def posterior(
     Raises:
         ValueError: a value is not finite.
     """
-    count = nll.shape[1]
-    wide = (nll if uniform is None else torch.cat([nll, uniform[:, None]], 1)).double()
+    wide = nll.double()
     if not bool(wide.isfinite().all()):
         raise ValueError("the likelihoods of the answers are not finite")
     factors = (MOST_TOKENS / tokens.double()).clamp(max=1.0)
     if temper is not None:
         factors = torch.full_like(factors, temper)
-    scores = -(factors[:, None] * wide).sum(0)
-    if uniform is not None and share is not None:
-        scores[count] += math.log(share * count / (1 - share))
-    found = scores.softmax(0)
-    return floored(found[:count] + found[count:].sum() / count, floor)
+    return floored((-(factors[:, None] * wide).sum(0)).softmax(0), floor)

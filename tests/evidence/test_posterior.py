@@ -85,27 +85,8 @@ def test_a_long_answer_counts_as_two_tokens_and_a_short_one_as_it_is() -> None:
     assert posterior(nll, tokens).tolist() == pytest.approx([value / sum(odds) for value in odds], rel=1e-12)
 
 
-@pytest.mark.parametrize(("share", "odds_before"), [(None, 1.0), (0.25, 1.0), (0.5, 3.0), (0.1, 1 / 3)])
-def test_the_uniform_mix_as_a_candidate_by_hand(share: float | None, odds_before: float) -> None:
-    """Its odds to one of three adapters are given by its share; what it gets goes to all three evenly."""
-    nll = torch.tensor([[10.0, 20.0, 14.0], [0.5, 0.25, 2.0], [1.0, 1.5, 0.1]], dtype=torch.float64)
-    uniform = torch.tensor([12.0, 0.4, 0.7], dtype=torch.float64)
-    tokens = torch.tensor([10.0, 1.0, 2.0])
-    odds = [math.exp(-(2.0 + 0.5 + 1.0)), math.exp(-(4.0 + 0.25 + 1.5)), math.exp(-(2.8 + 2.0 + 0.1))]
-    mixed = odds_before * math.exp(-(2.4 + 0.4 + 0.7))
-    total = sum(odds) + mixed
-    expected = [(value + mixed / 3) / total for value in odds]
-    assert posterior(nll, tokens, uniform, share).tolist() == pytest.approx(expected, rel=1e-12)
-    assert posterior(nll, tokens, uniform + 1e4, share).tolist() == pytest.approx(
-        posterior(nll, tokens).tolist(), rel=1e-12
-    )
-    assert posterior(nll + 1e4, tokens, uniform, share).tolist() == pytest.approx([1 / 3] * 3, rel=1e-12)
-
-
 def test_no_weight_of_a_posterior_is_zero() -> None:
     weights = posterior(torch.tensor([[0.0, 1e6]]), torch.ones(1))
     assert weights.tolist() == pytest.approx([1 / 1.0001, 1e-4 / 1.0001], rel=1e-12)
     with pytest.raises(ValueError, match="not finite"):
         posterior(torch.tensor([[0.0, math.nan]]), torch.ones(1))
-    with pytest.raises(ValueError, match="not finite"):
-        posterior(torch.tensor([[0.0, 1.0]]), torch.ones(1), torch.tensor([math.inf]))

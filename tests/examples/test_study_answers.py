@@ -79,20 +79,26 @@ def by_hand(scores: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("way", "factor"),
+    ("way", "factor", "odds"),  # of the uniform mix to one adapter, before the answers are seen
     [
-        ("posterior", lambda length: min(1, 2 / length)),
-        ("posterior, an answer counts as one token", lambda length: 1 / length),
-        ("posterior, every token counts", lambda length: 1),
+        ("posterior", lambda length: min(1, 2 / length), 0),
+        ("posterior, uniform mix as one more", lambda length: min(1, 2 / length), 1),
+        ("posterior, uniform mix at one half", lambda length: min(1, 2 / length), 3),
+        ("posterior, an answer counts as one token", lambda length: 1 / length, 0),
+        ("posterior, every token counts", lambda length: 1, 0),
     ],
 )
-def test_tempered_posteriors_by_a_loop(way: str, factor: Any) -> None:
+def test_posteriors_by_a_loop(way: str, factor: Any, odds: int) -> None:
     found = seen()
-    scores = [0.0, 0.0, 0.0]
+    scores = [0.0, 0.0, 0.0, 0.0]
     for i, label in enumerate(found.labels.tolist()):
-        for n in range(3):
-            scores[n] -= factor(float(found.tokens[i, label])) * float(found.options[i, n, label])
-    assert answers.WAYS[way](found, 0).tolist() == pytest.approx(by_hand(scores), rel=1e-9)
+        for n in range(4):
+            nll = found.options[i, n, label] if n < 3 else found.mixed[i, label]
+            scores[n] -= factor(float(found.tokens[i, label])) * float(nll)
+    chances = [math.exp(score) for score in scores]
+    chances[3] *= odds
+    expected = [(chances[n] + chances[3] / 3) / sum(chances) for n in range(3)]
+    assert answers.WAYS[way](found, 0).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_other_ways_by_a_loop() -> None:
