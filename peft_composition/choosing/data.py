@@ -102,7 +102,7 @@ def read_data(
     Args:
         data: a file that ends with .csv, .tsv, .json, .jsonl or .parquet; a folder with a subfolder of images for each
             class; the id of a data set on the Hub, or a folder that `save_to_disk` wrote; or rows in memory (a
-            `datasets.Dataset`, a list of dicts).
+            `datasets.Dataset`, a pandas `DataFrame`, a list of dicts).
         text: column of the texts, or two columns of pairs. Default: `text` or `sentence`.
         image: column of the images, or of paths to them.
         label: column of the classes: names or whole numbers. Default: `label` or `labels`.

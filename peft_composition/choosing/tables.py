@@ -87,6 +87,8 @@ def _read(data: Any, split: str, subset: str | None) -> Table:
 def _in_memory(data: Any, split: str) -> Table:
     if isinstance(data, Mapping) and split in data and not isinstance(data[split], (list, str)):  # a DatasetDict
         data = data[split]
+    if hasattr(data, "to_dict") and hasattr(data, "itertuples"):  # a pandas DataFrame
+        data = data.to_dict("records")
     if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise ValueError(f"data must be a path, a Hub id, a data set or a list of rows, got a {type(data).__name__}")
     for number in range(min(len(data), 1)):

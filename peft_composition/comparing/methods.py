@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def run(
     """
     trained = sum(name in methods for name in (EVIDENCE, LEARNED, FRESH))
     total = len(adapters) + 2 + (RANDOM in methods) + trained * len(splits)
-    references = CompositionConfig(adapters=list(adapters), mixing="uniform").references
+    references = CompositionConfig(adapters=cast(Any, adapters), mixing="uniform").references
     broken: list[BrokenAdapter] = []
     found: list[Outcome] | None = None
     with progress_bar(total, "Comparing", "run", progress) as bar, as_before(base, task.head_parameters):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..evidence.batches import Batch, Collate, all_labels, collate_of, is_batch, read_batches
+from ..evidence.batches import Batch, Collate, all_labels, collate_of, is_batch, read_batches, require_rows
 from ..text import quoted
 
 
@@ -32,7 +32,8 @@ class Rows:
         if isinstance(data, DataLoader):
             data, collate = data.dataset, collate or data.collate_fn
         collate = collate_of(data, collate)
-        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or isinstance(data, dict):
+        require_rows(data)
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise ValueError(
                 f"data must be rows that can be split: a data set, a list, or a DataLoader over one, got "
                 f"{type(data).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from ..text import one_line, quoted
+from ..text import one_line, quoted, shown
 
 
 Batch = dict[str, Any]
@@ -86,11 +87,27 @@ def collate_of(data: Any, given: Collate | None) -> Collate | None:
     return given or getattr(data, "collate", None)
 
 
-def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[Any]:
+def require_rows(data: Any) -> None:
+    """Refuse what is neither rows nor batches.
+
+    Raises:
+        ValueError: it is a path, a single row or batch, or examples that are not encoded.
+    """
     if isinstance(data, Mapping):
         raise ValueError(
             f"data must be batches or rows, got a single mapping of {one_line(list(data))}; put it in a list"
         )
+    is_path = isinstance(data, (str, os.PathLike))
+    if is_path or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        got = shown(data) if is_path else f"a {type(data).__name__}"
+        raise ValueError(
+            f"data must be batches or rows as the model takes them, got {got}. Use read_data and EncodedRows of "
+            "peft_composition.choosing: EncodedRows(read_data(...), load_processor(...))"
+        )
+
+
+def _batches(data: Any, collate: Collate | None, batch_size: int) -> Iterable[Any]:
+    require_rows(data)
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         return data
     collate = collate_of(data, collate)

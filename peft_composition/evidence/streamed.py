@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -31,7 +31,7 @@ def read_in_turn(base: nn.Module, adapters: Sequence[Any]) -> list[Candidate]:
             f"This model ({type(base).__name__}) already has adapters. Pass the base model to score adapters from "
             "files, or leave out adapters=... to score those of its composition."
         )
-    config = CompositionConfig(adapters=list(adapters), mixing="uniform")
+    config = CompositionConfig(adapters=cast(Any, adapters), mixing="uniform")
     found = [Candidate(own["name"], "adapter", partial(_alone, base, own)) for own in config.references]
     return [*found, Candidate("base", "base", nullcontext)]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy
+import pandas
 import pyarrow
 import pytest
 from PIL import Image
@@ -218,6 +219,13 @@ def test_labels_of_numpy_and_rows_without_text_or_label() -> None:
     own = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, -1, 0]}, features)
     with pytest.raises(ValueError, match=r"row 2: column 'label' is -1, but its classes are numbered 0 to 1; .*drop"):
         read_data(own)
+
+
+def test_a_frame_of_pandas_is_its_rows(tmp_path: Path) -> None:
+    rows = [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
+    assert read_data(pandas.DataFrame(rows, index=[7, 3])) == read_data(rows)
+    with pytest.raises(ValueError, match="row 1: column 'label' is empty"):
+        read_data(pandas.DataFrame([rows[0], {"text": "c"}]))
 
 
 def test_copies_are_counted_and_told() -> None:

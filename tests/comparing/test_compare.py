@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from peft_composition import compare_methods
+from peft_composition import compare_methods, score_adapters
+from peft_composition.choosing import read_data
 from peft_composition.comparing.bodies import composed, random_factors
 from peft_composition.comparing.compare import _left_out
 from peft_composition.comparing.heads import Budget, batches
@@ -214,6 +215,15 @@ def test_examples_that_do_not_fit(pair) -> None:
         compare_methods(base, pair("mlp"), [{**row, "labels": torch.tensor(n % 8)} for n, row in enumerate(points())])
     with pytest.raises(ValueError, match="all 24 examples are of class 0"):
         compare_methods(base, pair("mlp"), [{**row, "labels": torch.tensor(0)} for row in points()])
+    for own in ("reviews.csv", read_data([{"text": "a", "label": 0}, {"text": "b", "label": 1}])):
+        with pytest.raises(
+            ValueError, match=r"data must be batches or rows as the model takes them, got .*EncodedRows"
+        ):
+            compare_methods(tiny.build("mlp"), pair("mlp"), own, **QUICK)
+    with pytest.raises(ValueError, match=r"adapters must be a list, got a single adapter: 'me/lora'"):
+        compare_methods(tiny.build("mlp"), "me/lora", points(), **QUICK)
+    with pytest.raises(ValueError, match=r"adapters must be a list, got a single adapter: 'me/lora'"):
+        score_adapters(tiny.build("mlp"), [{"x": torch.zeros(10), "labels": 0}], adapters="me/lora")
     with pytest.raises(ValueError, match="data must be rows that can be split"):
         compare_methods(base, pair("mlp"), iter(points()))
     with pytest.raises(ValueError, match="already has adapters"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_composition import CompositionConfig, fit_mixing_weights, mixing_weights, score_adapters
+from peft_composition.choosing import read_data
 
 from .. import tiny
 
@@ -356,6 +357,9 @@ def refused(model: Any, data: Any, message: str, **options: Any) -> None:
     [
         ([], {}, "no examples"),
         ({"x": POINTS, "labels": CLASSES}, {}, "a single mapping"),
+        ("reviews.csv", {}, "as the model takes them, got 'reviews.csv'. Use read_data and EncodedRows"),
+        (Path("reviews.csv"), {}, "Use read_data and EncodedRows"),
+        (read_data([{"text": "a", "label": 0}, {"text": "b", "label": 1}]), {}, "got a LabelledData. Use read_data"),
         ([{"x": POINTS}], {"collate": lambda rows: rows[0]}, "tensor of labels under 'labels'.*it has .*x"),
         ([{"x": POINTS, "labels": CLASSES.float()}], {}, "whole numbers.*float32"),
         ([{"x": POINTS, "labels": torch.zeros(12, dtype=torch.int64)}], {}, "All 12 examples are of class 0"),
