@@ -1,7 +1,7 @@
 """Does mixing trained LoRA adapters help on a new task with few examples? A comparison on real text, in minutes.
 
-Five LoRAs are trained with the Hugging Face `Trainer`: three on the sentiment of three domains, two on tasks that have
-nothing to do with it. On the fourth domain, with K examples per class, a composition whose weights they have chosen
+Five LoRAs are trained with the Hugging Face `Trainer`: one on the sentiment of Amazon reviews, four on tasks that have
+nothing to do with sentiment. On movie reviews, with K examples per class, a composition whose weights they have chosen
 meets its controls: the head alone, a fresh LoRA, every single adapter, uniform weights, learned ones, random LoRAs.
 Then the composition is saved, loaded in a new process, and must predict the same. No network is needed but for the
 first download of the sentences (vader.py).
@@ -68,7 +68,8 @@ TARGET_MODULES = ["query", "key", "value"]
 RANK = 8
 MAX_TOKENS = 40  # nine in ten sentences are shorter
 HELD_OUT = 100  # sentences of each upstream task, to see that its adapter has learned something
-UNRELATED = ("length", "origin")  # upstream tasks without sentiment: more words than most? from which domain?
+# Upstream tasks without sentiment: more words than most? from which domain? about oneself? with a comma?
+UNRELATED = ("length", "origin", "oneself", "comma")
 UNRELATED_SIZE = 400  # their examples of each class
 LEARNING_RATE = 1e-3
 LEARNING_RATE_FULL = 5e-5  # for full fine-tuning
@@ -91,7 +92,7 @@ class Settings:
     """The command line."""
 
     target: Literal["amazon", "movies", "nyt", "tweets"] = field(
-        default="movies", metadata={"help": "Domain of the new task; adapters know the other three."}
+        default="movies", metadata={"help": "Domain of the new task."}
     )
     k: int = field(default=5, metadata={"help": "Examples per class of the new task."})
     draws: int = field(default=5, metadata={"help": "How often the examples are drawn anew, at least 2."})
@@ -170,7 +171,12 @@ def upstream_examples(task: str, domains: Sequence[str]) -> list[Example]:
     else:
         texts = [text for domain in domains for text, _ in load_domain(domain)]
         most = np.median([len(text.split()) for text in texts])
-        found = [Example(text, int(len(text.split()) > most)) for text in texts]
+        answers: dict[str, Callable[[str], bool]] = {
+            "length": lambda text: len(text.split()) > most,
+            "oneself": lambda text: not {"i", "me", "my"}.isdisjoint(text.lower().split()),
+            "comma": lambda text: "," in text,
+        }
+        found = [Example(text, int(answers[task](text))) for text in texts]
     return draw_balanced(found, UNRELATED_SIZE, seed=0)[0]
 
 
@@ -562,7 +568,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"quickstart: {error}")
 
     domains = [domain for domain in DOMAINS if domain != settings.target]
-    upstream = [*domains, *UNRELATED]
+    upstream = [domains[0], *UNRELATED]
     adapters, upstream_accuracies = {}, {}
     with section(console, f"Training LoRAs on {', '.join(upstream)}"):
         with tqdm(total=len(upstream) * settings.upstream_steps, desc="upstream", unit="step") as bar:

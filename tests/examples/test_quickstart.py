@@ -22,7 +22,7 @@ def test_demo_prints_its_table_and_reloads_bit_for_bit(tmp_path: Path) -> None:
         results["accuracies"]
     )
     assert [set(weights) for weights in results["mixing_weights"]] == [
-        {"amazon", "nyt", "tweets", "length", "origin"}
+        {"amazon", "length", "origin", "oneself", "comma"}
     ] * 2
     saved = json.loads((tmp_path / "composed" / "adapter_config.json").read_text())
     assert saved["weights"] == list(results["mixing_weights"][0].values())

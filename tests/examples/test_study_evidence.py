@@ -25,6 +25,7 @@ from scipy import stats
 from torch import Tensor
 from typer.testing import CliRunner
 
+from peft_composition import fit_mixing_weights
 from peft_composition.evidence.scores import leave_one_out_distances
 
 from .digits import digits
@@ -265,6 +266,14 @@ def test_a_task_is_measured_once_and_its_features_are_those_of_the_adapters(tmp_
     first, second = (bench.view_features("middle", name, (1, 0)) for name in VIEWS)
     assert not torch.allclose(first, second, rtol=1e-3)
 
+    for draw in ((1, 0), (3, 0)):  # as the library weighs the same examples
+        (heads,) = evidence.compare(bench, [draw], [evidence.WITH_HEADS], [], records, progress=False)
+        encoded = bench.model.encode(bench.task.train.select(bench.support(draw)))
+        batch = bench.model.collate([encoded[number] for number in range(len(encoded))])
+        report = fit_mixing_weights(bench.composition.model, [batch])
+        assert report.method == ("own-heads" if draw[0] == 1 else "heads-and-vote")
+        assert heads["weights"] == pytest.approx(report.weights, abs=2e-3)
+
     base = bench.model.build(2, seed=0)
     alone = PeftModel.from_pretrained(base, str(bench.adapters[1].folder), adapter_name="x").eval()
     with torch.no_grad():
@@ -320,14 +329,19 @@ def test_the_committed_runs_at_two_shots_are_paired_by_seed(path: Path) -> None:
         assert runs == [(method, seed) for method in ("learned", "uniform") for seed in range(3)]
 
 
-@pytest.mark.parametrize("path", sorted((DRAWS.parent / "draws").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted(own for name in ("draws", "heads") for own in (DRAWS.parent / name).glob("*.jsonl")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_every_committed_draw_has_its_uniform_mix_and_weights_of_at_most_one(path: Path) -> None:
     records = read(path, key="method")
     draws = {(own["target"], own["k"], own["seed"]) for own in records if own["method"] == "uniform"}
     for own in records:
         assert (own["target"], own["k"], own["seed"]) in draws
         if own["method"] == "likelihood-vote":
-            assert own["k"] > 1, "one example of each class is no evidence"
+            assert own["k"] > 1, "none of one example can be left out"
+        if own["method"] in ("likelihood-vote", "heads-and-vote"):
             assert sum(own["weights"].values()) <= 1.001
     assert len({(own["target"], own["k"], own["seed"], own["method"], own["adapter"]) for own in records}) == len(
         records
