@@ -99,6 +99,8 @@ def table(lines: Sequence[Mapping[str, Any]], related: int) -> str:
         whole = _regrets(of_k, FULL)
         for name in SELECTORS:
             own = [line for line in of_k if line["selector"] == name]
+            if not own:
+                continue
             regrets = _regrets(of_k, name)
             stated = [line["risk"] for line in own if line["risk"] is not None]
             said = f" (stated {_percent(stated)})" if stated else ""

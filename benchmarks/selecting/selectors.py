@@ -8,20 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_composition.choosing.ladder import _levels
+from peft_composition.choosing.ladder import STEEP, _levels
 from peft_composition.choosing.risk import Gains
-from peft_composition.choosing.select import FINALISTS, _kept, _plan
+from peft_composition.choosing.select import FINALISTS, _kept, _plan, _those_who_go_on
+from peft_composition.choosing.slopes import COST
 from peft_composition.evidence.scores import leave_one_out_distances, margins
 
 
-FULL, HALVING = "evidence, all examples", "evidence, halving"
+FULL, HALVING = "evidence, all examples", "evidence or one backward pass, halving"
+PLAIN = "evidence alone, halving"
 BLOCKS, WHOLE = "one backward pass, per block", "one backward pass, whole adapter"
 SCREEN = "one backward pass, per block, then halving"
 APART = "one of each class by distance, then all"
+CHEAP = "one of each class by distance or one backward pass, then all"
 ACCURACY, RANDOM = "accuracy, all examples", "random"
-SELECTORS = (FULL, HALVING, APART, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
+SELECTORS = (FULL, HALVING, PLAIN, CHEAP, APART, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
 SCREENED = 2  # one of so many goes on after the backward pass
 FAR_APART = 10  # and after one example of each class
+LOOKED_AT, FAR, STEEPEST = 0.73, 0.12, 0.05  # of the candidates: one example of each class; then all, by either
 
 
 @dataclass(frozen=True)
@@ -66,29 +70,37 @@ def orders(draw: Draw) -> dict[str, Order]:
     scores = _scores(draw.features, draw.labels)
     shuffled = torch.from_numpy(np.random.default_rng(draw.seed).permutation(count))
     right = (scores > 0).double().mean(1)[shuffled]
-    # Of an adapter of norm 1: else the largest ones are first, whatever they have learned.
-    by_block = draw.slopes.abs() / draw.norms.clamp_min(torch.finfo(draw.norms.dtype).tiny)
-    blocks = by_block.sum(1).argsort(descending=True)
+    steepness = _steepness(draw)
+    blocks = steepness.argsort(descending=True)
     found = {
         FULL: (scores.mean(1).argsort(descending=True), count * examples, None),
-        HALVING: _halved(draw, torch.arange(count)),
+        HALVING: _halved(draw, torch.arange(count), steepness),
+        PLAIN: _halved(draw, torch.arange(count)),
+        CHEAP: _cheap(draw, blocks),
         APART: _apart(draw),
         SCREEN: _halved(draw, blocks[: max(FINALISTS, -(-count // SCREENED))]),
-        BLOCKS: (blocks, 0, None),
-        WHOLE: (draw.slopes.sum(1).argsort(descending=True), 0, None),
+        BLOCKS: (blocks, COST * examples, None),
+        WHOLE: (draw.slopes.sum(1).argsort(descending=True), COST * examples, None),
         ACCURACY: (shuffled[right.argsort(descending=True, stable=True)], count * examples, None),
         RANDOM: (shuffled, 0, None),
     }
     rest = blocks[len(found[SCREEN][0]) :]
-    found[SCREEN] = torch.cat([found[SCREEN][0], rest]), *found[SCREEN][1:]
+    order, passed, gains = found[SCREEN]
+    found[SCREEN] = torch.cat([order, rest]), passed + COST * examples, gains
     return {name: Order(*result) for name, result in found.items()}
 
 
-def _halved(draw: Draw, alive: Tensor) -> tuple[Tensor, int, tuple[Gains, Gains]]:
-    """What `select_adapters` does with these candidates: order, examples passed, gains."""
+def _steepness(draw: Draw) -> Tensor:
+    """Of an adapter of norm 1: else the largest ones are first, whatever they have learned."""
+    return (draw.slopes.abs() / draw.norms.clamp_min(torch.finfo(draw.norms.dtype).tiny)).sum(1)
+
+
+def _halved(draw: Draw, alive: Tensor, steepness: Tensor | None = None) -> tuple[Tensor, int, tuple[Gains, Gains]]:
+    """What `select_adapters` does with these candidates: order, examples passed, gains. Without slopes: what it does
+    where there is no backward pass."""
     levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
-    plan = _plan(len(alive), int(levels.max()) + 1, FINALISTS, True)
-    passed, before = 0, 0
+    plan = _plan(len(alive), int(levels.max()) + 1, FINALISTS, True, None if steepness is None else STEEP)
+    passed, before = 0 if steepness is None else COST * len(draw.labels), 0
     behind: list[Tensor] = []
     begun, everyone = torch.empty(0), alive
     for place, (rung, _) in enumerate(plan):
@@ -100,9 +112,12 @@ def _halved(draw: Draw, alive: Tensor) -> tuple[Tensor, int, tuple[Gains, Gains]
         begun = begun if place else gains
         ranked = own.mean(1).argsort(descending=True)
         if place + 1 < len(plan):
-            kept = _kept(len(alive), FINALISTS)
-            behind.insert(0, alive[ranked[kept:]])
-            ranked = ranked[:kept]
+            going = ranked[: _kept(len(alive), FINALISTS, False)]
+            if steepness is not None:
+                slopes = dict(enumerate(steepness[alive].tolist()))
+                going = torch.tensor(_those_who_go_on(ranked.tolist(), slopes, FINALISTS))
+            behind.insert(0, alive[ranked[~torch.isin(ranked, going)]])
+            ranked = going
         alive, gains = alive[ranked], gains[:, ranked]
     places = torch.tensor([everyone.tolist().index(own) for own in alive.tolist()])
     both = Gains(begun[0], gains[0], places, 0), Gains(begun[1], gains[1], places, 0)
@@ -116,16 +131,34 @@ def _gains(own: Tensor, base: Tensor) -> Tensor:
 
 def _apart(draw: Draw) -> tuple[Tensor, int, None]:
     """By how far one example of each class is from those of the others, 1 - cosine; the first ones then by margins."""
-    levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
-    first = [
-        int((draw.labels == label).nonzero()[levels[draw.labels == label].argmin()]) for label in draw.labels.unique()
-    ]
+    first = _first_of_each(draw)
     own = torch.nn.functional.normalize(draw.features[:, first].double(), dim=2)
     order = (own @ own.mT).sum((1, 2)).argsort()
     kept = max(FINALISTS, -(-len(order) // FAR_APART))
     scores = _scores(draw.features[order[:kept]], draw.labels).mean(1)
     passed = len(order) * len(first) + kept * (len(draw.labels) - len(first))
     return torch.cat([order[:kept][scores.argsort(descending=True)], order[kept:]]), passed, None
+
+
+def _cheap(draw: Draw, blocks: Tensor) -> tuple[Tensor, int, None]:
+    """One backward pass drops some; of the others the farthest apart, and the steepest of all, get all examples."""
+    count = len(blocks)
+    looked, far, steep = (round(share * count) for share in (LOOKED_AT, FAR, STEEPEST))
+    first = _first_of_each(draw)
+    own = torch.nn.functional.normalize(draw.features[blocks[:looked]][:, first].double(), dim=2)
+    apart = blocks[:looked][(own @ own.mT).sum((1, 2)).argsort()]
+    others = blocks[~torch.isin(blocks, apart[:far])]
+    kept = torch.cat([apart[:far], others[:steep]])
+    scores = _scores(draw.features[kept], draw.labels).mean(1)
+    passed = COST * len(draw.labels) + looked * len(first) + len(kept) * (len(draw.labels) - len(first))
+    return torch.cat([kept[scores.argsort(descending=True)], blocks[~torch.isin(blocks, kept)]]), passed, None
+
+
+def _first_of_each(draw: Draw) -> list[int]:
+    levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
+    return [
+        int((draw.labels == label).nonzero()[levels[draw.labels == label].argmin()]) for label in draw.labels.unique()
+    ]
 
 
 def _scores(features: Tensor, labels: Tensor) -> Tensor:

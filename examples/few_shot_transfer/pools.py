@@ -110,7 +110,7 @@ def _select(corners: Corners, changes: Sequence[Change], labels: Tensor, seed: i
         first = first or found
         alive = sorted(alive, key=lambda own: (-found[own].score, own))
         if place + 1 < len(plan):
-            alive = alive[: _kept(len(alive), FINALISTS)]
+            alive = alive[: _kept(len(alive), FINALISTS, False)]  # features alone have no slopes
     return alive[0] - 1, _risk(first, found, alive[0], are_left_out=True)
 
 

@@ -97,7 +97,7 @@ class Journal:
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
         rung, number = line.get("rung"), line.get("candidate")
-        values, right = line.get("values"), line.get("right")
+        values, right, slope = line.get("values"), line.get("right"), line.get("slope", 0.0)
         return (
             type(rung) is int
             and type(number) is int
@@ -108,6 +108,7 @@ class Journal:
             and len(values) == len(right) == self._sizes[rung]
             and all(type(own) is float and math.isfinite(own) for own in values)
             and all(type(own) is bool for own in right)
+            and (slope is None or (type(slope) is float and math.isfinite(slope)))
         )
 
 

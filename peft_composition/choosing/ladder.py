@@ -19,9 +19,12 @@ from ..evidence.score import require_pairs
 
 
 LEAST_OF_A_CLASS = 2  # so that one can be left out
+MORE_OF_A_CLASS = 3  # where that is at most 15% of all
+MANY_OF_A_CLASS = 20
 LEAST_ANSWERS = 4
 GROWTH = 3
-KEPT = 4  # one of so many goes on
+KEPT = 4  # one of so many goes on by its score
+KEPT_BESIDE_STEEP, STEEP = 6, 8  # or, where there are slopes, one of so many by its score, and by its slope
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def ladder(
     batch_size: int,
     seed: int,
 ) -> Ladder:
-    """Put examples on rungs: two of each class (of answers: four), then three times as many, and so on.
+    """Put examples on rungs: two of each class (of 20: three; of answers: four), then three times as many, and so on.
 
     Args:
         model: that is scored.
@@ -113,9 +116,9 @@ def _levels(kinds: Sequence[int | None], seed: int) -> list[int]:
     for row in order:
         place[row] = counts.get(kinds[row], 0)
         counts[kinds[row]] = place[row] + 1
-    size = LEAST_ANSWERS if None in counts else LEAST_OF_A_CLASS
-    ends = [size]
     most = max(counts.values(), default=0)
+    size = LEAST_OF_A_CLASS if most < MANY_OF_A_CLASS else MORE_OF_A_CLASS
+    ends = [LEAST_ANSWERS if None in counts else size]
     while ends[-1] < most:
         following = ends[-1] * GROWTH
         ends.append(following if 2 * following <= most else most)  # no rung that is nearly the next one

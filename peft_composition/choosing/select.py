@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,10 @@ from .downloads import Downloads
 from .greedy import choose_together, weigh
 from .identity import key_of
 from .journal import Journal
-from .ladder import KEPT, ladder
+from .ladder import KEPT, KEPT_BESIDE_STEEP, STEEP, ladder
 from .risk import Gains, chance_of_harm
 from .selection import RankedAdapter, Selection
+from .slopes import Slopes
 from .trials import Trial, Trials
 
 
@@ -55,9 +56,11 @@ def select_adapters(
     """Choose from many adapters those that help on a few labelled examples, without training or a validation set.
 
     Candidates are read one after the other, so that memory does not grow with their number. All are scored on the same
-    few examples first (two of each class), the best quarter on three times as many, and so on; at least 8 get to see
-    all. From these the chosen ones are taken one by one, as long as each improves the mix, and weighed by evidence.
-    Scores are those of `score_adapters`. The base model is as before afterwards.
+    few examples first (two or three of each class), those that are ahead on three times as many, and so on; at least 8
+    get to see all. Of a classifier, one backward pass over all examples tells by how much a small share of each would
+    change the score: the best sixth goes on, and by that an eighth. Without it, as for answers, the best quarter does.
+    From these the chosen ones are taken one by one, as long as each improves the mix, and weighed by evidence. Scores
+    are those of `score_adapters`. The base model is as before afterwards.
 
     Several processes (`torchrun`, `accelerate launch`) share the candidates; each of them calls this.
 
@@ -101,24 +104,27 @@ def select_adapters(
     key = "" if log is None else together(lambda: key_of(base, references, steps, mixed_precision, seed))[0]
     journal = together(lambda: Journal(log, key, own_rank, steps.sizes))[own_rank]
     finalists = max(FINALISTS, 2 * most)
-    plan = _plan(len(references), len(steps.rungs), finalists, halving)
+    everything = steps.rungs[-1]
+    has_slopes = everything.labels is not None
+    plan = _plan(len(references), len(steps.rungs), finalists, halving, STEEP if has_slopes else None)
     total = sum(len(range(own_rank, count + 1, processes())) for _, count in plan)
     with progress_bar(total, "Scoring candidates", "pass", progress and own_rank == 0) as bar:
-        trials = Trials(base, references, journal, Downloads(cache_budget * 1e9 / processes()), mixed_precision, bar)
+        downloads = Downloads(cache_budget * 1e9 / processes())
+        slopes = Slopes(base, everything, mixed_precision)
+        trials = Trials(base, references, journal, downloads, mixed_precision, slopes, bar)
         last: dict[int, Trial] = {}
         alive = list(range(1, len(references) + 1))
         first: dict[int, Trial] = {}
         for place, (rung, _) in enumerate(plan):
-            found = trials.run(rung, alive, steps.rungs[rung])
+            found = trials.run(rung, alive, steps.rungs[rung], has_slopes and place == 0 and len(plan) > 1)
             last.update(found)
             alive = sorted((own for own in found if own), key=lambda own: (-found[own].score, own))
             if not alive:
                 raise ValueError(_none(references, trials.reasons))
             first = first or found
             if place + 1 < len(plan):
-                alive = alive[: _kept(len(alive), finalists)]
+                alive = _those_who_go_on(alive, {own: first[own].slope for own in alive}, finalists)
     _meet()  # what one process downloaded must not be dropped while another reads it
-    everything = steps.rungs[-1]
     front = [references[own - 1] for own in alive[:finalists]]
     places, tried = choose_together(
         base, front, [last[own] for own in alive[:finalists]], everything, most, mixed_precision
@@ -167,23 +173,39 @@ def _place(entry: Any) -> str:
     return json.dumps(place, sort_keys=True, default=str)
 
 
-def _plan(candidates: int, rungs: int, finalists: int, halving: bool) -> list[tuple[int, int]]:
-    """The rungs that are run, with the number of candidates in each, if none is broken."""
+def _plan(
+    candidates: int, rungs: int, finalists: int, halving: bool, steep: int | None = None
+) -> list[tuple[int, int]]:
+    """The rungs that are run, with the most candidates in each; `steep`: one of so many goes on by its slope."""
     if not halving or candidates <= finalists:
         return [(rungs - 1, candidates)]
     plan: list[tuple[int, int]] = []
-    count = candidates
+    count = best = candidates
     for rung in range(rungs):
-        if count <= finalists and rung < rungs - 1 and plan:
+        if best <= finalists and rung < rungs - 1 and plan:
             continue  # those that are left are scored on all
         plan.append((rung, count))
-        count = _kept(count, finalists)
+        best = _kept(count, finalists, bool(steep))
+        count = min(count, best + (math.ceil(count / steep) if steep else 0))
     return plan
 
 
-def _kept(candidates: int, finalists: int) -> int:
-    """How many go on to the next rung."""
-    return max(finalists, math.ceil(candidates / KEPT))
+def _kept(candidates: int, finalists: int, has_slopes: bool) -> int:
+    """How many go on to the next rung by their scores."""
+    return max(finalists, math.ceil(candidates / (KEPT_BESIDE_STEEP if has_slopes else KEPT)))
+
+
+def _those_who_go_on(ranked: Sequence[int], slopes: Mapping[int, float | None], finalists: int) -> list[int]:
+    """The first ones, and the steepest ones of all; in their order.
+
+    The few examples of a rung may mislead. Slopes are of all examples, but tell what a small share of an adapter does:
+    each finds what the other one overlooks.
+    """
+    steepest = sorted(
+        (own for own in ranked if slopes[own] is not None), key=lambda own: (-cast(float, slopes[own]), own)
+    )
+    going = {*ranked[: _kept(len(ranked), finalists, bool(steepest))], *steepest[: math.ceil(len(ranked) / STEEP)]}
+    return [own for own in ranked if own in going]
 
 
 def _risk(first: dict[int, Trial], last: dict[int, Trial], pick: int, are_left_out: bool) -> float:

@@ -23,6 +23,7 @@ from .downloads import Downloads
 from .identity import files_of
 from .journal import Journal
 from .kept import KeptOutputs
+from .slopes import Slopes
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Trial:
     Attributes:
         values: its score on every example, shape (m,): margins or log-likelihoods.
         is_right: whether it named the example rightly, shape (m,).
+        slope: by the one backward pass, where there was one.
     """
 
     values: Tensor
     is_right: Tensor
+    slope: float | None = None
 
     @property
     def score(self) -> float:
@@ -52,6 +55,7 @@ class Trials:
         journal: what was scored before, and where to write what is scored now.
         downloads: the budget for what candidates fetch.
         mixed_precision: as for `score_adapters`.
+        slopes: finds those of candidates.
         bar: of progress.
 
     Attributes:
@@ -66,6 +70,7 @@ class Trials:
         journal: Journal,
         downloads: Downloads,
         mixed_precision: Precision,
+        slopes: Slopes,
         bar: Any,
     ) -> None:
         self._base = base
@@ -78,13 +83,24 @@ class Trials:
         self._outputs = KeptOutputs()
         self.reasons: dict[int, str] = {}
         self._own_passed = 0
+        self._slopes = slopes
+        self._with_slopes = False
+        self._slope: float | None = None
         self.passed = 0
 
-    def run(self, rung: int, numbers: Sequence[int], examples: Examples) -> dict[int, Trial]:
+    def run(
+        self, rung: int, numbers: Sequence[int], examples: Examples, with_slopes: bool = False
+    ) -> dict[int, Trial]:
         """Score some candidates and the base; every process gets all results.
 
         A candidate stays with one process in all rungs: the other ones do not wait for its files, and it runs over the
         examples alone that the rung before did not have.
+
+        Args:
+            rung: its number.
+            numbers: the candidates.
+            examples: of the rung.
+            with_slopes: whether to find the candidates' slopes, too.
 
         Returns:
             By number; those that could not be scored are in `reasons` instead.
@@ -93,6 +109,7 @@ class Trials:
             ValueError: the base model itself cannot be scored.
         """
         world, own_rank = processes(), rank()
+        self._with_slopes = with_slopes
         self._outputs.drop_others({0, *numbers})
 
         def share() -> tuple[dict[int, dict[str, Any] | str], int]:
@@ -101,7 +118,7 @@ class Trials:
                 if number % world == own_rank:
                     own[number] = self._remembered(rung, number, examples)
                     self._bar.update()
-            return own, self._own_passed
+            return own, self._own_passed + self._slopes.passed
 
         parts = together(share)
         found = {number: result for part, _ in parts for number, result in part.items()}
@@ -110,7 +127,9 @@ class Trials:
         self.passed = sum(passed for _, passed in parts)
         self.reasons.update({number: own for number, own in found.items() if isinstance(own, str)})
         return {
-            number: Trial(torch.tensor(line["values"], dtype=torch.float64), torch.tensor(line["right"]))
+            number: Trial(
+                torch.tensor(line["values"], dtype=torch.float64), torch.tensor(line["right"]), line.get("slope")
+            )
             for number, line in sorted(found.items())
             if not isinstance(line, str)
         }
@@ -134,10 +153,12 @@ class Trials:
         with self._downloads.of(self._references[number - 1]) if number else nullcontext():
             files = self._files(number)
             known = self._journal.found.get((rung, number))
-            if known is not None and known.get("files") == files and (files is not None or number == 0):
+            is_whole = number == 0 or (files is not None and ("slope" in (known or ()) or not self._with_slopes))
+            if known is not None and known.get("files") == files and is_whole:
                 return known
             trial = self._trial(number, examples)
-        return {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
+        line = {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
+        return {**line, "slope": trial.slope} if self._with_slopes else line
 
     def _files(self, number: int) -> str | None:
         if number and self._journal.is_kept and number not in self._seen:
@@ -154,17 +175,19 @@ class Trials:
             new = examples.batches[0 if before is None else before.batches :]
             mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
-        trial = Trial(*per_example(passed))
+        trial = Trial(*per_example(passed), self._slope if number else None)
         self._outputs.put(number, trial.score, outputs)
         return trial
 
     def _counted(self, mix: Candidate, examples: int) -> Callable[[], AbstractContextManager[None]]:
-        """A candidate's switch that counts the examples, once the adapter could be read."""
+        """A candidate's switch that counts the examples, once the adapter could be read, and finds its slope."""
 
         @contextmanager
         def switch() -> Iterator[None]:
             with mix.switch():
                 self._own_passed += examples
                 yield
+                if self._with_slopes and mix.kind == "adapter":
+                    self._slope = self._slopes.of_what_is_on()
 
         return switch

@@ -85,10 +85,15 @@ class Features:
     token itself) contains a module that gets one vector. A linear head on all tokens, such as that of
     `LlamaForSequenceClassification`, is followed by pooling: while it is watched, it outputs a code for each position
     instead of classes, and the code that the model selects for an example shows the token.
+
+    Args:
+        head: the head.
+        keeps_graph: whether gradients can be computed through the features.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, keeps_graph: bool = False) -> None:
         self.head = head
+        self._keeps_graph = keeps_graph
         self._pooled: Tensor | None = None
         self._of_tokens: Tensor | None = None
         self._codes: Tensor | None = None
@@ -138,10 +143,11 @@ class Features:
         first = next((value for value in (*given, *named.values()) if isinstance(value, Tensor)), None)
         if first is None:
             return
+        first = first if self._keeps_graph else first.detach()
         if first.dim() == 2 and self._pooled is None:
-            self._pooled = first.detach()
+            self._pooled = first
         if first.dim() == 3 and self._of_tokens is None:
-            self._of_tokens = first.detach()
+            self._of_tokens = first
 
     def _after(self, module: nn.Module, given: Any, output: Any) -> Tensor | None:
         if self._pooled is not None or not isinstance(output, Tensor) or output.dim() != 3:

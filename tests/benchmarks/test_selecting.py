@@ -146,11 +146,12 @@ def test_slopes_are_those_of_finite_differences(folder: Path) -> None:
     assert all(own.requires_grad for own in base.parameters())
 
 
-def draw_of(found: dict[str, Tensor], labels: Tensor) -> tuple[list[str], selectors.Draw]:
+def draw_of(folder: Path, found: dict[str, Tensor], x: Tensor, labels: Tensor) -> tuple[list[str], selectors.Draw]:
     names = sorted(name for name in found if name != BASE)
     own = torch.stack([found[name][: len(labels)] for name in names])
-    slopes = torch.rand(len(names), 2, generator=torch.Generator().manual_seed(0))
-    return names, selectors.Draw(own, found[BASE][: len(labels)], labels, slopes, torch.ones(len(names), 2), 0)
+    along = backward.gradients(planted.network(), planted.reading(x)(range(len(x))), labels, ["lin0", "lin1"])
+    slopes, norms = backward.derivatives([folder / name for name in names], [along])
+    return names, selectors.Draw(own, found[BASE][: len(labels)], labels, slopes[0], norms, 0)
 
 
 def rows_of(x: Tensor, labels: Tensor) -> list[dict[str, Any]]:
@@ -167,27 +168,35 @@ def test_halving_on_features_is_what_the_library_does(folder: Path, found: dict[
     selection = select_adapters(
         planted.network(), candidates, rows_of(x, labels), head="head", collate=collate, most=1, progress=False
     )
-    names, draw = draw_of(found, labels)
-    order = selectors.orders(draw)[selectors.HALVING]
+    names, draw = draw_of(folder, found, x, labels)
+    ordered = selectors.orders(draw)
+    order = ordered[selectors.HALVING]
+    assert order.order.tolist() != ordered[selectors.PLAIN].order.tolist()
     scored = [own.name for own in selection.ranking if own.score is not None]
     assert [names[place] for place in order.order] == scored
     assert selection.passed == order.passed + SUPPORT  # of the base; broken ones are refused before their pass
     assert 0 < order.passed < len(names) * SUPPORT
 
 
-def test_every_selector_orders_all_candidates_and_pays_for_what_it_sees(found: dict[str, Tensor]) -> None:
-    labels = planted.points(SUPPORT, 1)[1]
-    names, draw = draw_of(found, labels)
+def test_every_selector_orders_all_candidates_and_pays_for_what_it_sees(
+    folder: Path, found: dict[str, Tensor]
+) -> None:
+    names, draw = draw_of(folder, found, *planted.points(SUPPORT, 1))
     ordered = selectors.orders(draw)
     assert tuple(ordered) == selectors.SELECTORS
     for own in ordered.values():
         assert sorted(own.order.tolist()) == list(range(len(names)))
     whole = len(names) * SUPPORT
     assert ordered[selectors.FULL].passed == ordered[selectors.ACCURACY].passed == whole
-    assert ordered[selectors.BLOCKS].passed == ordered[selectors.WHOLE].passed == ordered[selectors.RANDOM].passed == 0
+    assert ordered[selectors.RANDOM].passed == 0
+    backward_pass = 4 * SUPPORT
+    assert ordered[selectors.BLOCKS].passed == ordered[selectors.WHOLE].passed == backward_pass
+    looked, either = round(0.73 * len(names)), round(0.12 * len(names)) + round(0.05 * len(names))
+    assert ordered[selectors.CHEAP].passed == backward_pass + looked * 2 + either * (SUPPORT - 2)
     kept = 8  # at least
     assert ordered[selectors.APART].passed == len(names) * 2 + kept * (SUPPORT - 2)
-    assert 0 < ordered[selectors.SCREEN].passed < ordered[selectors.HALVING].passed < whole
+    assert backward_pass < ordered[selectors.SCREEN].passed < ordered[selectors.HALVING].passed < whole
+    assert 0 < ordered[selectors.PLAIN].passed < ordered[selectors.HALVING].passed - backward_pass
 
 
 # The tables

@@ -137,6 +137,8 @@ def test_the_digest_reads_tensors_of_every_kind() -> None:
         {"rung": 99},
         {"candidate": {}},
         {"candidate": None},
+        {"slope": math.nan},
+        {"slope": "1.0"},
     ],
 )
 def test_a_damaged_line_is_scored_again(pool: list[str], tmp_path: Path, changes: dict[str, Any]) -> None:

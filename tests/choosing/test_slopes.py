@@ -1,0 +1,197 @@
+"""Slopes: the gradient behind them, those of an adapter by hand, and models that have none."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from peft_composition.choosing import select_adapters, slopes
+from peft_composition.choosing.select import _those_who_go_on
+from peft_composition.choosing.slopes import Slopes, gradients, mean_margin
+from peft_composition.evidence.passes import Examples, read_examples, read_features
+from peft_composition.evidence.scores import leave_one_out_distances, margins
+from peft_composition.evidence.streamed import read_in_turn
+
+from .. import tiny
+from . import candidates
+
+
+STEP = 1e-5
+
+
+def score(model: nn.Module, examples: Examples) -> float:
+    """What candidates are ranked by, in the precision of the model."""
+    assert examples.labels is not None
+    with torch.no_grad():
+        return float(margins(leave_one_out_distances(read_features(model, examples, "no"), examples.labels)).mean())
+
+
+def difference(model: nn.Module, examples: Examples, weight: Tensor, along: Tensor) -> float:
+    """The derivative of the score, by finite differences in float64."""
+    found = []
+    with torch.no_grad():
+        for step in (STEP, -2 * STEP, STEP):
+            weight += step * along
+            found.append(score(model, examples))
+    return (found[0] - found[1]) / (2 * STEP)
+
+
+def example_set(model: nn.Module, count: int = 11, batch_size: int = 4) -> Examples:
+    return read_examples(model, candidates.rows(count), None, None, batch_size)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    model = candidates.base().double()
+    examples = example_set(model)
+    layers = {name: own for name, own in model.bert.named_modules() if isinstance(own, nn.Linear)}
+    found = gradients(model, layers, examples, "no")
+    assert set(found) == set(layers)
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in layers.items():
+        assert isinstance(layer.weight, Tensor)
+        along = torch.randn(layer.weight.shape, generator=generator).double()
+        expected = difference(model, examples, layer.weight.data, along)
+        assert float((found[name] * along).sum()) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(own._forward_hooks or own._forward_pre_hooks for own in model.modules())
+
+
+def test_a_class_of_one_is_left_out_and_others_count_by_their_number() -> None:
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([4, 4, 7, 4, 7, 9, 4, 7])
+    expected = float(margins(leave_one_out_distances(features, labels)).mean())
+    assert float(mean_margin(features, labels)) == pytest.approx(expected, abs=1e-12)
+
+
+def of_each(model: nn.Module, examples: Examples, pool: list[str]) -> list[float | None]:
+    found = Slopes(model, examples, "no")
+    result: list[float | None] = []
+    for alone in read_in_turn(model, pool)[:-1]:
+        with alone.switch(), torch.no_grad():
+            result.append(found.of_what_is_on())
+    return result
+
+
+def test_an_adapters_slope_by_hand(tmp_path: Path) -> None:
+    """The second adapter has modules that the first one has not: there is another backward pass."""
+    model = candidates.base()
+    pool = [
+        str(tiny.save_lora(tmp_path / "a", model, ["query"], seed=1, r=2, lora_alpha=6)),
+        str(tiny.save_lora(tmp_path / "b", model, ["query", "value", "word_embeddings"], seed=2, r=3, lora_alpha=3)),
+    ]
+    before = {name: own.clone() for name, own in model.state_dict().items()}
+    model.train()
+    found = of_each(model, example_set(model), pool)
+    assert model.training
+    assert all(torch.equal(model.state_dict()[name], own) for name, own in before.items())
+    wide = copy.deepcopy(model).double().eval()
+    for folder, own in zip(pool, found, strict=True):
+        tensors = {
+            name: value.double() for name, value in load_file(Path(folder, "adapter_model.safetensors")).items()
+        }
+        total = 0.0
+        for name, A in tensors.items():
+            if not name.endswith("lora_A.weight"):
+                continue
+            weight = wide.get_parameter(name.removeprefix("base_model.model.").replace("lora_A.", ""))
+            product = tensors[name.replace("_A.", "_B.")] @ A
+            total += abs(difference(wide, example_set(wide), weight.data, product / product.norm()))
+        assert own == pytest.approx(total, rel=1e-3)
+
+
+def test_quantized_weights_have_the_slopes_of_what_they_stand_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).eval()
+    pool = [str(tiny.save_lora(tmp_path / str(n), model, ["query", "value"], seed=n, r=2)) for n in range(3)]
+    quantized = copy.deepcopy(model)
+    for number in range(len(model.bert.encoder.layer)):
+        for name in ("query", "value"):
+            plain = model.bert.encoder.layer[number].attention.self.get_submodule(name)
+            own = bnb.nn.Linear4bit(plain.in_features, plain.out_features, compute_dtype=torch.float32)
+            own.load_state_dict(plain.state_dict())
+            own = own.to("cpu")
+            setattr(quantized.bert.encoder.layer[number].attention.self, name, own)
+            plain.weight.data = bnb.functional.dequantize_4bit(own.weight.data, own.weight.quant_state).to(
+                plain.weight
+            )
+    found, expected = (of_each(own, example_set(own), pool) for own in (quantized, model))
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert min(own or 0 for own in found) > 0
+
+
+class NoBackward(nn.Module):
+    """A tiny BERT behind a step without a derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = candidates.base()
+        self.config = self.inner.config
+
+    def forward(self, **given: Any) -> Any:
+        with torch.no_grad():
+            return self.inner(**given)
+
+
+@pytest.mark.parametrize("why", ["no backward", "too large"])
+def test_without_slopes_the_best_quarter_goes_on(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base: nn.Module = candidates.base()
+    pool = candidates.save_pool(tmp_path / "pool", 40, broken=False)
+    if why == "too large":
+        monkeypatch.setattr(slopes, "MOST_BYTES", 100)
+    else:
+        base = NoBackward().eval()
+        for number, own in enumerate(pool):  # for its names
+            config = json.loads(Path(own, "adapter_config.json").read_text())
+            path = tmp_path / f"{number:03}"
+            path.mkdir()
+            (path / "adapter_config.json").write_text(json.dumps(config))
+            tensors = load_file(Path(own, "adapter_model.safetensors"))
+            save_file(
+                {f"base_model.model.inner.{key.removeprefix('base_model.model.')}": v for key, v in tensors.items()},
+                path / "adapter_model.safetensors",
+            )
+            pool[number] = str(path)
+    log = tmp_path / "log.jsonl"
+    found = select_adapters(base, pool, candidates.rows(40), most=1, log=log, progress=False)
+    assert sorted(own.examples for own in found.ranking) == [6] * 30 + [40] * 10
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    assert {line["slope"] for line in lines if line["rung"] == 0} == {None}
+    assert found.passed == 41 * 6 + 11 * 34
+
+
+def test_who_goes_on_with_slopes(tmp_path: Path) -> None:
+    """By the log of a selection: the best sixth by score, or eight; and the steepest eighth."""
+    pool = candidates.save_pool(tmp_path / "pool", 60, broken=False)
+    log = tmp_path / "log.jsonl"
+    select_adapters(candidates.base(), pool, candidates.rows(40), log=log, progress=False)
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    steep = {line["candidate"]: line["slope"] for line in lines if line["rung"] == 0 and line["candidate"]}
+    assert len(steep) == 60
+    assert len(set(steep.values())) == 60
+    for rung, size in ((0, 6), (1, 18)):
+        score_of = {own["candidate"]: np.mean(own["values"]) for own in lines if own["rung"] == rung}
+        assert {len(own["values"]) for own in lines if own["rung"] == rung} == {size}
+        score_of.pop(0)
+        best = sorted(score_of, key=lambda own: -score_of[own])[: max(8, math.ceil(len(score_of) / 6))]
+        steepest = sorted(score_of, key=lambda own: -steep[own])[: math.ceil(len(score_of) / 8)]
+        went = {line["candidate"] for line in lines if line["rung"] == rung + 1} - {0}
+        assert went == {*best, *steepest} != {*best}
+
+
+def test_those_without_a_slope_go_on_by_their_scores() -> None:
+    slopes_of = {own: None if own < 10 else float(own) for own in range(40)}
+    assert _those_who_go_on(range(40), slopes_of, 3) == [*range(7), *range(35, 40)]
+    assert _those_who_go_on(range(40), dict.fromkeys(range(40)), 3) == [*range(10)]
+    assert _those_who_go_on([3, 1, 2], {1: 1.0, 2: 2.0, 3: 0.0}, 1) == [3, 2]
