@@ -54,7 +54,8 @@ def evidence(
     seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
     seeds_at_20: Annotated[int | None, typer.Option(min=0, help="For K = 20. Default: as for the others.")] = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated: likelihood-vote, vote, stacking; two-views (at K = 1).")
+        str,
+        typer.Option(help="Comma-separated: heads-and-vote, likelihood-vote, vote, stacking; two-views (at K = 1)."),
     ] = "likelihood-vote",
     trained: Annotated[bool, typer.Option("--trained", help="Recipes of training, too, on stand-ins.")] = False,
     output: Output = Path("study-output"),
