@@ -71,7 +71,7 @@ def select_adapters(
         data: the examples, as for `score_adapters`, two of each class at least; or `EncodedRows`.
         most: how many to choose at most.
         halving: whether to drop candidates that are behind on fewer examples. False: all are scored on all examples,
-            which passes two to five times as many and, in one pool of four, found an adapter 4 points better.
+            which passes two to four times as many; the guide has what halving costs.
         log: a file for what was scored, as JSON lines. If it exists, the selection goes on from there; adapters whose
             files have changed are scored again.
         cache_budget: GB that downloads may take; repositories that were in the cache before are not counted and stay.
