@@ -97,7 +97,7 @@ class Journal:
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
         rung, number = line.get("rung"), line.get("candidate")
-        values, right, slope = line.get("values"), line.get("right"), line.get("slope", 0.0)
+        values, right = line.get("values"), line.get("right")
         return (
             type(rung) is int
             and type(number) is int
@@ -106,10 +106,14 @@ class Journal:
             and isinstance(values, list)
             and isinstance(right, list)
             and len(values) == len(right) == self._sizes[rung]
-            and all(type(own) is float and math.isfinite(own) for own in values)
+            and all(map(_is_finite, values))
             and all(type(own) is bool for own in right)
-            and (slope is None or (type(slope) is float and math.isfinite(slope)))
+            and all(line.get(key) is None or _is_finite(line[key]) for key in ("slope", "head"))
         )
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -30,7 +30,7 @@ from .ladder import KEPT, KEPT_BESIDE_STEEP, STEEP, ladder
 from .risk import Gains, chance_of_harm
 from .selection import RankedAdapter, Selection
 from .slopes import Slopes
-from .trials import Trial, Trials
+from .trials import Trial, Trials, ranked
 
 
 FINALISTS = 8  # so many at least are scored on all examples
@@ -118,7 +118,7 @@ def select_adapters(
         for place, (rung, _) in enumerate(plan):
             found = trials.run(rung, alive, steps.rungs[rung], has_slopes and place == 0 and len(plan) > 1)
             last.update(found)
-            alive = sorted((own for own in found if own), key=lambda own: (-found[own].score, own))
+            alive = ranked({number: trial for number, trial in found.items() if number})
             if not alive:
                 raise ValueError(_none(references, trials.reasons))
             first = first or found
@@ -133,11 +133,11 @@ def select_adapters(
     weights = weigh(base, chosen, everything, mixed_precision, seed)
     config = CompositionConfig(adapters=[*chosen], weights=weights if sum(weights) > 0 else None, task_type=task_type)
     seen = {own: trial for own, trial in last.items() if own}
-    order = sorted(seen, key=lambda own: (-len(seen[own].values), -seen[own].score, own))
+    behind = sorted({*seen} - {*alive}, key=lambda own: (-len(seen[own].values), -seen[own].score, own))
     return Selection(
         chosen={own["name"]: weight for own, weight in zip(chosen, weights)},
         ranking=(
-            *(_row(references[own - 1], seen[own], seed) for own in order),
+            *(_row(references[own - 1], seen[own], seed) for own in [*alive, *behind]),
             *(_broken(references[own - 1], trials.reasons[own]) for own in sorted(trials.reasons) if own not in seen),
         ),
         base=_row(AdapterReference(name="(base)", path="(base)"), last[0], seed),
@@ -195,17 +195,17 @@ def _kept(candidates: int, finalists: int, has_slopes: bool) -> int:
     return max(finalists, math.ceil(candidates / (KEPT_BESIDE_STEEP if has_slopes else KEPT)))
 
 
-def _those_who_go_on(ranked: Sequence[int], slopes: Mapping[int, float | None], finalists: int) -> list[int]:
+def _those_who_go_on(order: Sequence[int], slopes: Mapping[int, float | None], finalists: int) -> list[int]:
     """The first ones, and the steepest ones of all; in their order.
 
     The few examples of a rung may mislead. Slopes are of all examples, but tell what a small share of an adapter does:
     each finds what the other one overlooks.
     """
     steepest = sorted(
-        (own for own in ranked if slopes[own] is not None), key=lambda own: (-cast(float, slopes[own]), own)
+        (own for own in order if slopes[own] is not None), key=lambda own: (-cast(float, slopes[own]), own)
     )
-    going = {*ranked[: _kept(len(ranked), finalists, bool(steepest))], *steepest[: math.ceil(len(ranked) / STEEP)]}
-    return [own for own in ranked if own in going]
+    going = {*order[: _kept(len(order), finalists, bool(steepest))], *steepest[: math.ceil(len(order) / STEEP)]}
+    return [own for own in order if own in going]
 
 
 def _risk(first: dict[int, Trial], last: dict[int, Trial], pick: int, are_left_out: bool) -> float:
@@ -240,7 +240,16 @@ def _none(references: Sequence[AdapterReference], reasons: dict[int, str]) -> st
 def _row(reference: AdapterReference, trial: Trial, seed: int) -> RankedAdapter:
     low, high = interval(trial.values, bayesian_bootstrap(len(trial.values), DRAWS, seed))
     accuracy = float(trial.is_right.double().mean())
-    return RankedAdapter(reference["name"], place_of(reference), trial.score, low, high, accuracy, len(trial.values))
+    return RankedAdapter(
+        reference["name"],
+        place_of(reference),
+        trial.score,
+        low,
+        high,
+        accuracy,
+        len(trial.values),
+        information=trial.information,
+    )
 
 
 def _broken(reference: AdapterReference, reason: str) -> RankedAdapter:

@@ -27,6 +27,8 @@ class RankedAdapter:
         accuracy: share of these examples that are named rightly.
         examples: how many it was scored on: fewer than all if others were ahead on those.
         reason: why it could not be scored.
+        information: what the head that it was saved with tells of the classes of these examples, in nats; None where
+            it has none, or where labels are tokens.
     """
 
     name: str
@@ -37,6 +39,7 @@ class RankedAdapter:
     accuracy: float | None
     examples: int
     reason: str | None = None
+    information: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Selection:
                     "low": own.low,
                     "high": own.high,
                     "examples": own.examples,
+                    "information": own.information,
                     "reason": own.reason,
                 }
                 for own in self.ranking
@@ -102,9 +106,14 @@ class Selection:
         lines = [
             f"{plural(self.candidates, 'candidate')} on {plural(self.examples, 'example')}; score: "
             f"{MEANING[self.measure]}",
+            *(
+                ["head: what its own head tells of the classes, in nats; it counts in the order"]
+                if self._asked
+                else []
+            ),
             f"chance that the best of them is worse than the base: {100 * self.risk_worse_than_base:.0f} %",
             "",
-            f"{'':{width}}   score  95% interval      accuracy  examples  weight",
+            f"{'':{width}}   score  95% interval      accuracy  examples  {'head' if self._asked else '':>5}  weight",
         ]
         lines += [self._line(own, width) for own in shown]
         lines.append(self._line(self.base, width))
@@ -118,8 +127,14 @@ class Selection:
             lines.append(f"and {len(broken) - SHOWN} more that could not be scored")
         return "\n".join(lines)
 
+    @property
+    def _asked(self) -> bool:
+        return any(own.information is not None for own in self.ranking)
+
     def _line(self, own: RankedAdapter, width: int) -> str:
         between = f"[{own.low:+.3f}, {own.high:+.3f}]"
         weight = f"{self.chosen[own.name]:.3f}" if own.name in self.chosen and own is not self.base else ""
-        facts = f"{own.score:+.3f}  {between:16}  {100 * (own.accuracy or 0):6.1f} %  {own.examples:8}  {weight}"
+        told = "" if own.information is None else f"{own.information:.3f}"
+        accuracy = f"{100 * (own.accuracy or 0):6.1f} %"
+        facts = f"{own.score:+.3f}  {between:16}  {accuracy}  {own.examples:8}  {told:>5}  {weight}"
         return f"{one_line(own.name):{width}}  {facts}".rstrip()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..evidence.batches import processes, rank
+from ..evidence.own_heads import own_head
 from ..evidence.passes import Candidate, Examples, Precision, one_pass
 from ..evidence.streamed import read_in_turn
 from ..evidence.table import per_example
@@ -34,16 +36,34 @@ class Trial:
         values: its score on every example, shape (m,): margins or log-likelihoods.
         is_right: whether it named the example rightly, shape (m,).
         slope: by the one backward pass, where there was one.
+        information: of the classes in the output of the head that the adapter was saved with, in nats; None where it
+            has none, or where labels are tokens.
     """
 
     values: Tensor
     is_right: Tensor
     slope: float | None = None
+    information: float | None = None
 
     @property
     def score(self) -> float:
         """The mean."""
         return float(self.values.mean())
+
+
+def ranked(trials: Mapping[int, Trial]) -> list[int]:
+    """Candidates by their places in two orders, the best first: by score, and by what their own heads tell.
+
+    A candidate without a head is in the middle of the second one. Where fewer than two have one, the score decides.
+    """
+    by_score = sorted(trials, key=lambda own: (-trials[own].score, own))
+    told = {number: own.information for number, own in trials.items() if own.information is not None}
+    if len(told) < 2:
+        return by_score
+    by_head = sorted(told, key=lambda own: (-told[own], own))
+    places = {number: place / (len(by_score) - 1) for place, number in enumerate(by_score)}
+    of_heads = {number: place / (len(by_head) - 1) for place, number in enumerate(by_head)}
+    return sorted(by_score, key=lambda own: places[own] + of_heads.get(own, 0.5))
 
 
 class Trials:
@@ -128,7 +148,10 @@ class Trials:
         self.reasons.update({number: own for number, own in found.items() if isinstance(own, str)})
         return {
             number: Trial(
-                torch.tensor(line["values"], dtype=torch.float64), torch.tensor(line["right"]), line.get("slope")
+                torch.tensor(line["values"], dtype=torch.float64),
+                torch.tensor(line["right"]),
+                line.get("slope"),
+                line.get("head"),
             )
             for number, line in sorted(found.items())
             if not isinstance(line, str)
@@ -157,7 +180,12 @@ class Trials:
             if known is not None and known.get("files") == files and is_whole:
                 return known
             trial = self._trial(number, examples)
-        line = {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
+        line = {
+            "values": trial.values.tolist(),
+            "right": trial.is_right.tolist(),
+            "files": files,
+            "head": trial.information,
+        }
         return {**line, "slope": trial.slope} if self._with_slopes else line
 
     def _files(self, number: int) -> str | None:
@@ -171,11 +199,12 @@ class Trials:
             warnings.simplefilter("ignore")  # `inspect` shows them; here they would be one for each candidate
             mix = Candidate("base", "base", nullcontext)
             if number:
-                mix = read_in_turn(self._base, [self._references[number - 1]])[0]
+                reference = self._references[number - 1]
+                mix = replace(read_in_turn(self._base, [reference])[0], own_head=partial(own_head, reference))
             new = examples.batches[0 if before is None else before.batches :]
             mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
-        trial = Trial(*per_example(passed), self._slope if number else None)
+        trial = Trial(*per_example(passed), self._slope if number else None, passed.information)
         self._outputs.put(number, trial.score, outputs)
         return trial
 

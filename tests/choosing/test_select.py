@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
-from peft_composition import score_adapters
+from peft_composition import CompositionConfig, fit_mixing_weights, score_adapters
 from peft_composition.choosing import Selection, adapters_in, select_adapters
 from peft_composition.choosing.ladder import ladder
 from peft_composition.choosing.risk import Gains, chance_of_harm
 from peft_composition.choosing.select import _plan
+from peft_composition.choosing.trials import Trial, ranked
 
 from .. import tiny, warm
 from ..hub_server import HubServer, as_the_hub
@@ -90,13 +92,46 @@ def test_the_result_is_a_config_json_and_a_table(pool: list[str]) -> None:
     assert weights == pytest.approx(found.chosen, abs=1e-6)
     printed = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert set(printed) == {"chosen", "ranking", "candidates", "examples", "risk_worse_than_base"}
-    assert set(printed["ranking"][0]) == {"adapter", "score", "low", "high", "examples", "reason"}
+    assert set(printed["ranking"][0]) == {"adapter", "score", "low", "high", "examples", "information", "reason"}
     assert printed["chosen"][0]["adapter"] in pool
     assert [own["adapter"] for own in printed["chosen"]] == [own["path"] for own in found.references]
     text = str(found)
     assert "64 candidates on 40 examples" in text
     assert f"{100 * found.risk_worse_than_base:.0f} %" in text
     assert text.isascii()
+
+
+def trial(score: float, information: float | None) -> Trial:
+    return Trial(torch.full((4,), score), torch.ones(4, dtype=torch.bool), information=information)
+
+
+def test_the_order_is_by_score_and_by_what_heads_tell() -> None:
+    trials = {1: trial(0.3, 0.1), 2: trial(0.2, 0.4), 3: trial(0.1, None), 4: trial(0.0, 0.3)}
+    # places by score 0, 1/3, 2/3, 1; by heads 1, 0, 1/2 (not known), 1/2
+    assert ranked(trials) == [2, 1, 3, 4]
+    one_head = {**trials, 1: trial(0.3, None), 2: trial(0.2, None)}
+    assert ranked(one_head) == [1, 2, 3, 4], "one head alone cannot be compared"
+    assert ranked({7: trial(0.3, 0.1)}) == [7]
+
+
+def test_heads_of_candidates_are_asked_as_fit_mixing_weights_asks_them(tmp_path: Path) -> None:
+    folders = candidates.save_pool(tmp_path, 4, broken=False)
+    for number, folder in enumerate(folders):
+        file = Path(folder, "adapter_model.safetensors")
+        factors = {key: value for key, value in load_file(file).items() if ".lora_" in key}
+        generator = torch.Generator().manual_seed(number)
+        head = {"base_model.model.classifier.weight": number * torch.randn(3, 16, generator=generator)}
+        save_file({**factors, **(head if number else {})}, file)
+    found = select_adapters(candidates.base(), folders, candidates.rows(12), progress=False)
+    config = CompositionConfig(adapters=[*folders], mixing="fixed", task_type="SEQ_CLS")
+    report = fit_mixing_weights(get_peft_model(candidates.base(), config), candidates.rows(12))
+    told = {own.name: own.information for own in found.ranking}
+    assert told["000"] is None
+    assert {name: told[name] for name in ("001", "002", "003")} == pytest.approx(
+        {name: own for name, own in (report.informations or {}).items() if own is not None}, abs=1e-5
+    )
+    assert "head: what its own head tells" in str(found)
+    assert f"{told['003']:.3f}" in str(found)
 
 
 def test_answers_of_language_models(tmp_path: Path) -> None:
