@@ -183,7 +183,9 @@ def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
         count = len(bench.names)
         even = torch.full((count,), 1 / count, dtype=torch.float64)
         weights = even if draw[0] == 1 else _chosen(bench, draw, METHODS[0])
-        heads = [own_head(AdapterReference(name=own.name, path=str(own.folder))) for own in bench.adapters]
+        heads = [
+            own_head("classifier", AdapterReference(name=own.name, path=str(own.folder))) for own in bench.adapters
+        ]
         told = [
             None if head is None else information(bench.features(name, draw), labels, head)
             for name, head in zip(bench.names, heads)

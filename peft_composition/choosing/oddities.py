@@ -12,6 +12,7 @@ from typing import Any
 from ..text import one_line, quoted
 
 
+MOST_COMPARED = 200  # classes; comparing all pairs of names takes long
 ALIKE = 0.8  # of difflib's ratio: "postive" and "positive" have 0.93
 
 
@@ -43,7 +44,7 @@ def _misspelt(counts: Counter[str]) -> Iterator[str]:
     for name in sorted(counts, key=lambda own: (counts[own], own)):
         others = [other for other in counts if counts[other] > counts[name]]
         meant = next((other for other in others if _bare(other) == _bare(name)), None)
-        if meant is None and counts[name] == 1:
+        if meant is None and counts[name] == 1 and len(counts) <= MOST_COMPARED:
             meant = _close(name, others)
         if meant is not None:
             yield (
@@ -57,8 +58,9 @@ def _bare(name: str) -> str:
 
 
 def _close(name: str, others: Sequence[str]) -> str | None:
-    """The other that differs by a few letters; a difference in digits alone is meant."""
+    """The other that differs by a few letters; a difference in digits or in a prefix alone ("un", "not_") is meant."""
     letters = re.sub(r"\d", "", name)
     named = {re.sub(r"\d", "", other): other for other in others}
+    named = {own: other for own, other in named.items() if not own.endswith(letters) and not letters.endswith(own)}
     named.pop(letters, None)
     return next((named[found] for found in get_close_matches(letters, named, 1, ALIKE)), None)

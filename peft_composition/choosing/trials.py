@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..evidence.batches import processes, rank
-from ..evidence.own_heads import own_head
+from ..evidence.own_heads import head_name, own_head
 from ..evidence.passes import Candidate, Examples, Precision, one_pass
 from ..evidence.streamed import read_in_turn
 from ..evidence.table import per_example
@@ -200,7 +199,9 @@ class Trials:
             mix = Candidate("base", "base", nullcontext)
             if number:
                 reference = self._references[number - 1]
-                mix = replace(read_in_turn(self._base, [reference])[0], own_head=partial(own_head, reference))
+                name = head_name(self._base, examples.head)
+                head = None if name is None else own_head(name, reference)
+                mix = replace(read_in_turn(self._base, [reference])[0], own_head=head)
             new = examples.batches[0 if before is None else before.batches :]
             mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import CompositionConfig
 from ..evidence.fit import put_weights
-from ..evidence.passes import ALL_KINDS, Composition, advice, asking_own_heads, candidates
+from ..evidence.passes import ALL_KINDS, Composition, advice, candidates
 from ..evidence.scores import NotFiniteError
 from ..progress import progress_bar
 from ..text import quoted
@@ -150,8 +150,7 @@ class _Reusing:
         self.passes = sum(clock.seconds.values())
         alone = [self.reads[key] for key in self.keys]
         with clock.timed("(choice)", steps=0):
-            asked = asking_own_heads(composition, candidates(composition, ("adapter",)))
-            heads = [own.own_head() if own.own_head is not None else None for own in asked]
+            heads = task.own_heads(composition)
             self.choices = [
                 task.evidence(alone, self.reads["(uniform)"], self.reads["(base)"], split.train, seed, heads)
                 for split in splits

@@ -15,7 +15,16 @@ from ..evidence.batches import inputs_on
 from ..evidence.fit import weights_by
 from ..evidence.heads import find_head, logits_of, original_head
 from ..evidence.own_heads import OwnHead, information
-from ..evidence.passes import Examples, Precision, autocast, read_answers, read_features
+from ..evidence.passes import (
+    Composition,
+    Examples,
+    Precision,
+    asking_own_heads,
+    autocast,
+    candidates,
+    read_answers,
+    read_features,
+)
 from ..evidence.posterior import IGNORED, Answers, posterior
 from ..evidence.scores import has_pairs, leave_one_out_distances, log_likelihoods
 from ..evidence.weights import informed
@@ -70,6 +79,9 @@ class Task(Protocol):
             seed: of the bootstraps.
             heads: that the adapters were saved with; None where one is not known.
         """
+
+    def own_heads(self, composition: Composition) -> list[OwnHead | None]:
+        """The heads that the adapters were saved with, for `evidence`."""
 
     def frozen(self, of_splits: Sequence[Any], splits: Sequence[Split], seed: int) -> list[Judged]:
         """Judge a method with a frozen body, from what was read of all rows by each split's own body."""
@@ -146,10 +158,17 @@ class Classes:
             for own, head in zip(adapters, heads)
         ]
         if not has_pairs(labels):
-            return max(range(count), key=lambda place: told[place] or 0.0), informed(weights, told, labels)
+            # Without other evidence the best is that of the largest weight, the first where none is known.
+            weights = informed(weights, told, labels)
+            return int(weights.argmax()), weights
         left = [leave_one_out_distances(own[rows], labels) for own in (*adapters, uniform, base)]
         best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())
         return best, informed(weights_by("likelihood-vote", left, seed), told, labels)
+
+    def own_heads(self, composition: Composition) -> list[OwnHead | None]:
+        """The heads that the adapters were saved with; None where one is not known."""
+        mixes = candidates(composition, ("adapter",))
+        return [own.own_head for own in asking_own_heads(composition, mixes, self.head)]
 
     def frozen(self, of_splits: Sequence[Tensor], splits: Sequence[Split], seed: int) -> list[Judged]:
         """Judge a method with a frozen body."""
@@ -238,6 +257,10 @@ class Tokens:
         nll = torch.stack([own.nll[rows] for own in adapters], dim=1)
         tokens = adapters[0].tokens[rows]
         return int((nll / tokens[:, None]).mean(0).argmin()), posterior(nll, tokens)
+
+    def own_heads(self, composition: Composition) -> list[OwnHead | None]:
+        """None: answers have no head."""
+        return []
 
     def frozen(self, of_splits: Sequence[Answers], splits: Sequence[Split], seed: int) -> list[Judged]:
         """Judge a method with a frozen body."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -65,9 +66,7 @@ class Verdict:
 
     def __str__(self) -> str:
         points = f"{100 * self.difference:+.1f} points [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-        chances = (
-            f"helps {100 * self.helps:.0f}%, equivalent {100 * self.equivalent:.0f}%, harms {100 * self.harms:.0f}%"
-        )
+        chances = f"helps {_percent(self.helps)}, equivalent {_percent(self.equivalent)}, harms {_percent(self.harms)}"
         text = {
             "helps": f"{self.judged} helps: it is better than {self.against}, the best without adapters",
             "equivalent": f"{self.judged} is equivalent to {self.against}, the best without adapters, in practice",
@@ -194,7 +193,13 @@ def _decide(
     return "equivalent" if sure["equivalent"] >= level else "cannot tell", sure
 
 
+def _percent(probability: float) -> str:
+    """Rounded down, so that what is not enough does not look like it."""
+    return f"{math.floor(100 * probability + 1e-9)}%"
+
+
 def _stated(probability: float, needed: float, level: float) -> float:
     """A probability with its odds in proportion, so that it becomes `level` where it is `needed`."""
     share = level / (1 - level) * (1 - needed) / needed
-    return share * probability / (share * probability + 1 - probability)
+    stated = share * probability / (share * probability + 1 - probability)
+    return max(level, stated) if probability >= needed else min(math.nextafter(level, 0), stated)

@@ -98,6 +98,11 @@ def require_rows(data: Any) -> None:
             f"data must be batches or rows, got a single mapping of {one_line(list(data))}; put it in a list"
         )
     is_path = isinstance(data, (str, os.PathLike))
+    if hasattr(data, "itertuples"):  # a pandas frame, whose columns are no rows
+        raise ValueError(
+            f"data must be batches or rows as the model takes them, got a {type(data).__name__}. read_data of "
+            "peft_composition.choosing reads it: EncodedRows(read_data(frame, ...), load_processor(...))"
+        )
     if is_path or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         got = shown(data) if is_path else f"a {type(data).__name__}"
         raise ValueError(

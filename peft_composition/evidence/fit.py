@@ -34,7 +34,7 @@ from .weights import informed, spread_uniform, stack, vote
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior"]
 METHODS = get_args(Method)
 _WITHOUT_HEADS = {"heads-and-vote": "likelihood-vote", "own-heads": "uniform"}  # what is done where none can be asked
-_NO_HEADS = "no two adapters have a head here that could be asked, too"
+_NO_HEADS = "no two adapters have files here with a head that could be asked"
 _MIXES: dict[str, tuple[Kind, ...]] = {"posterior": ("adapter", "uniform"), "own-heads": ("adapter",)}
 
 
@@ -113,7 +113,7 @@ def fit_mixing_weights(
     if chosen != "uniform":
         mixes = candidates(composition, _MIXES.get(chosen, ALL_KINDS))
         if chosen in _WITHOUT_HEADS:
-            mixes = asking_own_heads(composition, mixes)
+            mixes = asking_own_heads(composition, mixes, examples.head)
         passed = passes(composition.model, mixes, examples, mixed_precision)
         scores = tabulate(mixes, passed, len(examples), seed) if chosen != "own-heads" else None
         if chosen == "posterior":

@@ -6,6 +6,7 @@ own head, even one example of each. No label of that head is used, and the head 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 
@@ -17,27 +18,26 @@ from ..references import AdapterReference, Provenance
 from ..upstream.adapter import UpstreamAdapter, read_adapters
 from ..upstream.errors import AdapterError
 from ..upstream.files import locate_one
-from .heads import HEADS
 
 
 OwnHead = Mapping[str, Tensor]
 """The tensors of a head by their names within it: `weight` (classes, width) and `bias`, or those of several layers."""
 
 # Saved by PEFT, or by hand, with or without the name of the copy that PEFT trains.
-_HEAD = re.compile(
-    rf"(?:^|\.)(?P<head>{'|'.join(HEADS)})(?:\.modules_to_save(?:\.default)?)?\.(?P<name>(?:\w+\.)*(?:weight|bias))$"
-)
+_COPY = r"(?:\.modules_to_save(?:\.default)?)?"
 
 
-def own_head(reference: AdapterReference, provenance: Provenance | None = None) -> OwnHead | None:
+def own_head(name: str, reference: AdapterReference, provenance: Provenance | None = None) -> OwnHead | None:
     """The head in an adapter's files on this machine; nothing is downloaded.
 
     Args:
+        name: what the model calls its head; another module of the adapter is none.
         reference: the adapter.
         provenance: what a composition recorded when it was read.
 
     Returns:
-        None where the files are gone or have changed since, or where there is not exactly one head.
+        None where the files are gone or have changed since, where they have no head of this name, or where they have
+        other trained modules, too, without which its features are not those that its head knows.
     """
     local = AdapterReference(**{**reference, "local_files_only": True})
     sha256 = None
@@ -46,19 +46,20 @@ def own_head(reference: AdapterReference, provenance: Provenance | None = None) 
         local["revision"] = provenance["commit"] or reference.get("revision")
     try:
         (adapter,) = read_adapters([locate_one(local, with_card=False)], [sha256], hashed=False)
-        return _head_of(adapter)
+        return _head_of(adapter, name)
     except AdapterError:
         return None
 
 
-def _head_of(adapter: UpstreamAdapter) -> OwnHead | None:
+def _head_of(adapter: UpstreamAdapter, name: str) -> OwnHead | None:
+    pattern = re.compile(rf"(?P<place>^|.*\.){re.escape(name)}{_COPY}\.(?P<name>[\w.]+)$")
     weights = adapter.weights
-    matches = {key: found for key in weights if ".lora_" not in key and (found := _HEAD.search(key)) is not None}
+    matches = {key: found for key in weights if ".lora_" not in key and (found := pattern.match(key)) is not None}
     keys = {match["name"]: key for key, match in matches.items()}
-    is_one = len({match["head"] for match in matches.values()}) == 1 and len(keys) == len(matches)
-    if not is_one or not all(weights.is_floating_point(key) for key in keys.values()):
+    is_one = len({match["place"] for match in matches.values()}) == 1 and len(keys) == len(matches)
+    if not is_one or len(adapter.extras) > len(keys) or not all(map(weights.is_floating_point, keys.values())):
         return None
-    head = {name: weights.read(key).clone() for name, key in keys.items()}
+    head = {inner: weights.read(key).to(torch.float64) for inner, key in keys.items()}
     weights.unmap()
     return head if all(bool(own.isfinite().all()) for own in head.values()) else None
 
@@ -92,17 +93,46 @@ def _logits(features: Tensor, head: OwnHead, module: nn.Module | None) -> Tensor
     """Shape (n, classes), float64."""
     wide = {name: own.double() for name, own in head.items()}
     x = features.double()
-    try:
-        if wide.keys() <= {"weight", "bias"}:
-            logits = nn.functional.linear(x, wide["weight"], wide.get("bias"))
-        elif module is not None and wide.keys() == dict(module.named_parameters()).keys():
-            # What such heads are given is all tokens, and they take the first one.
-            logits = functional_call(module, wide, (x[:, None],))
-        else:
+    if wide.keys() <= {"weight", "bias"} and (module is None or isinstance(module, nn.Linear)):
+        weight, bias = wide.get("weight"), wide.get("bias")
+        fits = weight is not None and weight.dim() == 2 and weight.shape[1] == x.shape[1]
+        if weight is None or not fits or (bias is not None and bias.shape != weight.shape[:1]):
             return None
-    except (RuntimeError, IndexError, KeyError, TypeError):
+        logits = nn.functional.linear(x, weight, bias)
+    elif module is not None and wide.keys() == dict(module.named_parameters()).keys():
+        found = _run(module, wide, x)
+        if found is None:
+            return None
+        logits = found
+    else:
         return None
     return logits if logits.dim() == 2 and len(logits) == len(x) and logits.shape[1] > 1 else None
+
+
+def _run(module: nn.Module, tensors: OwnHead, x: Tensor) -> Tensor | None:
+    """What a head of several layers makes of pooled features; None where it cannot be run outside of its model."""
+    try:
+        bare = copy.deepcopy(module).eval()
+        for own in bare.modules():  # no hooks, and no forward of accelerate's
+            own._forward_hooks.clear()
+            own._forward_pre_hooks.clear()
+            own.__dict__.pop("forward", None)
+    except Exception:  # a sharded one refuses to be copied, each kind in a way of its own
+        return None
+    for given in (x, x[:, None]):  # some heads are given all tokens, and take the first one
+        try:
+            with torch.no_grad():
+                found = functional_call(bare, dict(tensors), (given,))
+        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+            continue
+        if isinstance(found, Tensor) and found.dim() == 2 and len(found) == len(x):
+            return found
+    return None
+
+
+def head_name(model: nn.Module, head: nn.Module | None) -> str | None:
+    """What a model calls its head: the last part of its name."""
+    return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is head), None)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..tuner.locating import composition_of, unwrapped
 from ..tuner.single import evaluating, mixed_by, one_adapter
 from .batches import Batch, Collate, all_labels, inputs_on, processes, rank, read_batches
 from .heads import Features, find_head, original_head
-from .own_heads import OwnHead, information, own_head
+from .own_heads import OwnHead, head_name, information, own_head
 from .posterior import Answers, answers
 from .scores import LeftOut, NotFiniteError, has_pairs, leave_one_out_distances, nothing_left_out
 from .together import sendable, together
@@ -57,14 +57,15 @@ class Candidate:
         name: of the adapter, or "uniform" or "base".
         kind: what it is; "mix" for the composition as it is, "without" for the mix without an adapter.
         switch: makes a context inside of which the model is so, and after which it is as before.
-        own_head: reads the head that the adapter was saved with, to ask it about the examples. Then a pass over one
-            example of each class is something, too, though none can be left out. Default: it is not asked.
+        own_head: the head that the adapter was saved with, which is asked about the examples. Default: none is.
+        is_asked: whether a pass over one example of each class is something, too, though none can be left out.
     """
 
     name: str
     kind: Kind
     switch: Callable[[], AbstractContextManager[None]]
-    own_head: Callable[[], OwnHead | None] | None = None
+    own_head: OwnHead | None = None
+    is_asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,21 +150,29 @@ def candidates(composition: Composition, kinds: Sequence[Kind]) -> list[Candidat
     return [candidate for candidate in found if candidate.kind in kinds]
 
 
-def asking_own_heads(composition: Composition, mixes: Sequence[Candidate]) -> list[Candidate]:
+def asking_own_heads(composition: Composition, mixes: Sequence[Candidate], head: nn.Module | None) -> list[Candidate]:
     """The same candidates, each adapter alone with the head that it was saved with.
+
+    Every process gets the same heads, though some may not have the files of all adapters.
 
     Args:
         composition: that they are of.
         mixes: the candidates.
+        head: of the model.
     """
+    name = head_name(composition.model, head)
     recorded = {own["name"]: own for own in composition.config.provenance or ()}
-    references = {own["name"]: own for own in composition.config.references}
-    return [
-        replace(own, own_head=partial(own_head, references[own.name], recorded.get(own.name)))
-        if own.kind == "adapter"
-        else own
-        for own in mixes
-    ]
+    references = composition.config.references
+
+    def read() -> list[OwnHead | None]:
+        return [None if name is None else own_head(name, own, recorded.get(own["name"])) for own in references]
+
+    parts = together(read)
+    found = {
+        own["name"]: next((heads[number] for heads in parts if heads[number] is not None), None)
+        for number, own in enumerate(references)
+    }
+    return [replace(own, own_head=found[own.name], is_asked=True) if own.kind == "adapter" else own for own in mixes]
 
 
 def read_examples(
@@ -264,15 +273,10 @@ def _pass_on(
                 if before is not None:
                     features = torch.cat([before.found[0].to(features.device), features])
                 if candidate.own_head is not None:
-                    head = candidate.own_head()
-                    told = (
-                        None
-                        if head is None
-                        else information(features, examples.labels, head, original_head(examples.head))
-                    )
+                    told = information(features, examples.labels, candidate.own_head, original_head(examples.head))
                 found = (
                     nothing_left_out(features, examples.labels)
-                    if candidate.own_head is not None and not has_pairs(examples.labels)
+                    if candidate.is_asked and not has_pairs(examples.labels)
                     else leave_one_out_distances(features, examples.labels)
                 )
                 outputs = Outputs(len(examples.batches), (features.cpu(),))

@@ -255,6 +255,8 @@ def test_copies_are_counted_and_told() -> None:
         (["class 1"] * 3 + ["class 2"] + ["class 3"] * 3, None),  # they are numbered
         (["positive"] * 4 + ["postive"] * 2 + ["negative"], None),  # several times
         (["rain", "train"], None),  # of each one
+        (["entailment"] * 3 + ["not_entailment"], None),  # opposites
+        (["unhappy"] * 3 + ["happy"], None),
         ([1, 1, 1, 10, 2, 2], None),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from peft_composition.comparing import verdict as verdicts
 from peft_composition.comparing.differences import Differences, corrected_resampled, left_out, over_draws
 from peft_composition.comparing.verdict import examples_to_tell, judge
 
@@ -175,6 +176,14 @@ def test_what_is_stated_is_what_decides(count: int, level: float) -> None:
             assert (verdict.word == "cannot tell") == (max(stated.values()) < level)
             words.add(verdict.word)
     assert len(words) == 4
+
+
+def test_a_verdict_never_looks_surer_or_less_sure_than_its_word() -> None:
+    for level in (0.8, 0.9, 0.95):
+        for needed in (0.9, 0.95, 0.975):
+            assert verdicts._stated(needed, needed, level) >= level
+            assert verdicts._stated(np.nextafter(needed, 0), needed, level) < level
+    assert [verdicts._percent(own) for own in (0.8999, 0.9, 0.29, 1.0)] == ["89%", "90%", "29%", "100%"]
 
 
 def test_it_must_be_better_than_each_other() -> None:

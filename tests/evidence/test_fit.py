@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
@@ -357,6 +358,7 @@ def refused(model: Any, data: Any, message: str, **options: Any) -> None:
     [
         ([], {}, "no examples"),
         ({"x": POINTS, "labels": CLASSES}, {}, "a single mapping"),
+        (pd.DataFrame({"x": [1.0, 2.0], "labels": [0, 1]}), {}, "got a DataFrame. read_data of"),
         ("reviews.csv", {}, "as the model takes them, got 'reviews.csv'. Use read_data and EncodedRows"),
         (Path("reviews.csv"), {}, "Use read_data and EncodedRows"),
         (read_data([{"text": "a", "label": 0}, {"text": "b", "label": 1}]), {}, "got a LabelledData. Use read_data"),

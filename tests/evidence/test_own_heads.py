@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from peft_composition import CompositionConfig, compare_methods, fit_mixing_weights, mixing_weights
+from peft_composition.evidence import passes
 from peft_composition.evidence.own_heads import information, own_head
 from peft_composition.evidence.weights import LEAST_NATS, STEEPNESS, informed
 from peft_composition.references import AdapterReference
@@ -176,38 +177,77 @@ def test_a_checkpoint_asks_the_files_that_it_was_made_of_and_does_without_them(f
     shutil.rmtree(folders[0])
     report = loaded()
     assert (report.method, report.weights) == ("uniform", {"first": 0.5, "second": 0.5})
-    assert "no two adapters have a head" in report.reason
+    assert "no two adapters have files here" in report.reason
 
 
 HEAD = torch.randn(4, WIDTH)
 
 
+def entries(**tensors: Tensor) -> dict[str, Tensor]:
+    return {f"base_model.model.{key.replace('__', '.')}": value for key, value in tensors.items()}
+
+
 @pytest.mark.parametrize(
-    ("entries", "names"),
+    ("name", "saved", "names"),
     [
-        ({"base_model.model.head.weight": HEAD}, {"weight"}),
+        ("head", entries(head__weight=HEAD), {"weight"}),
+        ("classifier", entries(classifier__weight=HEAD, classifier__bias=HEAD[:, 0].clone()), {"weight", "bias"}),
+        ("score", entries(score__modules_to_save__default__weight=HEAD), {"weight"}),
+        ("classifier", entries(classifier__modules_to_save__weight=HEAD.half()), {"weight"}),
+        ("classifier", entries(classifier__weight=HEAD.to(torch.float8_e4m3fn)), {"weight"}),
+        ("classifier", entries(classifier__weight=HEAD, classifier__scale=HEAD[0].clone()), {"weight", "scale"}),
         (
-            {"base_model.model.classifier.weight": HEAD, "base_model.model.classifier.bias": HEAD[:, 0].clone()},
-            {"weight", "bias"},
-        ),
-        ({"base_model.model.score.modules_to_save.default.weight": HEAD}, {"weight"}),
-        ({"base_model.model.classifier.modules_to_save.weight": HEAD.half()}, {"weight"}),
-        (
-            {
-                "base_model.model.classifier.dense.weight": HEAD,
-                "base_model.model.classifier.out_proj.weight": HEAD + 1,
-            },
+            "classifier",
+            entries(classifier__dense__weight=HEAD, classifier__out_proj__weight=HEAD + 1),
             {"dense.weight", "out_proj.weight"},
         ),
-        ({}, None),
-        ({"base_model.model.head.weight": HEAD.int()}, None),
-        ({"base_model.model.head.weight": HEAD * math.nan}, None),
-        ({"base_model.model.head.weight": HEAD, "base_model.model.score.weight": HEAD + 1}, None),  # which one?
+        ("head", {}, None),
+        ("head", entries(head__weight=HEAD.int()), None),
+        ("head", entries(head__weight=HEAD * math.nan), None),
+        ("head", entries(fc__weight=HEAD), None),  # a module of the body
+        ("head", entries(head__weight=HEAD, pooler__weight=HEAD + 1), None),  # features that its head knows need it
+        ("head", entries(a__head__weight=HEAD, b__head__weight=HEAD + 1), None),  # which one?
     ],
 )
-def test_which_heads_are_found(entries, names, folders) -> None:
-    found = own_head(reference(with_head(folders[0], entries)))
+def test_which_heads_are_found(name, saved, names, folders) -> None:
+    found = own_head(name, reference(with_head(folders[0], saved)))
     assert (None if found is None else {*found}) == names
+    assert all(own.dtype == torch.float64 for own in (found or {}).values())
+
+
+class Cosine(nn.Module):
+    """A head with a parameter more than a linear one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, WIDTH))
+        self.scale = nn.Parameter(torch.tensor(8.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * nn.functional.normalize(x, dim=1) @ nn.functional.normalize(self.weight, dim=1).T
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Cosine(),
+        nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)),
+        nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)),
+    ],
+    ids=["cosine", "two layers", "normed"],
+)
+def test_other_heads_than_linear_ones_are_run_as_they_are(module) -> None:
+    features, labels = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)), torch.arange(5)
+    tensors = {key: own.detach().double().clone() for key, own in module.named_parameters()}
+    with torch.no_grad():
+        probabilities = copy.deepcopy(module).eval().double()(features.double()).softmax(1)
+    mean = probabilities.mean(0)
+    expected = float((probabilities * probabilities.log()).sum(1).mean() - (mean * mean.log()).sum())
+    module.train()  # dropout, and a hook as accelerate and FSDP have them
+    handle = module.register_forward_hook(lambda *given: given[2] * math.nan)
+    assert information(features, labels, tensors, module) == pytest.approx(expected, abs=1e-10)
+    handle.remove()
+    assert information(features, labels, {"weight": torch.eye(WIDTH)}, module) is None, "another kind of head"
 
 
 def test_a_head_of_several_layers_is_run_as_the_model_does(tmp_path) -> None:
@@ -246,10 +286,10 @@ def test_a_pickled_adapter_has_a_head_and_a_missing_one_none(folders) -> None:
     weights = load_file(folders[0] / "adapter_model.safetensors")
     torch.save(weights, folders[0] / "adapter_model.bin")
     (folders[0] / "adapter_model.safetensors").unlink()
-    found = own_head(reference(folders[0]))
+    found = own_head("head", reference(folders[0]))
     assert found is not None
     assert torch.equal(found["weight"], weights["base_model.model.head.weight"])
-    assert own_head(AdapterReference(name="gone", path="somebody/gone")) is None
+    assert own_head("head", AdapterReference(name="gone", path="somebody/gone")) is None
 
 
 def test_an_adapter_without_a_head_counts_as_the_mean_of_the_others(folders, tmp_path) -> None:
@@ -281,6 +321,31 @@ def test_compare_asks_them_with_one_example_of_each_class(folders) -> None:
     unasked = scored(folders)
     assert unasked["evidence"] == unasked["uniform"] == asked["uniform"]
     assert asked["evidence"] != asked["uniform"]
+
+
+def test_the_best_single_adapter_is_not_the_one_that_happens_to_have_a_head(folders, tmp_path) -> None:
+    rows = [{"x": point, "labels": label} for point, label in zip(POINTS, CLASSES)]
+
+    def best(adapters: list[Path]) -> float:
+        asked = {"methods": ("base", "best single", "evidence"), "steps": 20}
+        found = compare_methods(tiny.build("mlp"), list(map(str, adapters)), rows[:3], test=rows[3:], **asked)
+        return {row.name: row.loss for row in found}["best single"]
+
+    both = best(folders)
+    with_head(folders[0], {})
+    assert best(folders) == both, "one head alone cannot be compared: the first one"
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_answers_ask_no_head(name, pair, monkeypatch) -> None:
+    def fail(*given: Any) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(passes, "own_head", fail)
+    tokens = torch.randint(1, 60, (4, 6), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    asked = {"methods": ("base", "evidence"), "steps": 2}
+    compare_methods(tiny.build(name), pair(name), rows[:2], test=rows[2:], **asked)
 
 
 def test_the_config_of_the_composition_is_as_it_was(folders) -> None:

@@ -67,3 +67,10 @@ def test_a_sharded_model_gives_the_same(results) -> None:
     for row, expected in zip(first["sharded"]["table"], table):
         assert row == (expected[0], *(pytest.approx(value, abs=1e-5) for value in expected[1:]))
     assert first["sharded"]["report"] == pytest.approx(weights["report"], abs=1e-5)
+
+
+def test_heads_that_one_process_has_are_asked_in_both(results) -> None:
+    _, (first, second) = results
+    assert first["without files"] == second["without files"]
+    assert first["without files"]["method"] == "own-heads"
+    assert all(own is not None for own in first["without files"]["told"].values())

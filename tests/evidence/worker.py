@@ -8,6 +8,7 @@ Each process leaves what came out in `<folder>/rank<rank>.pt`.
 from __future__ import annotations
 
 import faulthandler
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -78,6 +80,21 @@ def sharded(folder: Path) -> dict[str, Any]:
     return {"table": before, "report": report.weights}
 
 
+def without_files(folder: Path, rank: int) -> dict[str, Any]:
+    """A sharded model, of whose adapters the second process has no files any more; one example of each class."""
+    own = folder / f"node-{rank}"
+    for name in ("first", "second"):
+        shutil.copytree(folder / name, own / name)
+        file = own / name / "adapter_model.safetensors"
+        head = torch.randn(2, 16, generator=torch.Generator().manual_seed(len(name)))
+        save_file({**load_file(file), "base_model.model.classifier.weight": head}, file)
+    model = shard(model_of(own), ["BertLayer"])
+    if rank == 1:
+        shutil.rmtree(own)
+    report = fit_mixing_weights(model, rows()[:2])
+    return {"method": report.method, "weights": report.weights, "told": report.informations}
+
+
 def checks(folder: Path, rank: int) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         "table": lambda: table(model_of(folder), rows()),
@@ -88,6 +105,7 @@ def checks(folder: Path, rank: int) -> dict[str, Callable[[], Any]]:
         "no labels": lambda: table(model_of(folder), [{"input_ids": TOKENS}] if rank == 0 else rows()),
         "broken": lambda: broken(folder),
         "sharded": lambda: sharded(folder),
+        "without files": lambda: without_files(folder, rank),
         "counted": lambda: counted(folder),
     }
     return found
