@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_composition.choosing.risk import chance_of_harm
+from peft_composition.evidence.own_heads import own_head
+from peft_composition.references import AdapterReference
 
 from .backward import Read, derivatives, gradients, modules_of
 from .features import BASE
@@ -53,12 +55,14 @@ def judge(
     paths = [folder / name for name in names]
     modules = modules_of(paths[int(related.nonzero()[0])])
     slopes, norms = derivatives(paths, [gradients(base, read(rows), labels[list(rows)], modules) for rows in supports])
+    head = next(name for name in ("classifier", "head") if hasattr(base, name))
+    heads = [own_head(head, AdapterReference(name=path.name, path=str(path))) for path in paths]
     lines: list[dict[str, Any]] = []
     for number, places in enumerate(supports):
         rows, own = list(places), labels[list(places)]
         means = torch.stack([support[:, rows][:, own == label].mean(1) for label in own.unique()], dim=1)
         accuracy = (torch.cdist(test, means).argmin(2) == tests).double().mean(1)
-        draw = Draw(support[:-1, rows], support[-1, rows], own, slopes[number], norms, first_seed + number)
+        draw = Draw(support[:-1, rows], support[-1, rows], own, slopes[number], norms, first_seed + number, heads)
         ordered = orders(draw)
         for name, result in ordered.items():
             first = related[result.order]

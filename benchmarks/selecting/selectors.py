@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +13,21 @@ from peft_composition.choosing.ladder import STEEP, _levels
 from peft_composition.choosing.risk import Gains
 from peft_composition.choosing.select import FINALISTS, _kept, _plan, _those_who_go_on
 from peft_composition.choosing.slopes import COST
+from peft_composition.choosing.trials import in_order
+from peft_composition.evidence.own_heads import OwnHead, information
 from peft_composition.evidence.scores import leave_one_out_distances, margins
 
 
-FULL, HALVING = "evidence, all examples", "evidence or one backward pass, halving"
+FULL, ASKING = "evidence, all examples", "evidence and heads, all examples"
+HALVING = "evidence and heads or one backward pass, halving"
+STEEP_ONES = "evidence or one backward pass, halving"
 PLAIN = "evidence alone, halving"
 BLOCKS, WHOLE = "one backward pass, per block", "one backward pass, whole adapter"
 SCREEN = "one backward pass, per block, then halving"
 APART = "one of each class by distance, then all"
 CHEAP = "one of each class by distance or one backward pass, then all"
 ACCURACY, RANDOM = "accuracy, all examples", "random"
-SELECTORS = (FULL, HALVING, PLAIN, CHEAP, APART, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
+SELECTORS = (FULL, ASKING, HALVING, STEEP_ONES, PLAIN, CHEAP, APART, SCREEN, BLOCKS, WHOLE, ACCURACY, RANDOM)
 SCREENED = 2  # one of so many goes on after the backward pass
 FAR_APART = 10  # and after one example of each class
 LOOKED_AT, FAR, STEEPEST = 0.73, 0.12, 0.05  # of the candidates: one example of each class; then all, by either
@@ -39,6 +44,7 @@ class Draw:
         slopes: of the mean margin, by the share of each candidate in each block, shape (N, blocks).
         norms: of the candidates there, shape (N, blocks).
         seed: of the draw.
+        heads: that the candidates were saved with, N of them, or none at all.
     """
 
     features: Tensor
@@ -47,6 +53,7 @@ class Draw:
     slopes: Tensor
     norms: Tensor
     seed: int
+    heads: Sequence[OwnHead | None] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,9 @@ def orders(draw: Draw) -> dict[str, Order]:
     blocks = steepness.argsort(descending=True)
     found = {
         FULL: (scores.mean(1).argsort(descending=True), count * examples, None),
-        HALVING: _halved(draw, torch.arange(count), steepness),
+        ASKING: (_in_order(draw, torch.arange(count), scores, torch.arange(examples)), count * examples, None),
+        HALVING: _halved(draw, torch.arange(count), steepness, asks=True),
+        STEEP_ONES: _halved(draw, torch.arange(count), steepness),
         PLAIN: _halved(draw, torch.arange(count)),
         CHEAP: _cheap(draw, blocks),
         APART: _apart(draw),
@@ -95,9 +104,20 @@ def _steepness(draw: Draw) -> Tensor:
     return (draw.slopes.abs() / draw.norms.clamp_min(torch.finfo(draw.norms.dtype).tiny)).sum(1)
 
 
-def _halved(draw: Draw, alive: Tensor, steepness: Tensor | None = None) -> tuple[Tensor, int, tuple[Gains, Gains]]:
+def _in_order(draw: Draw, alive: Tensor, scores: Tensor, rows: Tensor) -> Tensor:
+    """By scores on some examples and by what heads tell of these, as the library has it; places in `alive`."""
+    told: dict[int, float | None] = {}
+    for place, number in enumerate(alive.tolist() if draw.heads else []):
+        head = draw.heads[number]
+        told[place] = None if head is None else information(draw.features[number, rows], draw.labels[rows], head)
+    return torch.tensor(in_order(dict(enumerate(scores.mean(1).tolist())), told))
+
+
+def _halved(
+    draw: Draw, alive: Tensor, steepness: Tensor | None = None, asks: bool = False
+) -> tuple[Tensor, int, tuple[Gains, Gains]]:
     """What `select_adapters` does with these candidates: order, examples passed, gains. Without slopes: what it does
-    where there is no backward pass."""
+    where there is no backward pass; without asking heads: where there are none."""
     levels = torch.tensor(_levels(draw.labels.tolist(), draw.seed))
     plan = _plan(len(alive), int(levels.max()) + 1, FINALISTS, True, None if steepness is None else STEEP)
     passed, before = 0 if steepness is None else COST * len(draw.labels), 0
@@ -111,6 +131,8 @@ def _halved(draw: Draw, alive: Tensor, steepness: Tensor | None = None) -> tuple
         before = int(rows.sum())
         begun = begun if place else gains
         ranked = own.mean(1).argsort(descending=True)
+        if asks:
+            ranked = _in_order(draw, alive, own, rows.nonzero()[:, 0])
         if place + 1 < len(plan):
             going = ranked[: _kept(len(alive), FINALISTS, False)]
             if steepness is not None:

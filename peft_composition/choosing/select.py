@@ -115,6 +115,7 @@ def select_adapters(
         last: dict[int, Trial] = {}
         alive = list(range(1, len(references) + 1))
         first: dict[int, Trial] = {}
+        behind: list[int] = []
         for place, (rung, _) in enumerate(plan):
             found = trials.run(rung, alive, steps.rungs[rung], has_slopes and place == 0 and len(plan) > 1)
             last.update(found)
@@ -123,7 +124,9 @@ def select_adapters(
                 raise ValueError(_none(references, trials.reasons))
             first = first or found
             if place + 1 < len(plan):
-                alive = _those_who_go_on(alive, {own: first[own].slope for own in alive}, finalists)
+                going = _those_who_go_on(alive, {own: first[own].slope for own in alive}, finalists)
+                behind = [*(own for own in alive if own not in going), *behind]
+                alive = going
     _meet()  # what one process downloaded must not be dropped while another reads it
     front = [references[own - 1] for own in alive[:finalists]]
     places, tried = choose_together(
@@ -133,7 +136,7 @@ def select_adapters(
     weights = weigh(base, chosen, everything, mixed_precision, seed)
     config = CompositionConfig(adapters=[*chosen], weights=weights if sum(weights) > 0 else None, task_type=task_type)
     seen = {own: trial for own, trial in last.items() if own}
-    behind = sorted({*seen} - {*alive}, key=lambda own: (-len(seen[own].values), -seen[own].score, own))
+    behind += sorted({*seen} - {*alive, *behind})  # scored once, and then no more
     return Selection(
         chosen={own["name"]: weight for own, weight in zip(chosen, weights)},
         ranking=(

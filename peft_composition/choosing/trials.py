@@ -51,12 +51,24 @@ class Trial:
 
 
 def ranked(trials: Mapping[int, Trial]) -> list[int]:
+    """Candidates, the best first, as `in_order` has them."""
+    return in_order(
+        {number: own.score for number, own in trials.items()},
+        {number: own.information for number, own in trials.items()},
+    )
+
+
+def in_order(scores: Mapping[int, float], informations: Mapping[int, float | None]) -> list[int]:
     """Candidates by their places in two orders, the best first: by score, and by what their own heads tell.
 
     A candidate without a head is in the middle of the second one. Where fewer than two have one, the score decides.
+
+    Args:
+        scores: by number.
+        informations: in nats; None where there is no head.
     """
-    by_score = sorted(trials, key=lambda own: (-trials[own].score, own))
-    told = {number: own.information for number, own in trials.items() if own.information is not None}
+    by_score = sorted(scores, key=lambda own: (-scores[own], own))
+    told = {number: own for number, own in informations.items() if own is not None}
     if len(told) < 2:
         return by_score
     by_head = sorted(told, key=lambda own: (-told[own], own))

@@ -20,8 +20,10 @@ from benchmarks.selecting.cost import measure, so_many
 from benchmarks.selecting.features import BASE, added, features
 from benchmarks.selecting.judged import judge, table
 from peft_composition.choosing import select_adapters
+from peft_composition.evidence.own_heads import own_head
 from peft_composition.evidence.scores import leave_one_out_distances, margins
 from peft_composition.evidence.streamed import read_in_turn
+from peft_composition.references import AdapterReference
 
 
 SIZE, SUPPORT = 48, 40
@@ -151,7 +153,8 @@ def draw_of(folder: Path, found: dict[str, Tensor], x: Tensor, labels: Tensor) -
     own = torch.stack([found[name][: len(labels)] for name in names])
     along = backward.gradients(planted.network(), planted.reading(x)(range(len(x))), labels, ["lin0", "lin1"])
     slopes, norms = backward.derivatives([folder / name for name in names], [along])
-    return names, selectors.Draw(own, found[BASE][: len(labels)], labels, slopes[0], norms, 0)
+    heads = [own_head("head", AdapterReference(name=name, path=str(folder / name))) for name in names]
+    return names, selectors.Draw(own, found[BASE][: len(labels)], labels, slopes[0], norms, 0, heads)
 
 
 def rows_of(x: Tensor, labels: Tensor) -> list[dict[str, Any]]:
@@ -171,7 +174,8 @@ def test_halving_on_features_is_what_the_library_does(folder: Path, found: dict[
     names, draw = draw_of(folder, found, x, labels)
     ordered = selectors.orders(draw)
     order = ordered[selectors.HALVING]
-    assert order.order.tolist() != ordered[selectors.PLAIN].order.tolist()
+    assert order.order.tolist() != ordered[selectors.STEEP_ONES].order.tolist()
+    assert ordered[selectors.STEEP_ONES].order.tolist() != ordered[selectors.PLAIN].order.tolist()
     scored = [own.name for own in selection.ranking if own.score is not None]
     assert [names[place] for place in order.order] == scored
     assert selection.passed == order.passed + SUPPORT  # of the base; broken ones are refused before their pass
