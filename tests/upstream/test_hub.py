@@ -330,7 +330,7 @@ def test_a_token_from_hf_auth_login(hub: HubServer, online: Client, adapters: Ad
         (
             "",
             {"path": "me/runs", "subfolder": "sst"},
-            "me/runs/sst is not an adapter: it has no adapter_config.json; there are adapters in its subfolders ('last')",
+            "me/runs/sst is not an adapter: it has no adapter_config.json; there are adapters in its subfolders",
         ),
         ("", "me/mlx", "me/mlx has neither adapter_model.safetensors nor adapter_model.bin; it is an MLX adapter"),
         ("", "me/no-weights", "me/no-weights has neither adapter_model.safetensors nor adapter_model.bin"),
