@@ -40,7 +40,7 @@ SUPPORT = 40  # of each class; what draws are taken from
 TESTS = 150
 CANDIDATES = 256
 OF_COST = "clothes"
-COSTS = ((64, 5, True), (256, 5, True), (512, 5, True), (256, 5, False))
+COSTS = ((64, 5, True), (256, 5, True), (512, 5, True), (256, 5, False), (256, 20, True), (256, 20, False))
 
 
 def main(words: Sequence[str] | None = None) -> None:
