@@ -13,26 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peft_composition.choosing.slopes import mean_margin
+
 from .features import factors
 
 
 Read = Callable[[Sequence[int]], Callable[[nn.Module], Tensor]]
-
-
-def mean_margin(features: Tensor, labels: Tensor) -> Tensor:
-    """The score that candidates are ranked by, with a gradient.
-
-    Args:
-        features: shape (n, d).
-        labels: from 0, shape (n,), at least two of each.
-    """
-    member = torch.nn.functional.one_hot(labels).to(features)
-    counts = member.sum(0)
-    distances = (features[:, None] - (member.T @ features / counts[:, None])[None]).square().sum(2)
-    k = counts[labels]
-    own = distances.gather(1, labels[:, None])[:, 0] * (k / (k - 1)).square()
-    other = distances.masked_fill(member.bool(), torch.inf).amin(1)
-    return ((other - own) / (other + own)).mean()
 
 
 def gradients(

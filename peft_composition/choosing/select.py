@@ -60,7 +60,8 @@ def select_adapters(
     get to see all. Of a classifier, one backward pass over all examples tells by how much a small share of each would
     change the score: the best sixth goes on, and by that an eighth. Without it, as for answers, the best quarter does.
     From these the chosen ones are taken one by one, as long as each improves the mix, and weighed by evidence. Scores
-    are those of `score_adapters`. The base model is as before afterwards.
+    are those of `score_adapters`; of a classifier the order is by these and by what the adapters' own heads tell of
+    the classes. The base model is as before afterwards.
 
     Several processes (`torchrun`, `accelerate launch`) share the candidates; each of them calls this.
 

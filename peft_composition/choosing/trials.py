@@ -17,6 +17,7 @@ from ..evidence.passes import Candidate, Examples, Precision, one_pass
 from ..evidence.streamed import read_in_turn
 from ..evidence.table import per_example
 from ..evidence.together import together
+from ..evidence.weights import are_known
 from ..references import AdapterReference
 from ..text import LONG, one_line
 from ..upstream.errors import AdapterError
@@ -68,9 +69,9 @@ def in_order(scores: Mapping[int, float], informations: Mapping[int, float | Non
         informations: in nats; None where there is no head.
     """
     by_score = sorted(scores, key=lambda own: (-scores[own], own))
-    told = {number: own for number, own in informations.items() if own is not None}
-    if len(told) < 2:
+    if not are_known([*informations.values()]):
         return by_score
+    told = {number: own for number, own in informations.items() if own is not None}
     by_head = sorted(told, key=lambda own: (-told[own], own))
     places = {number: place / (len(by_score) - 1) for place, number in enumerate(by_score)}
     of_heads = {number: place / (len(by_head) - 1) for place, number in enumerate(by_head)}

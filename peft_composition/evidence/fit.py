@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..tuner.mixing import Mixing
 from .batches import Collate
-from .own_heads import are_known
 from .passes import (
     ALL_KINDS,
     Candidate,
@@ -28,7 +27,7 @@ from .passes import (
 from .posterior import Answers, posterior
 from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
 from .table import DRAWS, EvidenceReport, tabulate
-from .weights import informed, spread_uniform, stack, vote
+from .weights import are_known, informed, spread_uniform, stack, vote
 
 
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior"]

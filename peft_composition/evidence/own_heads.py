@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,3 @@ def head_name(model: nn.Module, head: nn.Module | None) -> str | None:
 
 def _entropy(probabilities: Tensor) -> Tensor:
     return -torch.special.xlogy(probabilities, probabilities).sum(-1)
-
-
-def are_known(informations: Sequence[float | None]) -> bool:
-    """Whether the heads of at least two adapters could be asked: one alone cannot be compared."""
-    return sum(own is not None for own in informations) >= 2

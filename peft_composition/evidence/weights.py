@@ -100,6 +100,11 @@ def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:
     return floored(adapters + uniform / len(adapters), floor, total)
 
 
+def are_known(informations: Sequence[float | None]) -> bool:
+    """Whether the heads of at least two adapters could be asked: one alone cannot be compared."""
+    return sum(own is not None for own in informations) >= 2
+
+
 def informed(weights: Tensor, informations: Sequence[float | None], labels: Tensor, floor: float = FLOOR) -> Tensor:
     """Mixing weights times what the adapters' own heads tell of the examples, to the power 2 / sqrt(K).
 
@@ -116,9 +121,9 @@ def informed(weights: Tensor, informations: Sequence[float | None], labels: Tens
     Returns:
         Shape (N,), float64, with the same sum.
     """
-    known = [max(own, LEAST_NATS) for own in informations if own is not None]
-    if len(known) < 2:
+    if not are_known(informations):
         return weights.double()
+    known = [max(own, LEAST_NATS) for own in informations if own is not None]
     mean = sum(known) / len(known)
     told = torch.tensor([mean if own is None else max(own, LEAST_NATS) for own in informations], dtype=torch.float64)
     per_class = len(labels) / len(labels.unique())
