@@ -22,7 +22,7 @@ HEADER_LINES = 4  # names, types, roles, and an empty row
 CHARACTERS = 2000  # of a document; far more than any model here reads
 
 
-def load(corpus: str, min_train: int = 1, without: Sequence[str] = ()) -> Splits:
+def load(corpus: str, min_train: int = 1, without: Sequence[str] = (), unseen: bool = False) -> Splits:
     """Reads a corpus with the splits that its authors made.
 
     A document that occurs again is dropped, in the test split also one of the training split.
@@ -31,6 +31,8 @@ def load(corpus: str, min_train: int = 1, without: Sequence[str] = ()) -> Splits
         corpus: one of `CORPORA`.
         min_train: classes with fewer training documents are left out.
         without: names of classes that are left out, too.
+        unseen: gives the two halves of the test split in place of both splits, for a task whose adapters were
+            trained on the training split.
     """
     if corpus not in CORPORA:
         raise ValueError(f"unknown corpus {corpus!r}: choose one of {', '.join(CORPORA)}")
@@ -45,6 +47,9 @@ def load(corpus: str, min_train: int = 1, without: Sequence[str] = ()) -> Splits
         kept = [(text, label) for label, text in pairs if label in set(classes)]
         columns = {"input": [text for text, _ in kept], "label": [label for _, label in kept]}
         splits[split] = Dataset.from_dict(columns, features=features)
+    if unseen:
+        rest = splits["test"]
+        return {"train": rest.select(range(0, len(rest), 2)), "test": rest.select(range(1, len(rest), 2))}
     return splits
 
 
