@@ -22,7 +22,7 @@ from .public import without_local_paths
 from .record import require_valid_record, summary
 from .references import AdapterReference, LoraLayout, Provenance, named_references
 from .scalars import LARGEST_FLOAT32, SMALLEST_FLOAT32, as_float, as_text
-from .selection import layer_indices, layer_lists, names_or_expression, saved_modules
+from .selection import layer_indices, layer_lists, names_or_expression, saved_modules, with_head
 from .text import shown
 from .version import __version__
 
@@ -315,6 +315,7 @@ class CompositionConfig(PeftConfig):
         """A config of its own for one model, also where a user has built others from this object."""
         twin = copy.copy(self)
         vars(twin).update(pickle.loads(pickle.dumps(vars(self))))  # faster than a deep copy
+        twin.modules_to_save = with_head(self.task_type, twin.modules_to_save)
         return twin
 
     def undo_edits(self) -> None:

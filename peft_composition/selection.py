@@ -11,6 +11,12 @@ from .scalars import as_list
 from .text import shown
 
 
+HEADS = {
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+"""The modules that PEFT trains in full for a task type; they are therefore not composed."""
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -82,3 +88,12 @@ def _require_expression(field: str, expression: str) -> None:
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def with_head(task_type: str | None, saved: list[str] | None) -> list[str] | None:
+    """The names of `modules_to_save`, with those of the new head of a task.
+
+    For tokens and questions PEFT adds them when the model is built, to the config that it was given alone.
+    """
+    head = HEADS.get(task_type or "", [])
+    return [*dict.fromkeys([*(saved or []), *head])] if head else saved

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import CompositionConfig
 from ..references import AdapterReference, is_hub_id, place_of
+from ..selection import HEADS
 from ..text import LONG, one_line, quoted
 from ..tuner.preparation import require_composable
 from ..upstream.adapter import UpstreamAdapter, read_adapters, read_config
@@ -24,7 +25,7 @@ from ..upstream.base_names import original
 from ..upstream.errors import AdapterError
 from ..upstream.files import PARALLEL_DOWNLOADS, AdapterFiles, locate_one
 from ..upstream.front_matter import stated_license
-from ..upstream.keys import HEADS, FactorKeys
+from ..upstream.keys import FactorKeys
 from ..upstream.matching import match, warn_about_other_names
 from ..upstream.misfits import Sizes, why_another_shape
 from ..upstream.shapes import LayerShape

@@ -14,11 +14,11 @@ from transformers import PretrainedConfig
 from ..checkpoint.base_models import AUTO_CLASSES, Loader, choose, loaders, stated_class
 from ..config import CompositionConfig
 from ..references import AdapterReference, read_reference
+from ..selection import HEADS
 from ..text import one_line
 from ..tuner.preparation import require_composable
 from ..upstream.adapter import read_adapters, read_config
 from ..upstream.files import locate_one
-from ..upstream.keys import HEADS
 
 
 def references_of(adapters: Sequence[str]) -> list[AdapterReference]:

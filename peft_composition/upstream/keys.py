@@ -20,12 +20,6 @@ from .weights import MAX_KEY, WeightsFile
 
 # PEFT's names for its copy of the base weight, saved with the factors of an embedding or of the output layer.
 BASE_COPY = ".base_layer.weight"
-# The modules that PEFT trains in full for a task type; they are therefore not composed.
-HEADS = {
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
 
 
 @dataclass

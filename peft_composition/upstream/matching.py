@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from ..references import is_local, looks_like_path
+from ..selection import HEADS
 from ..text import LONG, one_line, quoted
 from . import formats, misfits
 from .adapter import UpstreamAdapter, logger
 from .base_names import original, without_owner
 from .errors import AdapterError
-from .keys import HEADS, FactorKeys
+from .keys import FactorKeys
 from .shapes import LayerShape
 
 
