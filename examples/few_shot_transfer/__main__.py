@@ -256,14 +256,21 @@ def answer_table(
     files: Annotated[list[Path], typer.Argument(help="Records that `answers` wrote.")],
     targets: Annotated[str | None, typer.Option(help="Comma-separated tasks. Default: all.")] = None,
     overview: Annotated[str | None, typer.Option(help="A way: one row for each task, of this way alone.")] = None,
+    far_better: Annotated[
+        float | None, typer.Option(help="Tasks alone where an adapter gains so many points.")
+    ] = None,
 ) -> None:
     """What ways to choose a language model's weights gain on the uniform mix, as Markdown."""
     from .answer_tables import HOW, answer_gains, answer_overview
+    from .far_better import far_better_table
     from .records import read
 
     records = [record for path in files for record in read(path, key="method")]
     if targets:
         records = [record for record in records if record["target"] in targets.split(",")]
+    if far_better is not None:
+        typer.echo(far_better_table(records, far_better))
+        return
     if overview:
         typer.echo(answer_overview(records, overview))
         return

@@ -140,6 +140,9 @@ class Bench(Protocol):
     def judged(self, weights: Sequence[float] | int) -> dict[str, float]:
         """How a mix answers the test questions; a number is an adapter alone."""
 
+    def pool_accuracy(self, weights: Sequence[float] | int) -> float:
+        """How many of the examples that support sets are drawn from a mix answers rightly, in percent."""
+
     def learned(self, draw: Draw, start: Sequence[float], scratch: Path) -> tuple[dict[str, float], Any]:
         """Weights trained on the support set: what they answer, and their means over modules."""
 
@@ -202,6 +205,11 @@ class AnswerBench:
             the right answer over the whole vocabulary.
         """
         return self._judge(*self._scores(weights, "test"))
+
+    def pool_accuracy(self, weights: Sequence[float] | int) -> float:
+        """How many of the examples that support sets are drawn from a mix answers rightly, in percent."""
+        nll, *_ = self._scores(weights, "pool")
+        return round(100 * float((nll.argmin(1) == torch.tensor(labels_of(self.rows["pool"]))).double().mean()), 4)
 
     def _judge(self, nll: Tensor, tokens: Tensor, said: Tensor) -> dict[str, float]:
         labels = torch.tensor(labels_of(self.rows["test"]))
@@ -320,7 +328,7 @@ def compare_answers(
     for method, adapter, weights in still:
         if (facts["target"], None, None, method, adapter) not in done:
             one = {**facts, "k": None, "seed": None, "method": method, "adapter": adapter}
-            yield {**one, **bench.judged(weights), "weights": None}
+            yield {**one, **bench.judged(weights), "pool": bench.pool_accuracy(weights), "weights": None}
     for k, seed in tqdm(draws, desc=" ".join(facts.values()), unit="draw", disable=not progress):
         seen = bench.seen((k, seed))
         own: Record = {**facts, "k": k, "seed": seed, "adapter": None}

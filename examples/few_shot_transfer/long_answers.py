@@ -157,6 +157,11 @@ class MadeBench:
             self._judged[mix] = self._judge(mix)
         return self._judged[mix]
 
+    def pool_accuracy(self, weights: Sequence[float] | int) -> float:
+        """How many of the examples that support sets are drawn from a mix answers rightly, in percent."""
+        nll, *_ = self._scores(weights, self.pool)
+        return round(100 * float((nll.argmin(1) == 0).double().mean()), 4)
+
     def _judge(self, mix: Sequence[float]) -> dict[str, float]:
         nll, tokens, said = self._scores(mix, self.test)
         return {

@@ -14,6 +14,7 @@ from few_shot_transfer import answers, sources
 from few_shot_transfer import scenario as scenarios
 from few_shot_transfer.__main__ import app
 from few_shot_transfer.answer_tables import answer_gains, answer_overview
+from few_shot_transfer.far_better import far_better, far_better_table
 from few_shot_transfer.language_model import LanguageModel
 from few_shot_transfer.options import option_scores
 from few_shot_transfer.records import read
@@ -213,6 +214,52 @@ def test_an_overview_by_hand() -> None:
     ]
 
 
+def _told(target: str, singles: Any, gains: Any, pool: tuple[float, float] = (60.0, 60.0)) -> list[Any]:
+    facts = {"scenario": "s", "target": target, "adapter": None, "k": None, "seed": None}
+    records: list[Any] = [{**facts, "method": "uniform", "accuracy": 60.0, "nll": 0.5, "pool": pool[0]}]
+    for name, (accuracy, nll) in singles.items():
+        own = {"adapter": name, "accuracy": accuracy, "nll": nll, "pool": pool[1]}
+        records.append({**facts, "method": "single", **own})
+    for k, of_seeds in gains.items():
+        for seed, gain in enumerate(of_seeds):
+            own = {"accuracy": 60 + gain, "nll": 0.5 - gain / 100}
+            records.append({**facts, "k": k, "seed": seed, "method": "posterior", **own})
+    return records
+
+
+def test_tasks_with_an_adapter_that_is_far_better_by_hand() -> None:
+    gains = {2: [10.0, 11.0, 6.0], 5: [8.0, 8.0]}
+    first = _told("first", {"a": (70.0, 0.45), "b": (70.0, 0.4), "c": (68.0, 0.1)}, gains, (50.0, 58.0))
+    second = _told("second", {"a": (68.0, 0.6), "b": (40.0, 0.2)}, {2: [-1.0, 0.0, 4.0], 5: [1.0, 3.0]}, (50.0, 57.0))
+    third = _told("third", {"a": (67.9, 0.3)}, {}, (50.0, 70.0))
+    records = [*first, *second, *third]
+    assert far_better(records, 8) == [("s", "first"), ("s", "second")]
+    assert far_better(records, 8, "pool") == [("s", "first"), ("s", "third")]
+    *_, one, two, mean = far_better_table(records, 8).splitlines()
+    of_first, of_second = ([10.0, 11.0, 6.0], [8.0, 8.0]), ([-1.0, 0.0, 4.0], [1.0, 3.0])
+
+    def between(own: list[float], digits: int, sign: int = 1) -> str:
+        middle = sign * sum(own) / len(own)
+        margin = stats.t.ppf(0.975, len(own) - 1) * stats.sem(own)
+        ends = f" [{middle - margin:+.{digits}f}, {middle + margin:+.{digits}f}]" if margin else ""
+        return f"{middle:+.{digits}f}{ends}"
+
+    def cells(gained: Any) -> list[str]:
+        return [between(own, 1) for own in gained] + [between([x / 100 for x in own], 2, -1) for own in gained]
+
+    a, b, c, d = cells(of_first)
+    assert one == f"| first* | b | 60.0 | +10.0 | {a} | {b} | -0.10 | {c} | {d} |"  # of two alike the surer one
+    a, b, c, d = cells(of_second)
+    assert two == f"| second | a | 60.0 | +8.0 | {a} | {b} | +0.10 | {c} | {d} |"
+    margin = math.hypot(*(stats.t.ppf(0.975, 2) * stats.sem(own) for own, _ in (of_first, of_second))) / 2
+    assert mean.startswith(
+        f"| **mean of 2 tasks** |  |  | +9.0 | +5.0 [{5 - margin:+.1f}, {5 + margin:+.1f}] | +5.0 ["
+    )
+    assert "mean of" not in far_better_table(first, 8)
+    with pytest.raises(ValueError, match="'third' has fewer than two draws of 'posterior' at K = 2 or 5"):
+        far_better_table(third, 7)
+
+
 # From end to end
 
 
@@ -263,6 +310,12 @@ def test_a_task_from_end_to_end(
     by_peft = PeftModel.from_pretrained(bench.model.build(0, 0), str(bench.adapters[0].folder))
     generated = bench.model.correct(by_peft, bench.rows["test"])
     assert 100 * sum(generated) / 12 == pytest.approx(bench.judged(0)["exact"], abs=1e-3)
+
+    # Right answers of the pool, from which support sets are drawn.
+    nll, *_ = option_scores(by_peft, bench.model, bench.rows["pool"])
+    right = [int(own.argmin()) == label for own, label in zip(nll, bench.rows["pool"]["label"][:])]
+    (alone,) = (own for own in records if own["adapter"] == bench.names[0])
+    assert alone["pool"] == pytest.approx(100 * sum(right) / len(right), abs=1e-3)
 
     # One of the adapters has seen the answers, and is found by them.
     uniform = next(own["nll_token"] for own in records if own["method"] == "uniform")
