@@ -100,7 +100,7 @@ def _pools(options: argparse.Namespace) -> None:
     for name in options.targets:
         target = Target(name, SUPPORT, TESTS, options.trained)
         folder = options.folder / "pools" / name
-        candidates = _pool(target, folder, CANDIDATES)
+        candidates = pool_of(target, folder, CANDIDATES)
         base = target.model.build(target.classes, 0).eval()
         rows = concatenate_datasets([target.support, target.test])
         found = features(base, candidates, target.reading(rows, range(len(rows))), options.folder / f"features-{name}")
@@ -122,7 +122,7 @@ def _pools(options: argparse.Namespace) -> None:
         _write(options.out / f"selecting-{name}.json", candidates, found, lines)
 
 
-def _pool(target: Target, folder: Path, size: int) -> list[Path]:
+def pool_of(target: Target, folder: Path, size: int) -> list[Path]:
     """The candidates, made where they are not there yet."""
     done = folder / "planted"
     if not done.is_file():
@@ -151,7 +151,7 @@ def _costs(options: argparse.Namespace) -> None:
 def _cost(options: argparse.Namespace, count: int, k: int, halving: int) -> dict[str, Any]:
     """Of one selection in this process."""
     target = Target(OF_COST, SUPPORT, TESTS, options.trained)
-    candidates = _pool(target, options.folder / "pools" / OF_COST, CANDIDATES)
+    candidates = pool_of(target, options.folder / "pools" / OF_COST, CANDIDATES)
     encoded = target.model.encode(target.support.select(few_shot(labels_of(target.support), k, 0)))
     rows = [encoded[place] for place in range(len(encoded))]
     with tempfile.TemporaryDirectory() as folder:
