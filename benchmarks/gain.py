@@ -14,6 +14,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -61,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(table(known))
 
 
-def table(lines: Sequence[dict]) -> str:  # type: ignore[type-arg]
+def table(lines: Sequence[dict[str, Any]]) -> str:
     """Points on the uniform mix with 95% intervals over draws, and in brackets the weight of adapters of the task."""
     gains = sorted({own["gain"] for own in lines if own["gain"]})
     rows = ["| task | adapters | of the task | uniform, % | " + " | ".join(f"gain {gain:g}" for gain in gains) + " |"]
@@ -76,8 +77,10 @@ def table(lines: Sequence[dict]) -> str:  # type: ignore[type-arg]
             margin = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found) if len(found) > 1 else float("nan")
             share = statistics.fmean(line["related"] for line in of_gain)
             cells.append(f"{statistics.fmean(found):+.1f} ± {margin:.1f} ({share:.2f})")
-        share = f"{count // ONE_OF or 1} ({(count // ONE_OF or 1) / count:.2f})"
-        rows.append(f"| {target} | {count} | {share} | {statistics.fmean(even.values()):.1f} | {' | '.join(cells)} |")
+        of_task = f"{count // ONE_OF or 1} ({(count // ONE_OF or 1) / count:.2f})"
+        rows.append(
+            f"| {target} | {count} | {of_task} | {statistics.fmean(even.values()):.1f} | {' | '.join(cells)} |"
+        )
     return "\n".join(rows)
 
 
@@ -101,7 +104,7 @@ def _draw(target: Target, paths: Sequence[Path], k: int, seed: int) -> list[dict
         model = get_peft_model(
             target.model.build(target.classes, seed),
             CompositionConfig(
-                adapters=[{"path": str(path), "name": path.name} for path in paths],  # type: ignore[misc]
+                adapters=[{"path": str(path), "name": path.name} for path in paths],
                 mixing="uniform" if gain is None else "learned",
                 gain=gain,
                 modules_to_save=["classifier"],

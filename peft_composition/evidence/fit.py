@@ -27,7 +27,7 @@ from .passes import (
 from .posterior import Answers, posterior
 from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
 from .table import DRAWS, EvidenceReport, tabulate
-from .weights import are_known, informed, spread_uniform, stack, vote
+from .weights import are_known, cautions, informed, spread_uniform, stack, vote
 
 
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior"]
@@ -61,7 +61,8 @@ def fit_mixing_weights(
       whose files are gone, counts as the mean of the others.
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
       them most likely, by leave-one-out predictions of class means. It must be ahead of the uniform mix by half a
-      standard error: what the examples cannot tell apart stays uniform.
+      standard error: what the examples cannot tell apart stays uniform. The base model must by 8 / n more, of n
+      examples: few of them say little of what is so different.
     - `"vote"` (classifiers): the same by leave-one-out margins, which are less steep.
     - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
       2018).
@@ -185,8 +186,10 @@ def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
     values = torch.stack([measure(own) for own in left], dim=1)
     if method == "stacking":
         return spread_uniform(stack(values))
-    uniform = ALL_KINDS.index("uniform") - len(ALL_KINDS)
-    return spread_uniform(vote(values, bayesian_bootstrap(len(values), DRAWS, seed), reference=uniform))
+    examples, count = values.shape
+    uniform = count + ALL_KINDS.index("uniform") - len(ALL_KINDS)
+    bootstraps = bayesian_bootstrap(examples, DRAWS, seed)
+    return spread_uniform(vote(values, bootstraps, reference=uniform, caution=cautions(count, examples)))
 
 
 def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed]) -> Tensor:

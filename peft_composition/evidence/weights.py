@@ -14,6 +14,9 @@ GAP = 1e-6  # of the mean log-likelihood to the best there is
 MOST_ROUNDS = 50_000
 CAUTION = 0.5
 """By how many standard errors a candidate must be ahead of the uniform mix; chosen on seven tasks of the study."""
+CAUTION_OF_FEW = 8.0
+"""By how many more, over the number of examples, the base model must be: it lies far from the adapters' mixes, and the
+error of a few differences is itself hardly known. Chosen on six tasks of the study."""
 LEAST_BASE = 0.01
 """A smaller share of the base model is given to the adapters."""
 STEEPNESS = 2.0
@@ -58,7 +61,9 @@ def stack(log_likelihoods: Tensor) -> Tensor:
     return weights
 
 
-def vote(values: Tensor, bootstraps: Tensor, reference: int | None = None, caution: float = CAUTION) -> Tensor:
+def vote(
+    values: Tensor, bootstraps: Tensor, reference: int | None = None, caution: float | Tensor = CAUTION
+) -> Tensor:
     """The share of bootstraps in which each candidate has the largest mean value; ties share a bootstrap.
 
     With a reference the others must be ahead of it by some standard errors of the difference, paired by example: what
@@ -68,7 +73,7 @@ def vote(values: Tensor, bootstraps: Tensor, reference: int | None = None, cauti
         values: margins or log-likelihoods of the left-out examples, shape (examples, candidates).
         bootstraps: weights of the examples, shape (draws, examples).
         reference: a candidate. Default: none.
-        caution: how many standard errors.
+        caution: how many standard errors; of each candidate, shape (candidates,), or of all.
 
     Returns:
         Shares, shape (candidates,), float64, sum 1.
@@ -80,6 +85,18 @@ def vote(values: Tensor, bootstraps: Tensor, reference: int | None = None, cauti
         means = bootstraps.double() @ ahead - caution * ahead.std(0) / len(wide) ** 0.5
     wins = (means == means.amax(1, keepdim=True)).double()
     return (wins / wins.sum(1, keepdim=True)).mean(0)
+
+
+def cautions(candidates: int, examples: int) -> Tensor:
+    """By how many standard errors candidates must be ahead of the uniform mix, shape (candidates,), float64.
+
+    Args:
+        candidates: how many; the last one is the base model.
+        examples: how many were left out.
+    """
+    found = torch.full((candidates,), CAUTION, dtype=torch.float64)
+    found[-1] += CAUTION_OF_FEW / examples
+    return found
 
 
 def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from scipy import optimize
 
 from peft_composition.evidence.scores import bayesian_bootstrap
-from peft_composition.evidence.weights import FLOOR, floored, spread_uniform, stack, vote
+from peft_composition.evidence.weights import FLOOR, cautions, floored, spread_uniform, stack, vote
 
 
 def generic_stacking(log_likelihoods: np.ndarray) -> float:
@@ -132,6 +132,27 @@ def test_a_cautious_vote_by_a_loop() -> None:
     assert sum(share > 0 for share in won) == 3
     assert vote(values, bootstraps, reference=2).tolist() == pytest.approx(won, abs=1e-12)
     assert vote(values, bootstraps)[2] < won[2] < vote(values, bootstraps, reference=2, caution=2.0)[2]
+
+
+@pytest.mark.parametrize(("examples", "lead"), [(4, 2.0), (10, 0.9), (100, 0.3)])
+def test_the_fewer_examples_the_further_the_base_model_must_be_ahead(examples: int, lead: float) -> None:
+    """The last of four candidates must be ahead of the reference by 8 / n standard errors more than the others."""
+    generator = torch.Generator().manual_seed(examples)
+    values = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
+    values[:, 3] += lead
+    bootstraps = bayesian_bootstrap(examples, 200, seed=1)
+    needed = [0.5, 0.5, 0.5, 0.5 + 8 / examples]
+    won = [0.0] * 4
+    for draw in bootstraps.tolist():
+        ahead = []
+        for c in range(4):
+            differences = [float(row[c] - row[2]) for row in values]
+            error = statistics.stdev(differences) / math.sqrt(examples)
+            ahead.append(sum(a * d for a, d in zip(draw, differences)) - needed[c] * error)
+        won[ahead.index(max(ahead))] += 1 / 200
+    found = vote(values, bootstraps, reference=2, caution=cautions(4, examples))
+    assert found.tolist() == pytest.approx(won, abs=1e-12)
+    assert 0 < found[3] < vote(values, bootstraps, reference=2)[3]
 
 
 def test_a_candidate_that_is_always_ahead_wins_and_one_that_is_behind_never_does() -> None:
