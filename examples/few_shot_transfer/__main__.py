@@ -92,6 +92,9 @@ def users(
     shots: Annotated[str, typer.Option(help="Comma-separated.")] = "5,10,20",
     seeds: Annotated[int, typer.Option(min=1, help="Users for each K.")] = 8,
     fast: Annotated[bool, typer.Option("--fast", help="Without what trains a body.")] = False,
+    fresh_from: Annotated[
+        Path | None, typer.Option(help="Folder of earlier records: simulate their users, keep their fresh LoRAs.")
+    ] = None,
     output: Output = Path("study-output"),
     to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
 ) -> None:
@@ -105,8 +108,9 @@ def users(
     spec = with_tests(scenario.load(scenario_name))
     path = (to or output / "users") / f"{spec.name}.jsonl"
     draws = [(k, seed) for seed in range(seeds) for k in map(int, shots.split(","))]
+    earlier = None if fresh_from is None else read(fresh_from / path.name, key="methods")
     for bench in open_benches(spec, output, target):
-        write(simulate(bench, draws, read(path, key="methods"), not fast), path)
+        write(simulate(bench, draws, read(path, key="methods"), not fast, earlier=earlier), path)
 
 
 @app.command()

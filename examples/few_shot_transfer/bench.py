@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from peft_composition import CompositionConfig
 from peft_composition.evidence.fit import put_weights
+from peft_composition.evidence.own_heads import OwnHead, information, own_head
 from peft_composition.evidence.passes import ALL_KINDS, candidates, composition_in
+from peft_composition.references import AdapterReference
 
 from .data import Task, few_shot, labels_of
 from .downstream import judged
@@ -106,11 +108,26 @@ class Bench:
         """Features of one view, of `VIEWS`, of every example of a draw."""
         return self._kept(candidate, view, self.support(draw))
 
+    def told(self, draw: Draw, rows: Tensor | None = None) -> list[float | None]:
+        """What the adapters' own heads tell of the classes of the examples of a draw, or of some of them, in nats."""
+        labels = self.labels(draw)
+        if rows is None:
+            rows = torch.arange(len(labels))
+        return [
+            None if head is None else information(self.features(name, draw)[rows], labels[rows], head)
+            for name, head in zip(self.names, self._own_heads)
+        ]
+
     def mixed(self, weights: Sequence[float], split: str | Draw) -> Tensor:
         """Features of the model mixed by these weights, module by module, computed now."""
         rows = self.judged[split] if isinstance(split, str) else self.task.train.select(self.support(split))
         put_weights(self.composition, weights)
         return features_of(self.composition.model, self.model, rows)
+
+    @cached_property
+    def _own_heads(self) -> list[OwnHead | None]:
+        """The heads that the adapters were saved with."""
+        return [own_head("classifier", AdapterReference(name=own.name, path=str(own.folder))) for own in self.adapters]
 
     @cached_property
     def composition(self) -> Any:

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_composition.evidence.fit import weights_by
-from peft_composition.evidence.own_heads import information, own_head
 from peft_composition.evidence.scores import leave_one_out_distances
 from peft_composition.evidence.weights import informed
-from peft_composition.references import AdapterReference
 
 from .bench import BASE, UNIFORM, Bench, Draw
 from .data import Tasks
@@ -183,14 +181,7 @@ def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
         count = len(bench.names)
         even = torch.full((count,), 1 / count, dtype=torch.float64)
         weights = even if draw[0] == 1 else _chosen(bench, draw, METHODS[0])
-        heads = [
-            own_head("classifier", AdapterReference(name=own.name, path=str(own.folder))) for own in bench.adapters
-        ]
-        told = [
-            None if head is None else information(bench.features(name, draw), labels, head)
-            for name, head in zip(bench.names, heads)
-        ]
-        return informed(weights, told, labels)
+        return informed(weights, bench.told(draw), labels)
     left = [leave_one_out_distances(bench.features(name, draw), labels) for name in candidates]
     return weights_by(method, left, draw[1])
 

@@ -25,6 +25,7 @@ from peft_composition.comparing.heads import Budget, predict, train_heads
 from peft_composition.comparing.splits import cross_fit
 from peft_composition.evidence.fit import weights_by
 from peft_composition.evidence.scores import leave_one_out_distances, log_likelihoods
+from peft_composition.evidence.weights import informed
 
 from .bench import BASE, BATCH, UNIFORM, Bench, Draw
 from .records import Record, cut_torn_line, write_line
@@ -113,7 +114,12 @@ def last_block(bench: Bench, rows: Dataset) -> LastBlock:
 
 
 def simulate(
-    bench: Bench, draws: Sequence[Draw], known: Sequence[Record] = (), trains: bool = True, progress: bool = True
+    bench: Bench,
+    draws: Sequence[Draw],
+    known: Sequence[Record] = (),
+    trains: bool = True,
+    progress: bool = True,
+    earlier: Sequence[Record] | None = None,
 ) -> Iterator[Record]:
     """Every draw of the support set is a user.
 
@@ -123,6 +129,8 @@ def simulate(
         known: records that there are; their users are not simulated again.
         trains: whether with a fresh LoRA and with weights that train on from evidence, which take most of the time.
         progress: whether to show a progress bar.
+        earlier: records of other choices of weights, which the fresh LoRAs are taken from, because they do not depend
+            on these. Their users are simulated in place of `draws`; who had no fresh LoRA gets none.
 
     Yields:
         For each user: for every method whether each example is named rightly when it is left out, the probability of
@@ -132,25 +140,30 @@ def simulate(
     Raises:
         ValueError: a body is to be trained, and it is not one of sentences.
     """
-    if trains and bench.model.spec.kind != "sentence":
+    if trains and earlier is None and bench.model.spec.kind != "sentence":
         raise ValueError(f"{bench.scenario.name} has images: give --fast; the fresh LoRA is one of sentence encoders")
     facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
     done = {(r["k"], r["seed"]) for r in known if {**r, **facts} == r}
+    kept = {(r["k"], r["seed"]): _fresh_of(r) for r in earlier or () if {**r, **facts} == r}
+    draws = draws if earlier is None else list(kept)
     wanted = [draw for draw in draws if draw not in done]
     if not wanted:
         return
     bench.prepare(wanted)
-    pool = sorted({index for draw in wanted for index in bench.support(draw)})
-    place = {index: number for number, index in enumerate(pool)}
     support, test = None, None
-    if trains:
+    place: dict[int, int] = {}
+    if trains and earlier is None:
+        pool = sorted({index for draw in wanted for index in bench.support(draw)})
+        place = {index: number for number, index in enumerate(pool)}
         support, test = last_block(bench, bench.task.train.select(pool)), last_block(bench, bench.judged["test"])
     for draw in tqdm(wanted, desc=" ".join(facts.values()), unit="user", disable=not progress):
         started = time.perf_counter()
         own = None
         if support is not None:
             own = LastBlock(support.layer, [support.states[place[index]] for index in bench.support(draw)])
-        methods = _methods(bench, draw, own, test)
+        learns = own is not None or bool(kept.get(draw))
+        methods = _methods(bench, draw, own, test, learns) | kept.get(draw, {})
+        methods = {name: methods[name] for name in (*WITHOUT_ADAPTERS, *WITH_ADAPTERS) if name in methods}
         seconds = round(time.perf_counter() - started, 2)
         yield {
             **facts,
@@ -162,7 +175,11 @@ def simulate(
         }
 
 
-def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | None) -> dict[str, Any]:
+def _fresh_of(record: Record) -> dict[str, Any]:
+    return {name: own for name, own in record["methods"].items() if name in FRESH.values()}
+
+
+def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | None, learns: bool) -> dict[str, Any]:
     labels, names, seed = bench.labels(draw), (*bench.names, UNIFORM, BASE), draw[1]
     corners = Corners.of({name: bench.features(name, draw) for name in names}, bench.names)
     judged = Corners.of({name: bench.features(name, "test") for name in names}, bench.names)
@@ -186,10 +203,11 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | 
     heads = train_heads(torch.stack(inputs, 1), labels, trained_on, bench.classes, budget, seed)
     logits = dict(zip(rows, predict(heads, torch.stack(inputs, 1))))  # (folds, n, classes)
     test_logits = dict(zip(rows, predict([part[:, -1:] for part in heads], tests[-1][:, None])[:, 0]))
-    if own is not None and test is not None:
+    if learns:
         logits[LEARNED], test_logits[LEARNED] = _learned(
             corners, judged, labels, trained_on, weights, bench.classes, seed
         )
+    if own is not None and test is not None:
         factors, lora_heads = _fresh(own, labels, trained_on, bench.classes, seed)
         every = everything[None].expand(len(trained_on), -1)
         with torch.no_grad():
@@ -211,14 +229,16 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | 
 
 
 def _chosen(bench: Bench, draw: Draw, rows: Tensor) -> tuple[int, Tensor]:
-    """The adapter that is best by evidence of some examples of a draw, and the weights."""
-    labels = bench.labels(draw)[rows]
-    if int(labels.unique(return_counts=True)[1].max()) == 1:  # as the library does where nothing can be left out
-        return 0, torch.full((len(bench.names),), 1 / len(bench.names), dtype=torch.float64)
+    """The adapter that is best by evidence of some examples of a draw, and the weights: as `compare_methods` does."""
+    labels, told = bench.labels(draw)[rows], bench.told(draw, rows)
+    if int(labels.unique(return_counts=True)[1].max()) == 1:  # where nothing can be left out, the heads decide
+        even = torch.full((len(bench.names),), 1 / len(bench.names), dtype=torch.float64)
+        weights = informed(even, told, labels)
+        return int(weights.argmax()), weights
     names = (*bench.names, UNIFORM, BASE)
     left = [leave_one_out_distances(bench.features(name, draw)[rows], labels) for name in names]
     best = int(torch.stack([log_likelihoods(own).mean() for own in left[: len(bench.names)]]).argmax())
-    return best, weights_by("likelihood-vote", left, draw[1])
+    return best, informed(weights_by("likelihood-vote", left, draw[1]), told, labels)
 
 
 def _learned(

@@ -18,11 +18,13 @@ from few_shot_transfer.scenario import load
 from few_shot_transfer.users import (
     ALPHA,
     EVIDENCE,
+    FRESH,
     HEAD_ONLY,
     RANK,
     WITH_ADAPTERS,
     WITHOUT_ADAPTERS,
     LastBlock,
+    _chosen,
     packed,
     simulate,
     unpacked,
@@ -33,6 +35,7 @@ from sentence_classifier import SentenceClassifier
 from transformers import BertConfig
 
 from peft_composition.comparing import Verdict
+from peft_composition.comparing.tasks import Classes
 
 
 def test_the_last_block_with_a_lora_is_peft_s() -> None:
@@ -187,3 +190,64 @@ def test_images_have_users_without_trainings_alone(tmp_path: Path) -> None:
     bench.model = SimpleNamespace(spec=bench.scenario.model)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="fashion-labels has images: give --fast"):
         next(simulate(bench, [(5, 0)]))
+
+
+class Kept(Bench):
+    """A bench whose features are given; two of the three adapters have a head, and that of the second tells most."""
+
+    def __init__(self, per_class: int) -> None:
+        generator = torch.Generator().manual_seed(per_class)
+        self.drawn = torch.arange(2).repeat_interleave(per_class)
+        sides = (2.0 * self.drawn - 1)[:, None]
+        noise = {
+            name: torch.randn(2 * per_class, 6, generator=generator) for name in ("a", "b", "c", "uniform", "base")
+        }
+        self.kept = {name: own + (0.7 if name in "abc" else 0.3) * sides for name, own in noise.items()}
+        self.adapters = [SimpleNamespace(name=name) for name in "abc"]  # type: ignore[assignment,misc]
+        weights = [torch.randn(3, 6, generator=generator), torch.tensor([[-2.0] * 6, [2.0] * 6])]
+        self.__dict__["_own_heads"] = [{"weight": own, "bias": torch.zeros(len(own))} for own in weights] + [None]
+
+    def labels(self, draw: tuple[int, int]) -> torch.Tensor:
+        return self.drawn
+
+    def features(self, candidate: str, split: Any) -> torch.Tensor:
+        return self.kept[candidate]
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 5])
+def test_users_choose_as_a_comparison_does(per_class: int) -> None:
+    bench = Kept(per_class)
+    rows = torch.arange(2 * per_class) if per_class < 5 else torch.tensor([0, 1, 2, 5, 6, 8])
+    library: Any = SimpleNamespace(labels=bench.drawn, head=torch.nn.Linear(6, 2))
+    names = (*bench.names, "uniform", "base")
+    features = [bench.features(name, "") for name in names]
+    expected = Classes.evidence(library, features[:3], *features[3:], rows, 7, bench._own_heads)
+    pick, weights = _chosen(bench, (per_class, 7), rows)
+    assert pick == expected[0]
+    assert torch.equal(weights, expected[1])
+    assert per_class > 1 or pick == 1
+
+
+def test_fresh_loras_of_earlier_users_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights were chosen otherwise then, and the trainings take most of the time."""
+    bench = Kept(5)
+    bench.scenario = SimpleNamespace(name="s")  # type: ignore[assignment]
+    bench.setting = SimpleNamespace(target="t")  # type: ignore[assignment]
+    bench.model = SimpleNamespace(spec=SimpleNamespace(kind="sentence"))  # type: ignore[assignment]
+    bench.task = SimpleNamespace(classes=[0, 1])  # type: ignore[assignment]
+    bench.__dict__["judged_labels"] = {"test": bench.drawn}
+    monkeypatch.setattr(bench, "prepare", lambda draws: None)
+    fresh = {name: {"correct": "10:1", "chance": [1], "test_correct": "10:1"} for name in FRESH.values()}
+    facts = {"scenario": "s", "target": "t", "k": 5}
+    stale = {name: {"correct": "10:0", "test_correct": "10:0"} for name in (HEAD_ONLY, *WITH_ADAPTERS)}
+    earlier = [
+        {**facts, "seed": 3, "methods": {**stale, **fresh}},
+        {**facts, "seed": 4, "methods": {HEAD_ONLY: stale[HEAD_ONLY], EVIDENCE: stale[EVIDENCE]}},
+        {**facts, "seed": 5, "target": "other", "methods": {**stale, **fresh}},
+    ]
+    with_fresh, without = simulate(bench, [(5, 0)], progress=False, earlier=earlier)
+    assert (with_fresh["seed"], without["seed"]) == (3, 4)
+    assert list(with_fresh["methods"]) == [*WITHOUT_ADAPTERS, *WITH_ADAPTERS]
+    assert {name: with_fresh["methods"][name] for name in FRESH.values()} == fresh
+    assert all(with_fresh["methods"][name] != own for name, own in stale.items())
+    assert list(without["methods"]) == [HEAD_ONLY, "best single", "uniform", EVIDENCE]
