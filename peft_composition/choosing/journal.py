@@ -6,14 +6,14 @@ import glob
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..text import one_line
 
 
-FORMAT = "peft-composition selection 1"
+FORMAT = "peft-composition selection 2"
 
 
 class Journal:
@@ -25,13 +25,13 @@ class Journal:
         path: of the first process's file; that of process 2 ends with `.2`. None: nothing is kept.
         key: of what is selected; a file with another key is refused.
         rank: of this process.
-        sizes: how many examples a rung has.
+        sizes: how many values lines of a rung have.
 
     Raises:
         ValueError: a file is of another selection or of something else, or cannot be read or written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, key: str, rank: int, sizes: Sequence[int]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, key: str, rank: int, sizes: Mapping[int, int]) -> None:
         self._path = None if path is None else Path(f"{os.fspath(path)}{f'.{rank + 1}' if rank else ''}")
         self._head = _line({"format": FORMAT, "key": key})
         self._sizes = sizes
@@ -101,14 +101,14 @@ class Journal:
         return (
             type(rung) is int
             and type(number) is int
-            and 0 <= rung < len(self._sizes)
+            and rung in self._sizes
             and number >= 0
             and isinstance(values, list)
             and isinstance(right, list)
             and len(values) == len(right) == self._sizes[rung]
             and all(map(_is_finite, values))
             and all(type(own) is bool for own in right)
-            and all(line.get(key) is None or _is_finite(line[key]) for key in ("slope", "head"))
+            and all(line.get(key) is None or _is_finite(line[key]) for key in ("slope", "head", "apart"))
         )
 
 

@@ -18,13 +18,12 @@ from ..evidence.passes import Examples
 from ..evidence.score import require_pairs
 
 
+LOOK = 1  # of a class: none can be left out, but candidates can be compared
 LEAST_OF_A_CLASS = 2  # so that one can be left out
 MORE_OF_A_CLASS = 3  # where that is at most 15% of all
 MANY_OF_A_CLASS = 20
 LEAST_ANSWERS = 4
 GROWTH = 3
-KEPT = 4  # one of so many goes on by its score
-KEPT_BESIDE_STEEP, STEEP = 6, 8  # or, where there are slopes, one of so many by its score, and by its slope
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,12 @@ class Ladder:
     Attributes:
         rungs: what candidates are scored on in each; each has the examples of the one before, and the last one all.
         digest: of all examples.
+        first_scored: the first rung that gives scores. Before it is one that has one example of each class.
     """
 
     rungs: tuple[Examples, ...]
     digest: str
+    first_scored: int = 0
 
     @property
     def sizes(self) -> list[int]:
@@ -53,7 +54,9 @@ def ladder(
     batch_size: int,
     seed: int,
 ) -> Ladder:
-    """Put examples on rungs: two of each class (of 20: three; of answers: four), then three times as many, and so on.
+    """Put examples on rungs, each three times as many as the one before or more, and all in the end.
+
+    Of classes the first one has one example of each, the second two, or of 20: three. Of answers the first has four.
 
     Args:
         model: that is scored.
@@ -85,7 +88,7 @@ def ladder(
     for end in range(1, len(parts) + 1):
         own = [batch for part in parts[:end] for batch in part]
         rungs.append(Examples(own, None if labels is None else all_labels(own), found))
-    return Ladder(tuple(rungs), _digest(whole))
+    return Ladder(tuple(rungs), _digest(whole), 0 if labels is None else 1)
 
 
 def _kinds_of_rows(data: Any, collate: Collate | None) -> list[int | None] | None:
@@ -118,7 +121,7 @@ def _levels(kinds: Sequence[int | None], seed: int) -> list[int]:
         counts[kinds[row]] = place[row] + 1
     most = max(counts.values(), default=0)
     size = LEAST_OF_A_CLASS if most < MANY_OF_A_CLASS else MORE_OF_A_CLASS
-    ends = [LEAST_ANSWERS if None in counts else size]
+    ends = [LEAST_ANSWERS] if None in counts else [LOOK, size]
     while ends[-1] < most:
         following = ends[-1] * GROWTH
         ends.append(following if 2 * following <= most else most)  # no rung that is nearly the next one

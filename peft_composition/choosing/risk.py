@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .trials import Trial
 
 
 PRIOR = 1.0
@@ -16,7 +20,7 @@ class Gains(NamedTuple):
     """What candidates gain on the base model, paired by example.
 
     Attributes:
-        first: of all candidates in the first round, before any was dropped, shape (candidates, examples).
+        first: in the first round that gave scores, of all candidates that had any, shape (candidates, examples).
         last: of those that were scored on all examples, shape (finalists, all examples).
         places: the rows of `first` that these finalists are, shape (finalists,).
         pick: the row of `last` that is the pick.
@@ -26,6 +30,29 @@ class Gains(NamedTuple):
     last: Tensor
     places: Tensor
     pick: int
+
+
+def risk_of(first: Mapping[int, Trial], last: Mapping[int, Trial], pick: int, are_left_out: bool) -> float:
+    """The chance of harm of a pick.
+
+    Args:
+        first: what came out of the first round that gave scores, by candidate; number 0 is the base.
+        last: of the last round.
+        pick: its number.
+        are_left_out: as for `chance_of_harm`.
+    """
+    all_of_them, finalists = sorted({*first} - {0}), sorted({*last} - {0})
+    places = torch.tensor([all_of_them.index(own) for own in finalists])
+    by_measure = []
+    for measure in ("values", "is_right"):
+        begun, ended = (
+            torch.stack(
+                [getattr(trials[own], measure).double() - getattr(trials[0], measure).double() for own in some]
+            )
+            for trials, some in ((first, all_of_them), (last, finalists))
+        )
+        by_measure.append(Gains(begun, ended, places, finalists.index(pick)))
+    return chance_of_harm(by_measure[0], by_measure[1], are_left_out)
 
 
 def chance_of_harm(scores: Gains, answers: Gains, are_left_out: bool) -> float:
@@ -38,6 +65,9 @@ def chance_of_harm(scores: Gains, answers: Gains, are_left_out: bool) -> float:
     the finalists less their lead in the first round, drawn in the same way. A finalist that is left alone has no
     others to be compared with: its variance stands for that of its lead, and of what it led by by chance in the first
     round the share counts that these examples have of all.
+
+    Candidates that were dropped without a score are not among these. What they were dropped by, slopes, one example of
+    each class and their own heads, is no part of the scores: those that are left are a better pool, and judged as one.
 
     What is left is uncertain by the pick's own error on all examples, and no less than by what all candidates have in
     common, by Student's t: the pool tells by how much the pick is too high, and does not make it surer. Scores are not

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -26,11 +25,12 @@ from .downloads import Downloads
 from .greedy import choose_together, weigh
 from .identity import key_of
 from .journal import Journal
-from .ladder import KEPT, KEPT_BESIDE_STEEP, STEEP, ladder
-from .risk import Gains, chance_of_harm
+from .ladder import ladder
+from .risk import risk_of
+from .rounds import expected, in_rounds
 from .selection import RankedAdapter, Selection
 from .slopes import Slopes
-from .trials import Trial, Trials, ranked
+from .trials import Trial, Trials, values_on
 
 
 FINALISTS = 8  # so many at least are scored on all examples
@@ -55,13 +55,16 @@ def select_adapters(
 ) -> Selection:
     """Choose from many adapters those that help on a few labelled examples, without training or a validation set.
 
-    Candidates are read one after the other, so that memory does not grow with their number. All are scored on the same
-    few examples first (two or three of each class), those that are ahead on three times as many, and so on; at least 8
-    get to see all. Of a classifier, one backward pass over all examples tells by how much a small share of each would
-    change the score: the best sixth goes on, and by that an eighth. Without it, as for answers, the best quarter does.
-    From these the chosen ones are taken one by one, as long as each improves the mix, and weighed by evidence. Scores
-    are those of `score_adapters`; of a classifier the order is by these and by what the adapters' own heads tell of
-    the classes. The base model is as before afterwards.
+    Candidates are read one after the other, so that memory does not grow with their number. Of a classifier, one
+    backward pass over all examples tells by how much a small share of each would change the score: the first 70% pass
+    one example of each class. Those that put these far apart, and whose own heads do, are scored on all examples, or
+    where there are 20 of each class, on nine, and the best of them on all. At least 8 get to see all. Without a
+    backward pass, as for answers, all are scored on the same few examples first (two or three of each class, or four
+    answers), the best quarter on three times as many, and so on.
+
+    From those that have seen all the chosen ones are taken one by one, as long as each improves the mix, and weighed
+    by evidence. Scores are those of `score_adapters`; of a classifier the order is by these and by what the adapters'
+    own heads tell of the classes. The base model is as before afterwards.
 
     Several processes (`torchrun`, `accelerate launch`) share the candidates; each of them calls this.
 
@@ -72,7 +75,7 @@ def select_adapters(
         data: the examples, as for `score_adapters`, two of each class at least; or `EncodedRows`.
         most: how many to choose at most.
         halving: whether to drop candidates that are behind on fewer examples. False: all are scored on all examples,
-            which passes two to four times as many; the guide has what halving costs.
+            which passes three to four times as many; the guide has what halving costs.
         log: a file for what was scored, as JSON lines. If it exists, the selection goes on from there; adapters whose
             files have changed are scored again.
         cache_budget: GB that downloads may take; repositories that were in the cache before are not counted and stay.
@@ -103,52 +106,61 @@ def select_adapters(
     steps = ladder(base, data, head, collate_of(data, collate), batch_size, seed)
     own_rank = rank()
     key = "" if log is None else together(lambda: key_of(base, references, steps, mixed_precision, seed))[0]
-    journal = together(lambda: Journal(log, key, own_rank, steps.sizes))[own_rank]
-    finalists = max(FINALISTS, 2 * most)
+    journal = together(lambda: Journal(log, key, own_rank, values_on(steps)))[own_rank]
+    count, finalists = len(references), max(FINALISTS, 2 * most)
     everything = steps.rungs[-1]
-    has_slopes = everything.labels is not None
-    plan = _plan(len(references), len(steps.rungs), finalists, halving, STEEP if has_slopes else None)
-    total = sum(len(range(own_rank, count + 1, processes())) for _, count in plan)
+    total = sum(
+        len(range(own_rank, among + 1, processes()))
+        for among in expected(steps.sizes, steps.first_scored, count, finalists, halving)
+    )
     with progress_bar(total, "Scoring candidates", "pass", progress and own_rank == 0) as bar:
         downloads = Downloads(cache_budget * 1e9 / processes())
         slopes = Slopes(base, everything, mixed_precision)
         trials = Trials(base, references, journal, downloads, mixed_precision, slopes, bar)
-        last: dict[int, Trial] = {}
-        alive = list(range(1, len(references) + 1))
-        first: dict[int, Trial] = {}
-        behind: list[int] = []
-        for place, (rung, _) in enumerate(plan):
-            found = trials.run(rung, alive, steps.rungs[rung], has_slopes and place == 0 and len(plan) > 1)
-            last.update(found)
-            alive = ranked({number: trial for number, trial in found.items() if number})
-            if not alive:
-                raise ValueError(_none(references, trials.reasons))
-            first = first or found
-            if place + 1 < len(plan):
-                going = _those_who_go_on(alive, {own: first[own].slope for own in alive}, finalists)
-                behind = [*(own for own in alive if own not in going), *behind]
-                alive = going
+        found = in_rounds(
+            lambda rung, numbers: trials.run(rung, numbers, steps.rungs[rung]),  # all for slopes, whose rung is -1
+            steps.sizes,
+            steps.first_scored,
+            count,
+            finalists,
+            halving,
+        )
+    if not found.order:
+        raise ValueError(_none(references, trials.reasons))
     _meet()  # what one process downloaded must not be dropped while another reads it
-    front = [references[own - 1] for own in alive[:finalists]]
+    front = [references[own - 1] for own in found.order[:finalists]]
     places, tried = choose_together(
-        base, front, [last[own] for own in alive[:finalists]], everything, most, mixed_precision
+        base, front, [found.last[own] for own in found.order[:finalists]], everything, most, mixed_precision
     )
     chosen = [front[place] for place in places]
     weights = weigh(base, chosen, everything, mixed_precision, seed)
     config = CompositionConfig(adapters=[*chosen], weights=weights if sum(weights) > 0 else None, task_type=task_type)
-    seen = {own: trial for own, trial in last.items() if own}
-    behind += sorted({*seen} - {*alive, *behind})  # scored once, and then no more
+    scored = {own for own, trial in found.trials.items() if own and len(trial.values)}
+    behind = [*found.behind, *sorted(scored - {*found.order, *found.behind})]  # scored once, and then no more
+
+    broken = sorted({*trials.reasons} - scored)
+
+    def row(number: int) -> RankedAdapter:
+        own, trial = _named(references[number - 1]), found.trials.get(number)
+        if number not in found.dropped:
+            return replace(_scored(own, found.trials[number], seed), is_dropped=number not in found.last)
+        told = trial.information if trial else None
+        passed = steps.sizes[0] if trial else 0
+        return replace(own, examples=passed, reason=found.dropped[number], information=told, is_dropped=True)
+
     return Selection(
         chosen={own["name"]: weight for own, weight in zip(chosen, weights)},
         ranking=(
-            *(_row(references[own - 1], seen[own], seed) for own in [*alive, *behind]),
-            *(_broken(references[own - 1], trials.reasons[own]) for own in sorted(trials.reasons) if own not in seen),
+            *map(row, [*found.order, *behind]),
+            *(replace(_named(references[own - 1]), reason=trials.reasons[own]) for own in broken),
         ),
-        base=_row(AdapterReference(name="(base)", path="(base)"), last[0], seed),
+        base=_scored(_named(AdapterReference(name="(base)", path="(base)")), found.last[0], seed),
         config=config,
-        candidates=len(references),
+        candidates=count,
         examples=len(everything),
-        risk_worse_than_base=_risk(first, found, alive[0], are_left_out=everything.labels is not None),
+        risk_worse_than_base=risk_of(
+            found.first, found.last, found.order[0], are_left_out=everything.labels is not None
+        ),
         measure="log-likelihood" if everything.labels is None else "margin",
         passed=trials.passed + tried * len(everything),
         seconds=time.perf_counter() - started,
@@ -177,57 +189,6 @@ def _place(entry: Any) -> str:
     return json.dumps(place, sort_keys=True, default=str)
 
 
-def _plan(
-    candidates: int, rungs: int, finalists: int, halving: bool, steep: int | None = None
-) -> list[tuple[int, int]]:
-    """The rungs that are run, with the most candidates in each; `steep`: one of so many goes on by its slope."""
-    if not halving or candidates <= finalists:
-        return [(rungs - 1, candidates)]
-    plan: list[tuple[int, int]] = []
-    count = best = candidates
-    for rung in range(rungs):
-        if best <= finalists and rung < rungs - 1 and plan:
-            continue  # those that are left are scored on all
-        plan.append((rung, count))
-        best = _kept(count, finalists, bool(steep))
-        count = min(count, best + (math.ceil(count / steep) if steep else 0))
-    return plan
-
-
-def _kept(candidates: int, finalists: int, has_slopes: bool) -> int:
-    """How many go on to the next rung by their scores."""
-    return max(finalists, math.ceil(candidates / (KEPT_BESIDE_STEEP if has_slopes else KEPT)))
-
-
-def _those_who_go_on(order: Sequence[int], slopes: Mapping[int, float | None], finalists: int) -> list[int]:
-    """The first ones, and the steepest ones of all; in their order.
-
-    The few examples of a rung may mislead. Slopes are of all examples, but tell what a small share of an adapter does:
-    each finds what the other one overlooks.
-    """
-    steepest = sorted(
-        (own for own in order if slopes[own] is not None), key=lambda own: (-cast(float, slopes[own]), own)
-    )
-    going = {*order[: _kept(len(order), finalists, bool(steepest))], *steepest[: math.ceil(len(order) / STEEP)]}
-    return [own for own in order if own in going]
-
-
-def _risk(first: dict[int, Trial], last: dict[int, Trial], pick: int, are_left_out: bool) -> float:
-    """The chance of harm of a pick, from all trials of the first round and of the last; number 0 is the base."""
-    all_of_them, finalists = sorted({*first} - {0}), sorted({*last} - {0})
-    places = torch.tensor([all_of_them.index(own) for own in finalists])
-    by_measure = []
-    for measure in ("values", "is_right"):
-        begun, ended = (
-            torch.stack(
-                [getattr(trials[own], measure).double() - getattr(trials[0], measure).double() for own in some]
-            )
-            for trials, some in ((first, all_of_them), (last, finalists))
-        )
-        by_measure.append(Gains(begun, ended, places, finalists.index(pick)))
-    return chance_of_harm(by_measure[0], by_measure[1], are_left_out)
-
-
 def _meet() -> None:
     if processes() > 1:
         dist.barrier()
@@ -241,20 +202,19 @@ def _none(references: Sequence[AdapterReference], reasons: dict[int, str]) -> st
     )
 
 
-def _row(reference: AdapterReference, trial: Trial, seed: int) -> RankedAdapter:
+def _named(reference: AdapterReference) -> RankedAdapter:
+    return RankedAdapter(reference["name"], place_of(reference), None, None, None, None, 0)
+
+
+def _scored(row: RankedAdapter, trial: Trial, seed: int) -> RankedAdapter:
     low, high = interval(trial.values, bayesian_bootstrap(len(trial.values), DRAWS, seed))
     accuracy = float(trial.is_right.double().mean())
-    return RankedAdapter(
-        reference["name"],
-        place_of(reference),
-        trial.score,
-        low,
-        high,
-        accuracy,
-        len(trial.values),
+    return replace(
+        row,
+        score=trial.score,
+        low=low,
+        high=high,
+        accuracy=accuracy,
+        examples=len(trial.values),
         information=trial.information,
     )
-
-
-def _broken(reference: AdapterReference, reason: str) -> RankedAdapter:
-    return RankedAdapter(reference["name"], place_of(reference), None, None, None, None, 0, reason)

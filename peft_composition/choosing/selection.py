@@ -21,12 +21,12 @@ class RankedAdapter:
     Attributes:
         name: of the adapter in a composition.
         path: its Hub id or folder, with its subfolder.
-        score: mean over the examples that it got to see; None where it could not be scored.
+        score: mean over the examples that it got to see; None where it could not be scored, or was dropped before.
         low: lower end of the middle 95% of that mean over Bayesian bootstraps of the examples.
         high: upper end.
         accuracy: share of these examples that are named rightly.
-        examples: how many it was scored on: fewer than all if others were ahead on those.
-        reason: why it could not be scored.
+        examples: how many it was scored on, or passed without a score: fewer than all if others were ahead.
+        reason: why it has no score.
         information: what the head that it was saved with tells of the classes of these examples, in nats; None where
             it has none, or where labels are tokens.
     """
@@ -40,6 +40,7 @@ class RankedAdapter:
     examples: int
     reason: str | None = None
     information: float | None = None
+    is_dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Selection:
 
     Attributes:
         chosen: weights by the name of the adapter. What their sum leaves to 1 is the base model's.
-        ranking: all candidates, the best first; those scored on fewer examples come behind, those that could not be
-            scored last.
+        ranking: all candidates, the best first; those scored on fewer examples come behind, then those that were
+            dropped without a score, and those that could not be scored last.
         base: the base model's own row.
         config: a config that composes the chosen ones with these weights as the start of a learned composition.
         candidates: how many were tried.
@@ -91,6 +92,7 @@ class Selection:
                     "high": own.high,
                     "examples": own.examples,
                     "information": own.information,
+                    "dropped": own.is_dropped,
                     "reason": own.reason,
                 }
                 for own in self.ranking
@@ -120,7 +122,10 @@ class Selection:
         scored = sum(own.score is not None for own in self.ranking)
         if scored > len(shown):
             lines.append(f"and {scored - len(shown)} more")
-        broken = [own for own in self.ranking if own.score is None]
+        dropped = sum(own.is_dropped for own in self.ranking if own.score is None)
+        if dropped:
+            lines.append(f"and {dropped} more that were dropped before they had a score (`--no-halving` drops none)")
+        broken = [own for own in self.ranking if own.score is None and not own.is_dropped]
         for own in broken[:SHOWN]:
             lines.append(f"{one_line(own.name)}: {one_line(own.reason or '', LONG // 10)}")
         if len(broken) > SHOWN:

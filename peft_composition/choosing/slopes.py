@@ -53,9 +53,13 @@ class Slopes:
         self.passed = 0
 
     def of_what_is_on(self) -> float | None:
-        """Of the one adapter that is on the model now: the sum of |<G, s B A>| / |s B A| over its linear layers.
+        """Of the one adapter that is on the model now: by how much it is steeper than a random change of its size.
 
-        None where the model has no backward pass, or gradients would take too much memory.
+        It is the mean of |<G, s B A>| / (|s B A| g) over its linear layers, where g is the root mean square of G: that
+        is about 0.8 for a random change, whatever the layers are and however many.
+
+        None where the adapter has no linear layer, the model has no backward pass, or gradients would take too much
+        memory.
         """
         layers = {
             name: layer
@@ -65,9 +69,9 @@ class Slopes:
         missing = {name: layer for name, layer in layers.items() if name not in self._gradients}
         if missing and self._is_possible:
             self._is_possible = self._find(missing)
-        if not self._is_possible:
+        if not self._is_possible or not layers:
             return None
-        slope = sum(_slope(self._gradients[name], layer) for name, layer in layers.items())
+        slope = sum(_slope(self._gradients[name], layer) for name, layer in layers.items()) / len(layers)
         return slope if math.isfinite(slope) else None
 
     def _find(self, layers: Mapping[str, Linear]) -> bool:
@@ -168,5 +172,5 @@ def mean_margin(features: Tensor, labels: Tensor) -> Tensor:
 def _slope(gradient: Tensor, layer: CompositionLayer) -> float:
     factors = cast(Factors, layer.composition_factors[ADAPTER])
     A, B = (own.detach().to(gradient) for own in (factors.A, factors.B))
-    norm = ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
-    return float(((gradient @ A.T) * B).sum().abs() / norm) if norm > 0 else 0.0
+    norm = ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt() * gradient.square().mean().sqrt()
+    return float(((gradient @ A.T) * B).sum().abs() / norm) if norm != 0 else 0.0

@@ -1,4 +1,4 @@
-"""Scores candidates on a rung: shared over processes, remembered on disk, a broken one is a reason and not the end."""
+"""Tries candidates on a rung: shared over processes, remembered on disk, a broken one is a reason and not the end."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from torch import Tensor, nn
 from ..evidence.batches import processes, rank
 from ..evidence.own_heads import head_name, own_head
 from ..evidence.passes import Candidate, Examples, Precision, one_pass
+from ..evidence.scores import has_pairs
 from ..evidence.streamed import read_in_turn
 from ..evidence.table import per_example
 from ..evidence.together import together
 from ..evidence.weights import are_known
 from ..references import AdapterReference
 from ..text import LONG, one_line
+from ..tuner.single import evaluating
 from ..upstream.errors import AdapterError
 from .downloads import Downloads
 from .identity import files_of
 from .journal import Journal
 from .kept import KeptOutputs
+from .ladder import Ladder
 from .slopes import Slopes
+
+
+SLOPES = -1  # the rung before the first: no example is passed, the slope alone is found
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,29 @@ class Trial:
     """What one candidate did on a rung.
 
     Attributes:
-        values: its score on every example, shape (m,): margins or log-likelihoods.
+        values: its score on every example that could be left out, shape (m,): margins or log-likelihoods.
         is_right: whether it named the example rightly, shape (m,).
-        slope: by the one backward pass, where there was one.
+        slope: by the one backward pass; on the rung `SLOPES`, and where there is one.
         information: of the classes in the output of the head that the adapter was saved with, in nats; None where it
             has none, or where labels are tokens.
+        apart: where there is one example of each class, how far these are from each other.
     """
 
     values: Tensor
     is_right: Tensor
     slope: float | None = None
     information: float | None = None
+    apart: float | None = None
 
     @property
     def score(self) -> float:
         """The mean."""
         return float(self.values.mean())
+
+
+def values_on(steps: Ladder) -> dict[int, int]:
+    """How many examples can be left out on each rung."""
+    return {SLOPES: 0} | {rung: size if rung >= steps.first_scored else 0 for rung, size in enumerate(steps.sizes)}
 
 
 def ranked(trials: Mapping[int, Trial]) -> list[int]:
@@ -116,23 +129,18 @@ class Trials:
         self.reasons: dict[int, str] = {}
         self._own_passed = 0
         self._slopes = slopes
-        self._with_slopes = False
-        self._slope: float | None = None
         self.passed = 0
 
-    def run(
-        self, rung: int, numbers: Sequence[int], examples: Examples, with_slopes: bool = False
-    ) -> dict[int, Trial]:
-        """Score some candidates and the base; every process gets all results.
+    def run(self, rung: int, numbers: Sequence[int], examples: Examples) -> dict[int, Trial]:
+        """Try some candidates, and where there are scores, the base; every process gets all results.
 
         A candidate stays with one process in all rungs: the other ones do not wait for its files, and it runs over the
         examples alone that the rung before did not have.
 
         Args:
-            rung: its number.
+            rung: its number, or `SLOPES`.
             numbers: the candidates.
             examples: of the rung.
-            with_slopes: whether to find the candidates' slopes, too.
 
         Returns:
             By number; those that could not be scored are in `reasons` instead.
@@ -141,12 +149,12 @@ class Trials:
             ValueError: the base model itself cannot be scored.
         """
         world, own_rank = processes(), rank()
-        self._with_slopes = with_slopes
+        has_base = rung != SLOPES and (examples.labels is None or has_pairs(examples.labels))
         self._outputs.drop_others({0, *numbers})
 
         def share() -> tuple[dict[int, dict[str, Any] | str], int]:
             own: dict[int, dict[str, Any] | str] = {}
-            for number in [0, *numbers]:
+            for number in [*([0] if has_base else []), *numbers]:
                 if number % world == own_rank:
                     own[number] = self._remembered(rung, number, examples)
                     self._bar.update()
@@ -154,8 +162,8 @@ class Trials:
 
         parts = together(share)
         found = {number: result for part, _ in parts for number, result in part.items()}
-        if isinstance(found[0], str):
-            raise ValueError(found[0])
+        if isinstance(of_base := found.get(0), str):
+            raise ValueError(of_base)
         self.passed = sum(passed for _, passed in parts)
         self.reasons.update({number: own for number, own in found.items() if isinstance(own, str)})
         return {
@@ -164,6 +172,7 @@ class Trials:
                 torch.tensor(line["right"]),
                 line.get("slope"),
                 line.get("head"),
+                line.get("apart"),
             )
             for number, line in sorted(found.items())
             if not isinstance(line, str)
@@ -188,49 +197,65 @@ class Trials:
         with self._downloads.of(self._references[number - 1]) if number else nullcontext():
             files = self._files(number)
             known = self._journal.found.get((rung, number))
-            is_whole = number == 0 or (files is not None and ("slope" in (known or ()) or not self._with_slopes))
-            if known is not None and known.get("files") == files and is_whole:
+            if known is not None and known.get("files") == files and (number == 0 or files is not None):
                 return known
-            trial = self._trial(number, examples)
-        line = {
-            "values": trial.values.tolist(),
-            "right": trial.is_right.tolist(),
-            "files": files,
-            "head": trial.information,
-        }
-        return {**line, "slope": trial.slope} if self._with_slopes else line
+            trial = self._slope(number) if rung == SLOPES else self._trial(number, examples)
+        line = {"values": trial.values.tolist(), "right": trial.is_right.tolist(), "files": files}
+        told = {"slope": trial.slope} if rung == SLOPES else {"head": trial.information, "apart": trial.apart}
+        return {**line, **told}
 
     def _files(self, number: int) -> str | None:
         if number and self._journal.is_kept and number not in self._seen:
             self._seen[number] = files_of(self._references[number - 1])
         return self._seen.get(number)
 
+    def _slope(self, number: int) -> Trial:
+        with _without_warnings(), evaluating([self._base]), torch.no_grad(), self._read(number).switch():
+            slope = self._slopes.of_what_is_on()
+        return Trial(torch.empty(0), torch.empty(0, dtype=torch.bool), slope)
+
     def _trial(self, number: int, examples: Examples) -> Trial:
         before = self._outputs.take(number)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `inspect` shows them; here they would be one for each candidate
+        with _without_warnings():
             mix = Candidate("base", "base", nullcontext)
             if number:
-                reference = self._references[number - 1]
                 name = head_name(self._base, examples.head)
-                head = None if name is None else own_head(name, reference)
-                mix = replace(read_in_turn(self._base, [reference])[0], own_head=head)
+                head = None if name is None else own_head(name, self._references[number - 1])
+                mix = replace(self._read(number), own_head=head, is_asked=True)
             new = examples.batches[0 if before is None else before.batches :]
             mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
-        trial = Trial(*per_example(passed), self._slope if number else None, passed.information)
-        self._outputs.put(number, trial.score, outputs)
+        values, is_right = per_example(passed)
+        apart = None if len(values) else _apart(outputs.found[0])
+        trial = Trial(values, is_right, information=passed.information, apart=apart)
+        self._outputs.put(number, trial.score if apart is None else apart, outputs)
         return trial
 
+    def _read(self, number: int) -> Candidate:
+        return read_in_turn(self._base, [self._references[number - 1]])[0]
+
     def _counted(self, mix: Candidate, examples: int) -> Callable[[], AbstractContextManager[None]]:
-        """A candidate's switch that counts the examples, once the adapter could be read, and finds its slope."""
+        """A candidate's switch that counts the examples, once the adapter could be read."""
 
         @contextmanager
         def switch() -> Iterator[None]:
             with mix.switch():
                 self._own_passed += examples
                 yield
-                if self._with_slopes and mix.kind == "adapter":
-                    self._slope = self._slopes.of_what_is_on()
 
         return switch
+
+
+def _apart(features: Tensor) -> float:
+    """The mean of 1 - cosine over the pairs of examples."""
+    wide = torch.nn.functional.normalize(features.double(), dim=1)
+    cosines = (wide @ wide.T)[torch.ones(len(wide), len(wide)).tril(-1).bool()]
+    return float(1 - cosines.mean())
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """A context without the warnings of adapters, which `inspect` shows: here they would be one for each candidate."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

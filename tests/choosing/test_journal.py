@@ -139,6 +139,8 @@ def test_the_digest_reads_tensors_of_every_kind() -> None:
         {"candidate": None},
         {"slope": math.nan},
         {"slope": "1.0"},
+        {"head": "1.0"},
+        {"apart": math.inf},
     ],
 )
 def test_a_damaged_line_is_scored_again(pool: list[str], tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -182,8 +184,8 @@ def test_a_file_that_cannot_be_written_is_refused_first(pool: list[str], tmp_pat
 def test_names_with_brackets(tmp_path: Path) -> None:
     path = tmp_path / "l[1]*.jsonl"
     line = {"values": [1.0], "right": [True]}
-    Journal(path, "key", 1, [1]).add(0, 1, line)
-    assert Journal(path, "key", 0, [1]).found == {(0, 1): line}
+    Journal(path, "key", 1, {0: 1}).add(0, 1, line)
+    assert Journal(path, "key", 0, {0: 1}).found == {(0, 1): line}
 
 
 def test_candidates_in_several_spellings_count_once(pool: list[str], tmp_path: Path) -> None:
