@@ -66,6 +66,11 @@ def derivatives(candidates: Sequence[Path], found: Sequence[Mapping[str, Tensor]
     return slopes, norms
 
 
+def scales_of(found: Mapping[str, Tensor]) -> Tensor:
+    """The root mean squares of gradients, in the order of the blocks of `derivatives`, shape (blocks,)."""
+    return torch.stack([found[name].square().mean().sqrt() for name in sorted(found)])
+
+
 def modules_of(candidate: Path) -> list[str]:
     """Where an adapter has factors."""
     return [name for name, *_ in factors(candidate)]

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_composition.choosing.risk import chance_of_harm
 from peft_composition.evidence.own_heads import own_head
 from peft_composition.references import AdapterReference
 
-from .backward import Read, derivatives, gradients, modules_of
+from .backward import Read, derivatives, gradients, modules_of, scales_of
 from .features import BASE
 from .pool import RELATED
-from .selectors import FULL, SELECTORS, Draw, orders
+from .selectors import FULL, SAME_ORDER, SELECTORS, Draw, orders
 
 
 FIRST = 5
@@ -54,7 +53,8 @@ def judge(
     support, test = everything[:, : len(labels)], everything[:, len(labels) :]
     paths = [folder / name for name in names]
     modules = modules_of(paths[int(related.nonzero()[0])])
-    slopes, norms = derivatives(paths, [gradients(base, read(rows), labels[list(rows)], modules) for rows in supports])
+    along = [gradients(base, read(rows), labels[list(rows)], modules) for rows in supports]
+    slopes, norms = derivatives(paths, along)
     head = next(name for name in ("classifier", "head") if hasattr(base, name))
     heads = [own_head(head, AdapterReference(name=path.name, path=str(path))) for path in paths]
     lines: list[dict[str, Any]] = []
@@ -62,13 +62,11 @@ def judge(
         rows, own = list(places), labels[list(places)]
         means = torch.stack([support[:, rows][:, own == label].mean(1) for label in own.unique()], dim=1)
         accuracy = (torch.cdist(test, means).argmin(2) == tests).double().mean(1)
-        draw = Draw(support[:-1, rows], support[-1, rows], own, slopes[number], norms, first_seed + number, heads)
+        seed, scales = first_seed + number, scales_of(along[number])
+        draw = Draw(support[:-1, rows], support[-1, rows], own, slopes[number], norms, scales, seed, heads)
         ordered = orders(draw)
         for name, result in ordered.items():
             first = related[result.order]
-            risk = None
-            if result.gains is not None:
-                risk = chance_of_harm(*result.gains, are_left_out=True)
             lines.append(
                 {
                     "seed": draw.seed,
@@ -80,7 +78,7 @@ def judge(
                     "among first": float(first[:FIRST].double().mean()),
                     "among as many": float(first[: int(related.sum())].double().mean()),
                     "cost": result.passed / ordered[FULL].passed,
-                    "risk": risk,
+                    "risk": result.risk,
                 }
             )
     return lines
@@ -89,23 +87,24 @@ def judge(
 def table(lines: Sequence[Mapping[str, Any]], related: int) -> str:
     """Markdown: a row for each K and selector, with 95% intervals over draws.
 
+    A selector that orders by more than evidence is compared with all candidates on all examples in the same order.
+
     Args:
         lines: results of `judge`, with their `"k"`.
         related: how many candidates are of the task.
     """
     rows = [
-        f"| K | ranked by | regret, points | more than the full pass | of the task: the pick | of the first {FIRST} | "
-        f"of the first {related} | examples passed | pick worse than the base |",
+        "| K | ranked by | regret, points | more than all on all examples | of the task: the pick | "
+        f"of the first {FIRST} | of the first {related} | examples passed | pick worse than the base |",
         "| --- " * 9 + "|",
     ]
     for k in sorted({line["k"] for line in lines}):
         of_k = [line for line in lines if line["k"] == k]
-        whole = _regrets(of_k, FULL)
         for name in SELECTORS:
             own = [line for line in of_k if line["selector"] == name]
             if not own:
                 continue
-            regrets = _regrets(of_k, name)
+            regrets, whole = _regrets(of_k, name), _regrets(of_k, SAME_ORDER.get(name, FULL))
             stated = [line["risk"] for line in own if line["risk"] is not None]
             said = f" (stated {_percent(stated)})" if stated else ""
             shares = [_percent([line[key] for line in own]) for key in ("first", "among first", "among as many")]

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from peft_composition.choosing.ladder import _levels
-from peft_composition.choosing.select import FINALISTS, _kept, _plan, _risk
-from peft_composition.choosing.trials import Trial
+from peft_composition.choosing.risk import risk_of
+from peft_composition.choosing.rounds import in_rounds
+from peft_composition.choosing.select import FINALISTS
+from peft_composition.choosing.slopes import mean_margin
+from peft_composition.choosing.trials import SLOPES, Trial, apartness
 from peft_composition.evidence.scores import leave_one_out_distances, margins
 
 from .bench import BASE, UNIFORM, Bench
@@ -94,24 +97,35 @@ def _candidate(corners: Corners, share_of_mixes: float, generator: np.random.Gen
 
 
 def _select(corners: Corners, changes: Sequence[Change], labels: Tensor, seed: int) -> tuple[int, float]:
-    """The pick of sequential halving and what is stated of it, as `select_adapters` finds them."""
+    """The pick of sequential halving and what is stated of it, as `select_adapters` finds them; nobody has a head."""
     levels = torch.tensor(_levels(labels.tolist(), seed))
+    sizes = [int((levels <= rung).sum()) for rung in range(int(levels.max()) + 1)]
     features = {0: corners.base, **{number: change(corners) for number, change in enumerate(changes, start=1)}}
-    alive = list(range(1, len(features)))
-    first: dict[int, Trial] = {}
-    found: dict[int, Trial] = {}
-    plan = _plan(len(alive), int(levels.max()) + 1, FINALISTS, True)
-    for place, (rung, _) in enumerate(plan):
-        rows = levels <= rung
-        found = {}
-        for own in (0, *alive):
+    base = corners.base.double().requires_grad_()
+    along = torch.autograd.grad(mean_margin(base, labels), base)[0]
+
+    def run(rung: int, numbers: Sequence[int]) -> dict[int, Trial]:
+        nothing = torch.empty(0)
+        if rung == SLOPES:
+            return {
+                own: Trial(nothing, nothing.bool(), _slope(features[own] - corners.base, along)) for own in numbers
+            }
+        rows, found = levels <= rung, {}
+        if rung == 0:
+            return {own: Trial(nothing, nothing.bool(), apart=apartness(features[own][rows])) for own in numbers}
+        for own in (0, *numbers):
             values = margins(leave_one_out_distances(features[own][rows], labels[rows]))
             found[own] = Trial(values, values > 0)
-        first = first or found
-        alive = sorted(alive, key=lambda own: (-found[own].score, own))
-        if place + 1 < len(plan):
-            alive = alive[: _kept(len(alive), FINALISTS, False)]  # features alone have no slopes
-    return alive[0] - 1, _risk(first, found, alive[0], are_left_out=True)
+        return found
+
+    found = in_rounds(run, sizes, 1, len(changes), FINALISTS, True)
+    return found.order[0] - 1, risk_of(found.first, found.last, found.order[0], are_left_out=True)
+
+
+def _slope(change: Tensor, along: Tensor) -> float:
+    """Of a change of features, as of one of weights: it is about 0.8 for a random one."""
+    size = float(change.double().norm() * along.square().mean().sqrt())
+    return abs(float((change * along).sum())) / size if size else 0.0
 
 
 def _accuracy(features: Tensor, labels: Tensor, tests: Tensor, truth: Tensor) -> float:

@@ -226,7 +226,7 @@ class Trials:
             mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
         values, is_right = per_example(passed)
-        apart = None if len(values) else _apart(outputs.found[0])
+        apart = None if len(values) else apartness(outputs.found[0])
         trial = Trial(values, is_right, information=passed.information, apart=apart)
         self._outputs.put(number, trial.score if apart is None else apart, outputs)
         return trial
@@ -246,8 +246,8 @@ class Trials:
         return switch
 
 
-def _apart(features: Tensor) -> float:
-    """The mean of 1 - cosine over the pairs of examples."""
+def apartness(features: Tensor) -> float:
+    """The mean of 1 - cosine over the pairs of examples, of shape (n, width)."""
     wide = torch.nn.functional.normalize(features.double(), dim=1)
     cosines = (wide @ wide.T)[torch.ones(len(wide), len(wide)).tril(-1).bool()]
     return float(1 - cosines.mean())
