@@ -52,6 +52,14 @@ def within_hub(name: str) -> tuple[str, str] | None:
     return (repository, "/".join(parts[2:])) if is_hub_id(repository) else None
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a folder here has the name of an organisation or repository, so that a path like a Hub id stays here."""
+    parts = path.split("/")
+    if len(parts) < 2 or any(part in ("", ".", "..") or part.startswith("~") for part in parts):
+        return False
+    return is_local(parts[0])
+
+
 class AdapterReference(TypedDict, total=False):
     """The location and the name of one upstream adapter.
 

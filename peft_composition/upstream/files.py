@@ -23,7 +23,7 @@ from huggingface_hub.utils import tqdm
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .. import compat
-from ..references import AdapterReference, is_hub_id, is_local, looks_like_path, place_of, within_hub
+from ..references import AdapterReference, is_hidden, is_hub_id, is_local, looks_like_path, place_of, within_hub
 from ..text import in_python
 from . import formats
 from .errors import AdapterError, NotCachedError
@@ -92,7 +92,8 @@ def locate_one(reference: AdapterReference, with_card: bool = True) -> AdapterFi
         is_file = ": it is a file; give the folder that holds it" if os.path.isfile(reference["path"]) else ""
         found = within_hub(reference["path"])
         on_hub = f"; for a folder of a Hub repository, write {_as_dict(*found)}" if found is not None else ""
-        raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}{on_hub}")
+        hidden = "" if is_file else _hiding(reference["path"])
+        raise AdapterError(reference["name"], f"there is no folder {reference['path']}{is_file}{on_hub}{hidden}")
     path, at, revision = reference["path"].rpartition("@")
     if at and is_hub_id(path):
         wanted = f'{{"path": {in_python(path)}, "revision": {in_python(revision)}}}'
@@ -111,26 +112,40 @@ def _locate_in_folder(reference: AdapterReference) -> AdapterFiles:
     folder = Path(reference["path"], reference.get("subfolder") or "")
     config = folder / CONFIG_NAME
     if not os.path.isfile(config):  # unlike Path, it takes names that no file can have
-        raise AdapterError(reference["name"], _no_config(str(folder), _files_in(folder), folder))
+        raise AdapterError(reference["name"], _no_config(reference, _files_in(folder), folder))
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if os.path.isfile(folder / filename):
             card = Path(reference["path"], constants.REPOCARD_NAME)
             return AdapterFiles(reference, config, folder / filename, None, card if os.path.isfile(card) else None)
-    raise AdapterError(reference["name"], _no_weights(str(folder), _files_in(folder)))
+    raise AdapterError(reference["name"], _no_weights(reference, _files_in(folder)))
 
 
-def _no_config(where: str, names: Collection[str], folder: Path | None = None) -> str:
+def _no_config(reference: AdapterReference, names: Collection[str], folder: Path | None = None) -> str:
     """Why a folder or repository with these files is not an adapter; `folder` if the files can be opened."""
-    found = formats.of_files(names)
+    found = _format_of(reference, names)
     if folder is not None:
         files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
         found = next(filter(None, (formats.of_keys(keys_of(folder / name)) for name in files)), found)
-    return f"{where} is not an adapter: it has no {CONFIG_NAME}" + (f"; {found}" if found else "")
+    hint = _hiding(reference["path"]) if folder is not None and not found else ""
+    return f"{place_of(reference)} is not an adapter: it has no {CONFIG_NAME}" + (f"; {found}" if found else hint)
 
 
-def _no_weights(where: str, names: Collection[str]) -> str:
-    found = formats.of_files(names)
-    missing = f"{where} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
+def _format_of(reference: AdapterReference, names: Collection[str]) -> str | None:
+    subfolder = reference.get("subfolder")
+    return formats.of_files(names, (reference["path"], subfolder) if subfolder else None)
+
+
+def _hiding(path: str) -> str:
+    """Says that a name was taken for a folder, where the Hub may have an adapter of this name."""
+    if not is_hidden(path):
+        return ""
+    first = path.partition("/")[0]
+    return f"; {first} is a folder here, so the Hub was not asked: for the Hub's {path} run this in another folder"
+
+
+def _no_weights(reference: AdapterReference, names: Collection[str]) -> str:
+    found = _format_of(reference, names)
+    missing = f"{place_of(reference)} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}"
     return missing + (f"; {found}" if found else "")
 
 
@@ -159,7 +174,7 @@ def _files_on_hub(reference: AdapterReference, commit: str | None) -> list[str]:
 def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
     config = download_files(reference, CONFIG_NAME, reference.get("revision"))
     if config is None:
-        raise AdapterError(reference["name"], _no_config(place_of(reference), _files_on_hub(reference, None)))
+        raise AdapterError(reference["name"], _no_config(reference, _files_on_hub(reference, None)))
     commit = commit_of(config)
     not_cached: NotCachedError | None = None
     for filename in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
@@ -174,7 +189,7 @@ def _locate_on_hub(reference: AdapterReference) -> AdapterFiles:
             return AdapterFiles(reference, config, weights, commit)
     if not_cached is not None:
         raise not_cached
-    raise AdapterError(reference["name"], _no_weights(place_of(reference), _files_on_hub(reference, commit)))
+    raise AdapterError(reference["name"], _no_weights(reference, _files_on_hub(reference, commit)))
 
 
 def _download_card(reference: AdapterReference, commit: str | None) -> Path | None:

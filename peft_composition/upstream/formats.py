@@ -11,6 +11,8 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..text import in_python
+
 
 MLX = (
     "it is an MLX adapter. To convert it, save the transposes of lora_a and lora_b as "
@@ -60,20 +62,22 @@ _NAMES_SHOWN = 3
 ENOUGH_BYTES = 256
 
 
-def of_files(names: Collection[str]) -> str | None:
+def of_files(names: Collection[str], inside: tuple[str, str] | None = None) -> str | None:
     """Recognise a folder without PEFT's two files.
 
     Args:
         names: the relative paths of its files; those in subfolders may be missing.
+        inside: the path and the subfolder, if it is one of these.
 
     Returns:
         What it is and what to do; None if it is unknown.
     """
     adapters = sorted(name.removesuffix(f"/{CONFIG_NAME}") for name in names if name.endswith(f"/{CONFIG_NAME}"))
     if adapters and CONFIG_NAME not in names:
+        path, parent = ("...", "") if inside is None else (in_python(inside[0]), f"{inside[1]}/")
         return (
             f"there are adapters in its subfolders ({_some(adapters)}). Choose one: "
-            f'{{"path": ..., "subfolder": "{adapters[0]}"}}'
+            f'{{"path": {path}, "subfolder": {in_python(parent + adapters[0])}}}'
         )
     files = {name for name in names if "/" not in name}
     if files & {"adapters.safetensors", "adapters.npz"}:

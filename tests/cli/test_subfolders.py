@@ -107,7 +107,10 @@ def test_what_is_not_there_is_named(commits: tuple[str, str]) -> None:
     assert "hub/runs/deep is not an adapter: it has no adapter_config.json" in reasons[1]
     assert "hub/gone is neither a local folder nor a Hub repository that you can read" in reasons[2]
     assert "Choose one: its path with /first" in reasons[3]
-    assert "there is no folder one/two/three" in reasons[4]  # the folder "one" is here
+    expected = (
+        "there is no folder one/two/three; one is a folder here, so the Hub was not asked: for the Hub's one/two"
+    )
+    assert expected in reasons[4]
 
 
 def test_in_python_it_is_a_dict(commits: tuple[str, str]) -> None:

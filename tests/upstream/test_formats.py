@@ -16,7 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_composition import CompositionConfig
+from peft_composition import AdapterError, CompositionConfig
 from peft_composition.analysis.inspection import inspect_adapters
 
 from .. import tiny
@@ -206,6 +206,27 @@ def test_the_advised_subfolder_composes(tmp_path: Path) -> None:
     advice = '{"path": ..., "subfolder": "sst"}'
     refuse(base, tmp_path / "bad", message=f"there are adapters in its subfolders ('sst'). Choose one: {advice}")
     assert_products(compose(base, {"path": tmp_path / "bad", "subfolder": "sst"}), reference)
+
+
+def test_the_advised_subfolder_of_a_subfolder_composes(tmp_path: Path) -> None:
+    """Of the last folder alone it was advised, which the repository does not have."""
+    base = tiny.build("mlp").double()
+    inner = tiny.save_lora(tmp_path / "repository" / "runs" / "last", base, ["lin0"])
+    path = tmp_path / "repository"
+    advice = f'Choose one: {{"path": "{path}", "subfolder": "runs/last"}}'
+    refuse(base, {"path": path, "subfolder": "runs"}, message=advice)
+    reference = Reference(base, [inner])
+    assert_products(compose(base, {"path": path, "subfolder": "runs/last"}), reference)
+
+
+def test_a_folder_that_hides_a_repository_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.build("mlp").double()
+    monkeypatch.chdir(tmp_path)
+    Path("org/repo").mkdir(parents=True)
+    refuse(base, "org/repo", message="; org is a folder here, so the Hub was not asked: for the Hub's org/repo run")
+    with pytest.raises(AdapterError) as caught:
+        compose(base, tmp_path / "org")
+    assert "is a folder here" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
