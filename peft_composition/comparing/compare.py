@@ -93,7 +93,7 @@ def compare_methods(
         batch_size: of every step.
         rope: a difference of up to this share of examples is none in practice.
         level: probability that "equivalent", and "helps" against several alternatives, need; "helps" against a single
-            one needs 1 - (1 - level) / 2, and "harms" 1 - (1 - level) / 4, counting how many alternatives there are.
+            one needs 1 - (1 - level) / 2, and "harms" 1 - (1 - level) / 10, counting how many alternatives there are.
         head: as for `score_adapters`.
         collate: as for `score_adapters`.
         mixed_precision: as for `score_adapters`.

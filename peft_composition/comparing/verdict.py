@@ -20,7 +20,7 @@ LEVEL = 0.9
 """Chosen with the region on half of the tasks of simulated users: no false \"helps\" there, and the most true ones."""
 OF_ONE = 1 / 2
 """Of what `level` leaves: for \"helps\" against a single alternative. To beat each of several is harder by itself."""
-OF_HARM = 1 / 4
+OF_HARM = 1 / 10
 """Of what `level` leaves: for \"harms\". Harm is rare, so that of few true ones the false ones are a large share."""
 INTERVAL = 0.95
 DRAWS = 20_000
@@ -101,8 +101,8 @@ def judge(
     the smallest difference to any of them, drawn from their joint distribution: the method must be better than each
     (an intersection-union test), with a probability of `level`, or of 1 - (1 - level) / 2 where there is a single
     other. "Harms" is about the one with the highest score: the method must be worse than that by more than the region
-    with a probability of 1 - (1 - level) / 4, counting how many it was picked from (Bonferroni). At the default level
-    the whole 95% interval is then below the region. Where a word needs more than `level`, the odds are stated in the
+    with a probability of 1 - (1 - level) / 10, counting how many it was picked from (Bonferroni). At the default level
+    the whole 95% interval is then below the region, and more. Where a word needs more than `level`, the odds are stated in the
     same proportion smaller, so that what is stated reaches `level` where the word is said.
 
     Args:

@@ -120,9 +120,9 @@ def test_the_words() -> None:
 
 
 def test_to_harm_it_must_be_worse_than_a_single_one_by_more_the_more_there_are() -> None:
-    one = judge("mix", ["a"], [0.5], of([-0.13], 0.05), 0.01)  # 98.9% for each; 97.5% are needed
+    one = judge("mix", ["a"], [0.5], of([-0.14], 0.05), 0.01)  # 99.3% for each; 99% are needed
     assert one.word == "harms"
-    several = judge("mix", ["a", "b", "c"], [0.5] * 3, of([-0.13] * 3, 0.05), 0.01)  # 99.2% are needed
+    several = judge("mix", ["a", "b", "c"], [0.5] * 3, of([-0.14] * 3, 0.05), 0.01)  # 99.7% are needed
     assert several.harms < 0.9 < one.harms
     assert several.word == "cannot tell"
 
@@ -150,14 +150,15 @@ def test_difference_and_interval_are_of_the_one_that_is_named(mean: list[float])
         assert verdict.difference == mean[best]
         assert np.allclose([verdict.low, verdict.high], [mean[best] - half, mean[best] + half], rtol=1e-9)
         assert f"{100 * mean[best]:+.1f} points [{100 * (mean[best] - half):+.1f}, " in str(verdict)
-        assert (verdict.word == "harms") == (verdict.high < -0.01)  # what is said is true of the one that is named
+        high = mean[best] + stats.t.ppf(1 - 0.01 / 3, 30) * errors[best]
+        assert (verdict.word == "harms") == (high < -0.01)  # what is said is true of the one that is named
 
 
 def test_the_chances_of_one_other_are_those_of_t() -> None:
-    """Their odds in proportion, so that 0.9 is stated where 0.95 and 0.975 are needed."""
+    """Their odds in proportion, so that 0.9 is stated where 0.95 and 0.99 are needed."""
     verdict = judge("mix", ["head"], [0.5], of([0.03], 0.04), 0.01)
     better, worse = stats.t.sf((0.01 - 0.03) / 0.04, 30), stats.t.cdf((-0.01 - 0.03) / 0.04, 30)
-    odds = 9 / 19 * better / (1 - better), 9 / 39 * worse / (1 - worse)
+    odds = 9 / 19 * better / (1 - better), 9 / 99 * worse / (1 - worse)
     assert np.allclose([verdict.helps, verdict.harms], [own / (1 + own) for own in odds], atol=0.01)
     assert math.isclose(verdict.equivalent, 1 - better - worse, abs_tol=0.01)
 
@@ -202,7 +203,7 @@ def test_how_many_more_examples() -> None:
     needed = 31 * (stats.t.ppf(0.95, 30) * 0.05 / 0.04) ** 2
     assert examples_to_tell(found, 0, 0.01) == pytest.approx(needed - 31, rel=0.04)  # the word is from 20,000 draws
     assert examples_to_tell(of([0.01], 0.05), 0, 0.01) is None  # on the edge no number would do
-    harmful = 31 * (stats.t.ppf(0.975, 30) * 0.05 / 0.04) ** 2
+    harmful = 31 * (stats.t.ppf(0.99, 30) * 0.05 / 0.04) ** 2
     assert examples_to_tell(of([-0.05], 0.05), 0, 0.01) == pytest.approx(harmful - 31, abs=1)
     assert "more examples would tell" in str(judge("mix", ["head"], [0.5], found, 0.01))
     # Zero is within the region when both of its ends are far enough.
