@@ -101,8 +101,8 @@ def orders(draw: Draw) -> dict[str, Order]:
 
 def _steepness(draw: Draw) -> Tensor:
     """As `Slopes` has it: of an adapter of norm 1, or else the largest ones are first, whatever they have learned."""
-    sizes = (draw.norms * draw.scales).clamp_min(torch.finfo(draw.norms.dtype).tiny)
-    return (draw.slopes.abs() / sizes).mean(1)
+    steep = draw.slopes.abs() / draw.norms.clamp_min(torch.finfo(draw.norms.dtype).tiny)
+    return steep.sum(1) / draw.scales.sum()
 
 
 def _in_order(draw: Draw, scores: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Slopes:
     def of_what_is_on(self) -> float | None:
         """Of the one adapter that is on the model now: by how much it is steeper than a random change of its size.
 
-        It is the mean of |<G, s B A>| / (|s B A| g) over its linear layers, where g is the root mean square of G: that
-        is about 0.8 for a random change, whatever the layers are and however many.
+        It is the sum of |<G, s B A>| / |s B A| over its linear layers, over the sum of the root mean squares of their G:
+        about 0.8 for a random change, whatever the layers are and however many.
 
         None where the adapter has no linear layer, the model has no backward pass, or gradients would take too much
         memory.
@@ -71,8 +71,10 @@ class Slopes:
             self._is_possible = self._find(missing)
         if not self._is_possible or not layers:
             return None
-        slope = sum(_slope(self._gradients[name], layer) for name, layer in layers.items()) / len(layers)
-        return slope if math.isfinite(slope) else None
+        along = [self._gradients[name] for name in layers]
+        of_a_random_one = sum(float(own.square().mean().sqrt()) for own in along)
+        steep = sum(map(_slope, along, layers.values()))
+        return steep / of_a_random_one if of_a_random_one > 0 and math.isfinite(steep) else None
 
     def _find(self, layers: Mapping[str, Linear]) -> bool:
         size = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
@@ -172,5 +174,5 @@ def mean_margin(features: Tensor, labels: Tensor) -> Tensor:
 def _slope(gradient: Tensor, layer: CompositionLayer) -> float:
     factors = cast(Factors, layer.composition_factors[ADAPTER])
     A, B = (own.detach().to(gradient) for own in (factors.A, factors.B))
-    norm = ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt() * gradient.square().mean().sqrt()
+    norm = ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
     return float(((gradient @ A.T) * B).sum().abs() / norm) if norm != 0 else 0.0

@@ -102,8 +102,8 @@ def judge(
     (an intersection-union test), with a probability of `level`, or of 1 - (1 - level) / 2 where there is a single
     other. "Harms" is about the one with the highest score: the method must be worse than that by more than the region
     with a probability of 1 - (1 - level) / 10, counting how many it was picked from (Bonferroni). At the default level
-    the whole 95% interval is then below the region, and more. Where a word needs more than `level`, the odds are stated in the
-    same proportion smaller, so that what is stated reaches `level` where the word is said.
+    the whole 95% interval is then below the region, and more. Where a word needs more than `level`, the odds are
+    stated in the same proportion smaller, so that what is stated reaches `level` where the word is said.
 
     Args:
         judged: the method.
