@@ -55,7 +55,7 @@ class Slopes:
     def of_what_is_on(self) -> float | None:
         """Of the one adapter that is on the model now: by how much it is steeper than a random change of its size.
 
-        It is the sum of |<G, s B A>| / |s B A| over its linear layers, over the sum of the root mean squares of their G:
+        It is the sum of |<G, s B A>| / |s B A| over its linear layers, by the sum of the root mean squares of G there:
         about 0.8 for a random change, whatever the layers are and however many.
 
         None where the adapter has no linear layer, the model has no backward pass, or gradients would take too much
