@@ -124,7 +124,7 @@ class Selection:
             lines.append(f"and {scored - len(shown)} more")
         dropped = sum(own.is_dropped for own in self.ranking if own.score is None)
         if dropped:
-            lines.append(f"and {dropped} more that were dropped before they had a score (`--no-halving` drops none)")
+            lines.append(f"and {dropped} more that were dropped before they had a score (halving=False drops none)")
         broken = [own for own in self.ranking if own.score is None and not own.is_dropped]
         for own in broken[:SHOWN]:
             lines.append(f"{one_line(own.name)}: {one_line(own.reason or '', LONG // 10)}")

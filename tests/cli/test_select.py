@@ -73,6 +73,16 @@ def test_what_it_prints_composes_adapters_that_state_no_task(place: Path) -> Non
     assert composed.exit_code == 0, composed.output
 
 
+def test_those_that_were_dropped_are_counted_in_the_words_of_the_command(place: Path) -> None:
+    for number in range(12):
+        shutil.copytree("me/lora-a", f"pool/copy-{number:02}")
+    result = run(*COMMAND, "pool")
+    assert result.exit_code == 0, result.output
+    counted = [line for line in result.stdout.splitlines() if "dropped before they had a score" in line]
+    assert [line.partition("(")[2] for line in counted] == ["--no-halving drops none)"]
+    assert "\nbroken: " in result.stdout
+
+
 def test_arguments_that_are_refused(place: Path) -> None:
     for words, complaint, code in (
         ((*COMMAND,), "Give adapters, --candidates FILE or --search.", 2),
