@@ -41,6 +41,7 @@ class Slopes:
         mixed_precision: as for `score_adapters`.
 
     Attributes:
+        is_possible: whether there are slopes, as far as it is known: a first adapter tells.
         passed: examples that went through the model for it; a backward pass counts as two forward ones.
     """
 
@@ -49,7 +50,7 @@ class Slopes:
         self._examples = examples
         self._mixed_precision = mixed_precision
         self._gradients: dict[str, Tensor] = {}
-        self._is_possible = examples.labels is not None
+        self.is_possible = examples.labels is not None
         self.passed = 0
 
     def of_what_is_on(self) -> float | None:
@@ -67,9 +68,9 @@ class Slopes:
             if isinstance(layer, Linear) and ADAPTER in layer.composition_factors
         }
         missing = {name: layer for name, layer in layers.items() if name not in self._gradients}
-        if missing and self._is_possible:
-            self._is_possible = self._find(missing)
-        if not self._is_possible or not layers:
+        if missing and self.is_possible:
+            self.is_possible = self._find(missing)
+        if not self.is_possible or not layers:
             return None
         along = [self._gradients[name] for name in layers]
         of_a_random_one = sum(float(own.square().mean().sqrt()) for own in along)

@@ -210,8 +210,10 @@ class Trials:
         return self._seen.get(number)
 
     def _slope(self, number: int) -> Trial:
-        with _without_warnings(), evaluating([self._base]), torch.no_grad(), self._read(number).switch():
-            slope = self._slopes.of_what_is_on()
+        slope = None
+        if self._slopes.is_possible:  # else it need not be read
+            with _without_warnings(), evaluating([self._base]), torch.no_grad(), self._read(number).switch():
+                slope = self._slopes.of_what_is_on()
         return Trial(torch.empty(0), torch.empty(0, dtype=torch.bool), slope)
 
     def _trial(self, number: int, examples: Examples) -> Trial:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_composition.choosing import select_adapters, slopes
+from peft_composition.choosing import select_adapters, slopes, trials
 from peft_composition.choosing.slopes import Slopes, gradients, mean_margin
 from peft_composition.evidence.passes import Examples, read_examples, read_features
 from peft_composition.evidence.scores import leave_one_out_distances, margins
@@ -167,7 +167,15 @@ def test_without_slopes_the_best_quarter_goes_on(why: str, tmp_path: Path, monke
             )
             pool[number] = str(path)
     log = tmp_path / "log.jsonl"
+    read: list[str] = []
+
+    def reading(model: nn.Module, adapters: Any) -> Any:
+        read.append(adapters[0]["name"])
+        return read_in_turn(model, adapters)
+
+    monkeypatch.setattr(trials, "read_in_turn", reading)
     found = select_adapters(base, pool, candidates.rows(40), most=1, log=log, progress=False)
+    assert len(read) == 1 + 40 + 10 + 8  # the first one tells that there are no slopes
     assert sorted(own.examples for own in found.ranking) == [6] * 30 + [18] * 2 + [40] * 8
     lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
     assert {line["slope"] for line in lines if line["rung"] == -1} == {None}
