@@ -26,7 +26,7 @@ from ..upstream.errors import AdapterError
 from .downloads import Downloads
 from .identity import files_of
 from .journal import Journal
-from .kept import KeptOutputs
+from .kept import Kept, KeptOutputs
 from .ladder import Ladder
 from .slopes import Slopes
 
@@ -217,12 +217,16 @@ class Trials:
         return Trial(torch.empty(0), torch.empty(0, dtype=torch.bool), slope)
 
     def _trial(self, number: int, examples: Examples) -> Trial:
-        before = self._outputs.take(number)
+        kept, head = self._outputs.take(number), None
+        before = None if kept is None else kept.outputs
         with _without_warnings():
             mix = Candidate("base", "base", nullcontext)
             if number:
                 name = head_name(self._base, examples.head)
-                head = None if name is None else own_head(name, self._references[number - 1])
+                if kept is not None:
+                    head = kept.head
+                elif name is not None:
+                    head = own_head(name, self._references[number - 1])
                 mix = replace(self._read(number), own_head=head, is_asked=True)
             new = examples.batches[0 if before is None else before.batches :]
             mix = replace(mix, switch=self._counted(mix, sum(len(batch["labels"]) for batch in new)))
@@ -230,7 +234,7 @@ class Trials:
         values, is_right = per_example(passed)
         apart = None if len(values) else apartness(outputs.found[0])
         trial = Trial(values, is_right, information=passed.information, apart=apart)
-        self._outputs.put(number, trial.score if apart is None else apart, outputs)
+        self._outputs.put(number, trial.score if apart is None else apart, Kept(outputs, head))
         return trial
 
     def _read(self, number: int) -> Candidate:

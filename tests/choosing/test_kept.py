@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from peft_composition.choosing import Selection, select_adapters, trials
-from peft_composition.choosing.kept import KeptOutputs
+from peft_composition.choosing.kept import Kept, KeptOutputs
+from peft_composition.evidence.own_heads import own_head
 from peft_composition.evidence.passes import Outputs
 
 from .. import tiny
@@ -46,7 +47,15 @@ def test_an_example_is_passed_once_and_scores_are_the_same(
     targets = ["query", "value"] if kind == "bert" else ["q_proj", "v_proj"]
     model = tiny.build(kind)
     pool = [str(tiny.save_lora(tmp_path / f"{n:02}", model, targets, seed=n + 1, r=2)) for n in range(60)]
+    heads: list[str] = []
+
+    def reading(name: str, reference: Any) -> Any:
+        heads.append(reference["path"])
+        return own_head(name, reference)
+
+    monkeypatch.setattr(trials, "own_head", reading)
     found, seen = select(kind, pool)
+    assert len(heads) == len({*heads}) == (42 if kind == "bert" else 0)  # each is read once
     monkeypatch.setattr(trials, "KeptOutputs", lambda: KeptOutputs(0))
     again, more = select(kind, pool)
     assert found.as_json() == again.as_json()
@@ -92,17 +101,17 @@ def test_what_a_log_has_is_not_counted_and_what_is_passed_again_is(tmp_path: Pat
 def test_the_worst_go_where_room_ends() -> None:
     kept = KeptOutputs(1000)
     for number, score in enumerate((0.3, 0.1, 0.2, 0.4)):
-        kept.put(number, score, Outputs(1, (torch.zeros(100),)))  # 400 bytes
+        kept.put(number, score, Kept(Outputs(1, (torch.zeros(100),))))  # 400 bytes
     assert [kept.take(number) is None for number in range(4)] == [False, True, True, False]
     for number in range(2):
-        kept.put(number, 0.0, Outputs(1, (torch.zeros(100),)))
+        kept.put(number, 0.0, Kept(Outputs(1, (torch.zeros(50),)), {"weight": torch.zeros(50)}))
     kept.drop_others({1})
-    kept.put(2, -1.0, Outputs(2, (torch.zeros(50), torch.zeros(50))))
-    kept.put(2, 1.0, Outputs(3, (torch.zeros(50), torch.zeros(50))))  # in place of the one before
+    kept.put(2, -1.0, Kept(Outputs(2, (torch.zeros(50), torch.zeros(50)))))
+    kept.put(2, 1.0, Kept(Outputs(3, (torch.zeros(50), torch.zeros(50)))))  # in place of the one before
     assert kept.take(0) is None
     assert kept.take(1) is not None
     last = kept.take(2)
     assert last is not None
-    assert last.batches == 3
-    kept.put(5, 0.0, Outputs(1, (torch.zeros(1000),)))  # more than fits
+    assert last.outputs.batches == 3
+    kept.put(5, 0.0, Kept(Outputs(1, (torch.zeros(10),)), {"weight": torch.zeros(1000)}))  # more than fits
     assert kept.take(5) is None
