@@ -36,7 +36,11 @@ def far_better_table(records: Sequence[Record], points: float, way: str = "poste
     The best adapter is the one with most right answers among the test questions; of several the one with less loss.
     Intervals are over draws. A task marked * passes by the questions of the pool, too.
     """
-    by_pool = {task for task, own in _by_task(records).items() if "pool" in own[0] and far_better(own, points, "pool")}
+    by_pool = {
+        task
+        for task, own in _by_task(records).items()
+        if all("pool" in record for record in (*_still(own)[0], _still(own)[1])) and far_better(own, points, "pool")
+    }
     rows, columns = [], list[list[Gain]]()
     tasks = far_better(records, points)
     for task in tasks:
