@@ -13,7 +13,8 @@ from typing import Any
 from ..text import one_line
 
 
-FORMAT = "peft-composition selection 2"
+KIND = "peft-composition selection"
+FORMAT = f"{KIND} 2"
 
 
 class Journal:
@@ -85,7 +86,7 @@ class Journal:
                     self.found[place] = line
         elif not self._head.startswith(content):
             head = next(_lines(content.partition(b"\n")[0]), {})
-            if head.get("format") == FORMAT:
+            if str(head.get("format", "")).startswith(KIND):
                 raise ValueError(
                     f"{one_line(file)} belongs to another selection: other candidates, examples, weights of the base "
                     "model, settings or version. Give another file, or remove it"

@@ -16,6 +16,7 @@ from ..evidence.batches import LABELS, Batch, Collate, all_labels, read_batches
 from ..evidence.heads import find_head
 from ..evidence.passes import Examples
 from ..evidence.score import require_pairs
+from ..evidence.scores import require_classes
 
 
 LOOK = 1  # of a class: none can be left out, but candidates can be compared
@@ -82,6 +83,7 @@ def ladder(
     whole = [batch for part in parts for batch in part]
     labels = all_labels(whole)
     if labels is not None:
+        require_classes(labels)  # while the number is that of all examples
         require_pairs(labels)
     found = None if labels is None else find_head(model, head)
     rungs = []

@@ -29,7 +29,7 @@ Run = Callable[[int, Sequence[int]], Mapping[int, Trial]]
 
 
 NOT_STEEP = "dropped before it passed an example: a small share of it would change the score less than that of others"
-BEHIND = "dropped after one example of each class, which others put farther apart"
+BEHIND = "dropped after one example of each class, which others, or the heads of others, tell apart better"
 
 
 @dataclass

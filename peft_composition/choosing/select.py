@@ -58,9 +58,9 @@ def select_adapters(
     Candidates are read one after the other, so that memory does not grow with their number. Of a classifier, one
     backward pass over all examples tells by how much a small share of each would change the score: the first 70% pass
     one example of each class. Those that put these far apart, and whose own heads do, are scored on all examples, or
-    where there are 20 of each class, on nine, and the best of them on all. At least 8 get to see all. Without a
-    backward pass, as for answers, all are scored on the same few examples first (two or three of each class, or four
-    answers), the best quarter on three times as many, and so on.
+    where there are 12 of each class and more, on six or nine first, and the best of them on all. At least 8 get to see
+    all. Without a backward pass, as for answers, all are scored on the same few examples first (two or three of each
+    class, or four answers), the best quarter on three times as many, and so on.
 
     From those that have seen all the chosen ones are taken one by one, as long as each improves the mix, and weighed
     by evidence. Scores are those of `score_adapters`; of a classifier the order is by these and by what the adapters'

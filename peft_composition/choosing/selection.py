@@ -29,6 +29,7 @@ class RankedAdapter:
         reason: why it has no score.
         information: what the head that it was saved with tells of the classes of these examples, in nats; None where
             it has none, or where labels are tokens.
+        is_dropped: whether it was dropped in an earlier round, before it had a score.
     """
 
     name: str

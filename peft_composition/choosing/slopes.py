@@ -69,6 +69,9 @@ class Slopes:
         }
         missing = {name: layer for name, layer in layers.items() if name not in self._gradients}
         if missing and self.is_possible:
+            if self._is_too_large(missing):
+                self.is_possible = bool(self._gradients)  # those of others are there
+                return None
             self.is_possible = self._find(missing)
         if not self.is_possible or not layers:
             return None
@@ -77,10 +80,11 @@ class Slopes:
         steep = sum(map(_slope, along, layers.values()))
         return steep / of_a_random_one if of_a_random_one > 0 and math.isfinite(steep) else None
 
-    def _find(self, layers: Mapping[str, Linear]) -> bool:
+    def _is_too_large(self, layers: Mapping[str, Linear]) -> bool:
         size = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
-        if size + sum(own.nbytes for own in self._gradients.values()) > MOST_BYTES:
-            return False
+        return size + sum(own.nbytes for own in self._gradients.values()) > MOST_BYTES
+
+    def _find(self, layers: Mapping[str, Linear]) -> bool:
         everywhere = [layer for _, layer in composition_layers(self._base)]
         with mixed_by(everywhere, ADAPTER, [0.0]), evaluating([self._base]):
             try:
@@ -88,7 +92,12 @@ class Slopes:
             except Exception:  # whatever is raised by a model without a backward pass, or without memory for it
                 return False
         self.passed += COST * len(self._examples)
-        self._gradients.update(found)
+        untouched = {  # no example runs through these
+            name: torch.zeros(layer.out_features, layer.in_features)
+            for name, layer in layers.items()
+            if name not in found
+        }
+        self._gradients.update(untouched | found)
         return all(bool(own.isfinite().all()) for own in found.values())
 
 
@@ -120,6 +129,8 @@ def gradients(
         with torch.enable_grad():
             value = (reader.read(output, count).to(along) * along[start : start + count]).sum()
         start += count
+        if not seen:
+            continue
         found_here = torch.autograd.grad(value, [added for *_, added in seen], materialize_grads=True)
         for (name, given, _), own in zip(seen, found_here):
             wide = torch.promote_types(own.dtype, torch.float32)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,16 @@ class Trial:
 
 def values_on(steps: Ladder) -> dict[int, int]:
     """How many examples can be left out on each rung."""
-    return {SLOPES: 0} | {rung: size if rung >= steps.first_scored else 0 for rung, size in enumerate(steps.sizes)}
+
+    def of_rung(examples: Examples) -> int:
+        if examples.labels is None:
+            return len(examples)
+        counts = cast(Tensor, examples.labels.unique(return_counts=True)[1])
+        return int(counts[counts > 1].sum())
+
+    return {SLOPES: 0} | {
+        rung: of_rung(own) if rung >= steps.first_scored else 0 for rung, own in enumerate(steps.rungs)
+    }
 
 
 def ranked(trials: Mapping[int, Trial]) -> list[int]:

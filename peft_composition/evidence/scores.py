@@ -35,6 +35,12 @@ class LeftOut(NamedTuple):
     rows: Tensor
 
 
+def require_classes(labels: Tensor) -> None:
+    """Refuse examples of one class."""
+    if len(labels.unique()) < 2:
+        raise ValueError(f"all {len(labels)} examples have the same class; give examples of at least two classes")
+
+
 def leave_one_out_distances(features: Tensor, labels: Tensor) -> LeftOut:
     """Squared distances to the class means, where the mean of an example's own class excludes the example.
 
@@ -59,8 +65,7 @@ def leave_one_out_distances(features: Tensor, labels: Tensor) -> LeftOut:
         )
     wide = _wide(features)
     classes, own, counts = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
-    if len(classes) < 2:
-        raise ValueError(f"all {len(labels)} examples have the same class; give examples of at least two classes")
+    require_classes(labels)
     if int(counts.max()) < 2:
         raise ValueError(f"each of the {len(classes)} classes has only one example; give at least two of one class")
     own, counts = own.to(wide.device), counts.to(wide.device)

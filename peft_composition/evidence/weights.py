@@ -16,7 +16,7 @@ CAUTION = 0.5
 """By how many standard errors a candidate must be ahead of the uniform mix; chosen on seven tasks of the study."""
 CAUTION_OF_FEW = 8.0
 """By how many more, over the number of examples, the base model must be: it lies far from the adapters' mixes, and the
-error of a few differences is itself hardly known. Chosen on six tasks of the study."""
+error of a few differences is itself hardly known. Chosen on four tasks of the study."""
 LEAST_BASE = 0.01
 """A smaller share of the base model is given to the adapters."""
 STEEPNESS = 2.0

@@ -174,6 +174,13 @@ def test_a_file_of_something_else_stays_as_it_is(pool: list[str], tmp_path: Path
     assert log.read_bytes() == content
 
 
+def test_a_log_of_another_version_is_told_from_something_else(pool: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"format": "peft-composition selection 1", "key": "0"}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl belongs to another selection: .* version"):
+        select(pool, log=log)
+
+
 def test_a_file_that_cannot_be_written_is_refused_first(pool: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the log .*pool cannot be used: .*; give another file"):
         select(pool, log=tmp_path / "pool")

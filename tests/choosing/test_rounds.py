@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from peft_composition.choosing.plan import after_a_look, looked_at, those_who_go_on
 from peft_composition.choosing.rounds import Rounds, expected, in_rounds
-from peft_composition.choosing.trials import SLOPES, Trial
+from peft_composition.choosing.trials import SLOPES, Trial, apartness
 
 
 class Candidates:
@@ -133,3 +135,21 @@ def test_those_without_a_slope_go_on_by_their_scores() -> None:
     assert those_who_go_on(range(40), slopes_of, 3) == [*range(7), *range(35, 40)]
     assert those_who_go_on(range(40), dict.fromkeys(range(40)), 3) == [*range(10)]
     assert those_who_go_on([3, 1, 2], {1: 1.0, 2: 2.0, 3: 0.0}, 1) == [3, 2]
+
+
+def test_how_far_apart_examples_are_by_hand() -> None:
+    assert apartness(torch.tensor([[2.0, 0.0], [0.0, 3.0]])) == pytest.approx(1)
+    assert apartness(torch.tensor([[2.0, 0.0], [5.0, 0.0]])) == pytest.approx(0)
+    assert apartness(torch.tensor([[2.0, 0.0], [-5.0, 0.0]])) == pytest.approx(2)
+    rows = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for one, other in itertools.combinations(rows.tolist(), 2):
+        product = sum(a * b for a, b in zip(one, other))
+        found.append(1 - product / (math.hypot(*one) * math.hypot(*other)))
+    assert apartness(rows) == pytest.approx(statistics.fmean(found), rel=1e-12)
+
+
+def test_after_a_look_those_that_are_far_apart_go_on() -> None:
+    apart = {1: 0.2, 2: 1.4, 3: 0.9}
+    going, others = after_a_look(apart, dict.fromkeys(apart), dict.fromkeys(apart), 2)
+    assert (going, others) == ([2, 3], [1])

@@ -197,6 +197,8 @@ def test_rungs_have_the_same_number_of_each_class_and_grow() -> None:
     assert ladder(model, rows, None, None, 16, seed=4).digest != by_rows.digest
     with pytest.raises(ValueError, match="one example of each of 2 classes"):
         ladder(model, rows[:2], None, None, 16, seed=0)
+    with pytest.raises(ValueError, match="all 9 examples have the same class"):
+        ladder(model, rows[:18:2], None, None, 16, seed=0)
 
 
 def test_what_is_refused(pool: list[str], tmp_path: Path) -> None:
@@ -226,6 +228,18 @@ def test_it_goes_on_from_lines_that_are_there_and_one_that_was_cut_off(pool: lis
     places = [(line["rung"], line["candidate"]) for line in after[1:]]
     assert len(places) == len(set(places)) == len(lines) - 1
     assert select(pool).as_json() == expected.as_json()
+
+
+def test_the_log_of_classes_of_which_one_has_a_single_example_is_used_again(tmp_path: Path) -> None:
+    """That one cannot be left out: there are fewer scores than examples."""
+    pool = candidates.save_pool(tmp_path / "pool", 12, broken=False)
+    rows = [own for own in candidates.rows(20) if own["labels"]] + candidates.rows(1)
+    assert len(rows) == 11
+    log = tmp_path / "log.jsonl"
+    selections = [select_adapters(candidates.base(), pool, rows, log=log, progress=False) for _ in range(2)]
+    assert selections[0].as_json() == selections[1].as_json()
+    written = log.read_bytes().splitlines()
+    assert len(written) == len({(own["rung"], own["candidate"]) for own in map(json.loads, written[1:])}) + 1
 
 
 def test_two_processes_share_100_candidates_and_survive_kill_9(tmp_path: Path) -> None:

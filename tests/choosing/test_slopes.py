@@ -202,3 +202,46 @@ def test_slopes_of_random_changes_are_alike_whatever_their_layers_are(tmp_path: 
         means.append((np.mean(own), np.std(own, ddof=1) / math.sqrt(len(own))))
     for mean, error in means:
         assert abs(mean - math.sqrt(2 / math.pi)) < 4 * error  # the mean of |x| of a normal x
+
+
+class WithSpare(BertForSequenceClassification):
+    """It has a linear layer that no example runs through."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert.encoder.layer[0].attention.self.spare = nn.Linear(16, 16)
+
+
+def with_spare() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 2}
+    return WithSpare(BertConfig(vocab_size=60, hidden_size=16, **sizes)).eval()
+
+
+@pytest.mark.parametrize("first", [["spare"], ["query", "spare"]], ids=["alone", "beside"])
+def test_layers_that_no_example_runs_through_count_as_flat(first: list[str], tmp_path: Path) -> None:
+    """Neither their adapter is broken, nor do those after it lose their slopes."""
+    model = with_spare()
+    pool = [str(tiny.save_lora(tmp_path / "a", model, first, seed=1, r=2))]
+    pool += [str(tiny.save_lora(tmp_path / f"b{seed}", model, ["query"], seed=seed, r=2)) for seed in (1, 2)]
+    examples = example_set(model)
+    found = of_each(model, examples, pool)
+    alone = [of_each(model, examples, [folder])[0] for folder in pool]
+    assert found == pytest.approx(alone)
+    assert found[0] is None if first == ["spare"] else found[0] is not None and found[0] > 0
+    assert all(own is not None and own > 0 for own in found[1:])
+
+
+def test_an_adapter_that_is_too_large_does_not_take_the_slopes_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = candidates.base()
+    pool = [
+        str(tiny.save_lora(tmp_path / str(number), model, targets, seed=number, r=2))
+        for number, targets in enumerate((["query"], ["query", "dense"], ["query"]))
+    ]
+    examples = example_set(model)
+    expected = of_each(model, examples, pool)
+    size = sum(4 * own.weight.numel() for name, own in model.named_modules() if name.endswith("query"))
+    monkeypatch.setattr(slopes, "MOST_BYTES", size)
+    assert of_each(model, examples, pool) == [expected[0], None, expected[2]]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy import optimize
 
-from peft_composition.evidence.scores import bayesian_bootstrap
+from peft_composition.evidence.fit import weights_by
+from peft_composition.evidence.scores import bayesian_bootstrap, leave_one_out_distances, log_likelihoods
 from peft_composition.evidence.weights import FLOOR, cautions, floored, spread_uniform, stack, vote
 
 
@@ -180,3 +181,27 @@ def test_the_share_of_the_base_is_missing_in_the_sum() -> None:
     half = spread_uniform(torch.tensor([0.5, 0.0, 0.0, 0.5]))
     assert half.tolist() == pytest.approx([0.5, FLOOR], abs=1e-4)
     assert float(half.sum()) == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize(("examples", "lead"), [(4, 5.0), (40, 1.0)])
+def test_weights_by_the_vote_by_a_loop(examples: int, lead: float) -> None:
+    """Two adapters, their uniform mix and the base model, which must be further ahead; what it wins is missing."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(examples) % 2
+    apart = labels[:, None] * torch.tensor([1.0, 0.9, 0.7, lead])  # of the classes, under each candidate
+    noise = torch.randn(examples, 4, 3, dtype=torch.float64, generator=generator)
+    features = noise + apart[..., None]
+    left = [leave_one_out_distances(features[:, number], labels) for number in range(4)]
+    values = torch.stack([log_likelihoods(own) for own in left], dim=1).tolist()
+    won = [0.0] * 4
+    for draw in bayesian_bootstrap(examples, 500, seed=3).tolist():
+        ahead = []
+        for c in range(4):
+            differences = [row[c] - row[2] for row in values]
+            error = statistics.stdev(differences) / math.sqrt(examples)
+            needed = 0.5 + 8 / examples if c == 3 else 0.5
+            ahead.append(sum(a * d for a, d in zip(draw, differences)) - needed * error)
+        won[ahead.index(max(ahead))] += 1 / 500
+    expected = [own + won[2] / 2 for own in won[:2]]
+    assert 0.3 < won[3] < 0.9
+    assert weights_by("likelihood-vote", left, seed=3).tolist() == pytest.approx(expected, abs=2 * FLOOR)
