@@ -183,10 +183,10 @@ def test_the_share_of_the_base_is_missing_in_the_sum() -> None:
     assert float(half.sum()) == pytest.approx(0.5, abs=1e-12)
 
 
-@pytest.mark.parametrize(("examples", "lead"), [(4, 5.0), (40, 1.0)])
+@pytest.mark.parametrize(("examples", "lead"), [(6, 1.0), (40, 0.8)])
 def test_weights_by_the_vote_by_a_loop(examples: int, lead: float) -> None:
     """Two adapters, their uniform mix and the base model, which must be further ahead; what it wins is missing."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(2)
     labels = torch.arange(examples) % 2
     apart = labels[:, None] * torch.tensor([1.0, 0.9, 0.7, lead])  # of the classes, under each candidate
     noise = torch.randn(examples, 4, 3, dtype=torch.float64, generator=generator)
