@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 from peft_composition.comparing.heads import Budget, predict, train_heads
 from peft_composition.comparing.splits import cross_fit
-from peft_composition.evidence.fit import weights_by
-from peft_composition.evidence.scores import leave_one_out_distances, log_likelihoods
-from peft_composition.evidence.weights import informed
+from peft_composition.comparing.tasks import best_and_weights
 
 from .bench import BASE, BATCH, UNIFORM, Bench, Draw
 from .records import Record, cut_torn_line, write_line
@@ -230,15 +228,8 @@ def _methods(bench: Bench, draw: Draw, own: LastBlock | None, test: LastBlock | 
 
 def _chosen(bench: Bench, draw: Draw, rows: Tensor) -> tuple[int, Tensor]:
     """The adapter that is best by evidence of some examples of a draw, and the weights: as `compare_methods` does."""
-    labels, told = bench.labels(draw)[rows], bench.told(draw, rows)
-    if int(labels.unique(return_counts=True)[1].max()) == 1:  # where nothing can be left out, the heads decide
-        even = torch.full((len(bench.names),), 1 / len(bench.names), dtype=torch.float64)
-        weights = informed(even, told, labels)
-        return int(weights.argmax()), weights
-    names = (*bench.names, UNIFORM, BASE)
-    left = [leave_one_out_distances(bench.features(name, draw)[rows], labels) for name in names]
-    best = int(torch.stack([log_likelihoods(own).mean() for own in left[: len(bench.names)]]).argmax())
-    return best, informed(weights_by("likelihood-vote", left, draw[1]), told, labels)
+    features = [bench.features(name, draw)[rows] for name in (*bench.names, UNIFORM, BASE)]
+    return best_and_weights(features, bench.labels(draw)[rows], bench.told(draw, rows), draw[1])
 
 
 def _learned(

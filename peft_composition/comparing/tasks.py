@@ -149,21 +149,14 @@ class Classes:
     ) -> tuple[int, Tensor]:
         """The number of the best adapter alone, and mixing weights."""
         labels, count = self.labels[rows], len(adapters)
-        weights = torch.full((count,), 1 / count, dtype=torch.float64)
         if len(labels.unique()) == 1:  # nothing can be told apart
-            return 0, weights
+            return 0, torch.full((count,), 1 / count, dtype=torch.float64)
         module = original_head(self.head)
         told = [
             None if head is None else information(own[rows], labels, head, module)
             for own, head in zip(adapters, heads)
         ]
-        if not has_pairs(labels):
-            # Without other evidence the best is that of the largest weight, the first where none is known.
-            weights = informed(weights, told, labels)
-            return int(weights.argmax()), weights
-        left = [leave_one_out_distances(own[rows], labels) for own in (*adapters, uniform, base)]
-        best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())
-        return best, informed(weights_by("likelihood-vote", left, seed), told, labels)
+        return best_and_weights([own[rows] for own in (*adapters, uniform, base)], labels, told, seed)
 
     def own_heads(self, composition: Composition) -> list[OwnHead | None]:
         """The heads that the adapters were saved with; None where one is not known."""
@@ -221,6 +214,27 @@ class Classes:
         labels = self.labels[rows]
         chances = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
         return Judged((logits.argmax(-1) == labels).double(), chances.double())
+
+
+def best_and_weights(
+    features: Sequence[Tensor], labels: Tensor, told: Sequence[float | None], seed: int
+) -> tuple[int, Tensor]:
+    """The number of the best adapter alone by evidence of some examples, and mixing weights, shape (N,).
+
+    Args:
+        features: of the N adapters alone, of their uniform mix and of the base model.
+        labels: of the examples, of two classes at least.
+        told: what the adapters' own heads tell of them, in nats; None where a head is not known.
+        seed: of the bootstraps.
+    """
+    count = len(features) - 2
+    if not has_pairs(labels):
+        # Without other evidence the best is that of the largest weight, the first where none is known.
+        weights = informed(torch.full((count,), 1 / count, dtype=torch.float64), told, labels)
+        return int(weights.argmax()), weights
+    left = [leave_one_out_distances(own, labels) for own in features]
+    best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())
+    return best, informed(weights_by("likelihood-vote", left, seed), told, labels)
 
 
 class Tokens:
