@@ -120,3 +120,33 @@ def test_of_five_adapters_one_fits_and_the_prompt_is_new_to_all() -> None:
     assert fits == {"tweets": 3, "amazon": 1, "groups": 3, "reuters": 2, "kinds": 3, "words": 2}
     assert all(options(f"posts-{name}")["unseen"] for name in ("about", "field", "others"))
     assert (options("kinds")["half"], {options(name)["half"] for name in ("gloss-kind", "word-kind")}) == (0, {1})
+
+
+def test_choosing_has_new_prompts_for_adapters_that_there_are_and_four_tasks_in_an_own_prompt() -> None:
+    spec, before = scenarios.load("language/choosing"), scenarios.load("language/one-fits")
+    upstream = {name for own in spec.settings() for name in own.upstream}
+    assert {name: spec.data[name] for name in upstream} == {name: before.data[name] for name in upstream}
+    assert (spec.model, spec.upstream, spec.splits) == (before.model, before.upstream, before.splits)
+
+    def options(task: str) -> Any:
+        return spec.data[spec.tasks[task].data].options
+
+    own = [setting for setting in spec.settings() if setting.target.endswith("-own")]
+    new = [setting for setting in spec.settings() if setting not in own]
+    assert (len(own), len(new)) == (4, 15)
+    known = {own.options.get("prompt", own.options.get("question")) for own in before.data.values()}
+    assert all(options(setting.target)["prompt"] not in known for setting in new)
+    fits = {"editorials": ["tweets", "amazon"], "tweets": ["amazon"], "posts": ["groups"], "kinds": ["kinds"]}
+    for setting in own:
+        prompts = {name: spec.data[name].options.get("prompt") for name in setting.upstream}
+        same = [name for name, prompt in prompts.items() if prompt == options(setting.target)["prompt"]]
+        assert same[: len(fits[setting.target.removesuffix("-own")])] == fits[setting.target.removesuffix("-own")]
+    for setting in spec.settings():  # no adapter has seen a task's texts
+        assert len(set(setting.upstream)) == 5
+        asked = options(setting.target)
+        if asked["of"] == "vader":
+            assert asked["domain"] not in setting.upstream
+        elif asked["of"] == "orange_text":
+            assert asked["unseen"]
+        else:
+            assert asked.get("half") == 1 or "words" not in setting.upstream
