@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..text import plural
 from ..tuner.mixing import Mixing
 from .batches import Collate
+from .choices import Choices, choices
+from .options import read_options
 from .passes import (
     ALL_KINDS,
     Candidate,
@@ -30,11 +34,16 @@ from .table import DRAWS, EvidenceReport, tabulate
 from .weights import are_known, cautions, informed, spread_uniform, stack, vote
 
 
-Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior"]
+Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior", "choices"]
 METHODS = get_args(Method)
 _WITHOUT_HEADS = {"heads-and-vote": "likelihood-vote", "own-heads": "uniform"}  # what is done where none can be asked
 _NO_HEADS = "no two adapters have files here with a head that could be asked"
-_MIXES: dict[str, tuple[Kind, ...]] = {"posterior": ("adapter", "uniform"), "own-heads": ("adapter",)}
+_MIXES: dict[str, tuple[Kind, ...]] = {
+    "posterior": ("adapter", "uniform"),
+    "choices": ("adapter", "uniform"),
+    "own-heads": ("adapter",),
+}
+_OF_ANSWERS = ("posterior", "choices")
 
 
 def fit_mixing_weights(
@@ -67,8 +76,12 @@ def fit_mixing_weights(
     - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
       2018).
     - `"posterior"` (causal and encoder-decoder models): the probability of each adapter given the answers.
+    - `"choices"` (likewise, for models that do not generate: you compare the likelihoods of a few given answers): the
+      posterior over the adapters that choose no worse among the answers in the examples. An adapter drops out if the
+      right one is less likely among them than under the adapter that is best at this, by more than a standard error.
+      Each of C different answers, at most 20, is put after each prompt: C times the passes of the posterior.
 
-    In all but the last the uniform mix and the base model are candidates, too. All adapters get the share of the
+    In all but the last two the uniform mix and the base model are candidates, too. All adapters get the share of the
     uniform mix evenly; that of the base model is missing in the sum of the weights, so that adapters which harm are
     mixed in less, down to not at all. No weight is below 1e-4.
 
@@ -89,8 +102,8 @@ def fit_mixing_weights(
         nothing to go by: then the weights are uniform, and `reason` says so.
 
     Raises:
-        ValueError: as `score_adapters`; or a uniform composition, or a method for other labels. The composition is as
-            it was.
+        ValueError: as `score_adapters`; or a uniform composition, or a method for other labels, or for `"choices"`
+            answers that cannot be compared. The composition is as it was.
 
     Example:
         >>> print(fit_mixing_weights(model, support_set))
@@ -107,17 +120,27 @@ def fit_mixing_weights(
         )
     examples = read_examples(composition.model, data, head, collate, batch_size)
     chosen, reason = _choose(method, examples.labels)
+    options, count = None, len(examples)
+    if chosen == "choices":
+        options = read_options(composition.model, examples.batches)
+        examples = replace(examples, batches=options.batches)
+        reason = f"{len(options.answers)} different answers to {plural(count, 'example')}"
     names = composition.config.adapter_names
-    scores, told = None, None
+    scores, told, dropped = None, None, list[str]()
     weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
     if chosen != "uniform":
         mixes = candidates(composition, _MIXES.get(chosen, ALL_KINDS))
         if chosen in _WITHOUT_HEADS:
             mixes = asking_own_heads(composition, mixes, examples.head)
         passed = passes(composition.model, mixes, examples, mixed_precision)
-        scores = tabulate(mixes, passed, len(examples), seed) if chosen != "own-heads" else None
+        if options is not None:
+            passed = [replace(own, found=options.choices(cast(Answers, own.found))) for own in passed]
+        scores = tabulate(mixes, passed, count, seed) if chosen != "own-heads" else None
         if chosen == "posterior":
             weights = _by_posterior(mixes, passed)
+        elif chosen == "choices":
+            weights, stayed = _by_choices(mixes, passed)
+            dropped = [name for name, stays in zip(names, stayed.tolist()) if not stays]
         elif chosen != "own-heads":
             left = [cast(LeftOut, own.found) for own in passed]
             weights = weights_by(_WITHOUT_HEADS.get(chosen, chosen), left, seed)
@@ -129,7 +152,7 @@ def fit_mixing_weights(
     put_weights(composition, weights.tolist())
     by_name = dict(zip(names, weights.tolist()))
     informations = dict(zip(names, told)) if told is not None else None
-    return EvidenceReport(chosen, by_name, reason, scores, time.perf_counter() - started, informations)
+    return EvidenceReport(chosen, by_name, reason, scores, time.perf_counter() - started, informations, tuple(dropped))
 
 
 def put_weights(composition: Composition, weights: Sequence[float]) -> None:
@@ -148,14 +171,15 @@ def _mixing_of(name: str) -> Callable[[Any], Mixing]:
 def _choose(method: Method, labels: Tensor | None) -> tuple[str, str]:
     """The method, and why."""
     if labels is None:
-        if method not in ("auto", "posterior"):
+        if method not in ("auto", *_OF_ANSWERS):
             raise ValueError(
-                f'method={method!r} needs one class for each example; these labels are tokens: use "posterior".'
+                f'method={method!r} needs one class for each example; these labels are tokens: use "posterior", or '
+                '"choices" where you compare a few given answers.'
             )
-        return "posterior", "labels are tokens of answers"
-    if method == "posterior":
+        return ("posterior" if method == "auto" else method), "labels are tokens of answers"
+    if method in _OF_ANSWERS:
         raise ValueError(
-            'method="posterior" needs the tokens of answers as labels, shape (examples, positions); these labels are '
+            f'method="{method}" needs the tokens of answers as labels, shape (examples, positions); these labels are '
             'classes: use "heads-and-vote", "likelihood-vote", "vote" or "stacking".'
         )
     classes, counts = labels.unique(return_counts=True)
@@ -195,3 +219,10 @@ def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
 def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed]) -> Tensor:
     adapters = [cast(Answers, own.found) for candidate, own in zip(mixes, passed) if candidate.kind == "adapter"]
     return posterior(torch.stack([own.nll for own in adapters], dim=1), adapters[0].tokens)
+
+
+def _by_choices(mixes: Sequence[Candidate], passed: Sequence[Passed]) -> tuple[Tensor, Tensor]:
+    """The weights, and which adapters stayed."""
+    adapters = [cast(Choices, own.found) for candidate, own in zip(mixes, passed) if candidate.kind == "adapter"]
+    nll, among = (torch.stack(own, dim=1) for own in zip(*((own.of_right, own.among) for own in adapters)))
+    return choices(nll, adapters[0].tokens_of_right, among)

@@ -18,6 +18,7 @@ from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_of, unwrapped
 from ..tuner.single import evaluating, mixed_by, one_adapter
 from .batches import Batch, Collate, all_labels, inputs_on, processes, rank, read_batches
+from .choices import Choices
 from .heads import Features, find_head, original_head
 from .own_heads import OwnHead, head_name, information, own_head
 from .posterior import Answers, answers
@@ -91,12 +92,12 @@ class Passed:
     """What one pass of a candidate gave.
 
     Attributes:
-        found: of classes or of answers.
+        found: of classes or of answers; or, of several answers to each example, which is chosen.
         seconds: it took.
         information: of the classes in the output of the adapter's own head, in nats; None where it was not asked.
     """
 
-    found: LeftOut | Answers
+    found: LeftOut | Answers | Choices
     seconds: float
     information: float | None = None
 

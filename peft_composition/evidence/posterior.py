@@ -90,10 +90,15 @@ def posterior(nll: Tensor, tokens: Tensor, temper: float | None = None, floor: f
     Raises:
         ValueError: a value is not finite.
     """
+    return floored(log_evidence(nll, tokens, temper).softmax(0), floor)
+
+
+def log_evidence(nll: Tensor, tokens: Tensor, temper: float | None = None) -> Tensor:
+    """What the answers say for each adapter: -sum_i NLL_n(i), long answers as in `posterior`; shape (adapters,)."""
     wide = nll.double()
     if not bool(wide.isfinite().all()):
         raise ValueError("the likelihoods of the answers are not finite")
     factors = (MOST_TOKENS / tokens.double()).clamp(max=1.0)
     if temper is not None:
         factors = torch.full_like(factors, temper)
-    return floored((-(factors[:, None] * wide).sum(0)).softmax(0), floor)
+    return -(factors[:, None] * wide).sum(0)

@@ -9,16 +9,20 @@ from typing import Literal
 from torch import Tensor
 
 from ..text import one_line, plural
+from .choices import Choices
 from .passes import Candidate, Kind, Passed
+from .posterior import Answers
 from .scores import LeftOut, bayesian_bootstrap, interval, margins
 from .weights import LEAST_BASE
 
 
-Measure = Literal["margin", "log-likelihood"]
+Measure = Literal["margin", "log-likelihood", "log-likelihood among the answers"]
 DRAWS = 500
 MEANING = {
     "margin": "leave-one-out margin, -1 to 1: how much nearer an example is to the mean of its own class",
     "log-likelihood": "log-likelihood of an answer token, mean over tokens and then over examples",
+    "log-likelihood among the answers": "log-likelihood of the right answer, if it must be one of those "
+    "given, mean over examples; accuracy: how often it is the likeliest of them",
 }
 
 
@@ -33,7 +37,7 @@ class AdapterScore:
         low: lower end of the middle 95% of that mean over Bayesian bootstraps of the examples.
         high: upper end.
         accuracy: share of examples that are named rightly when they are left out; for answers, of those whose every
-            token is the most likely one.
+            token is the most likely one, or, where answers are compared, of those whose own is the likeliest of them.
         seconds: of its pass over the examples.
     """
 
@@ -54,7 +58,7 @@ class AdapterScores(Sequence[AdapterScore]):
 
     Attributes:
         rows: the candidates.
-        measure: what the scores are: "margin" or "log-likelihood".
+        measure: what the scores are: "margin", "log-likelihood" or "log-likelihood among the answers".
         examples: how many each was scored on.
         unused: examples that are the only ones of their class, and so could not be left out.
     """
@@ -103,14 +107,15 @@ class EvidenceReport:
     """What `fit_mixing_weights` did. `print` shows it.
 
     Attributes:
-        method: "heads-and-vote", "likelihood-vote", "vote", "stacking" or "posterior"; "own-heads" where only these
-            could be asked, and "uniform" where there was no evidence to go by.
+        method: "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior" or "choices"; "own-heads" where
+            only these could be asked, and "uniform" where there was no evidence to go by.
         weights: by adapter; the same in all modules. What their sum leaves to 1 is the base model's.
         reason: why this method.
         scores: of the candidates that it went by; None where nothing was scored.
         seconds: in all.
         informations: what each adapter's own head tells of the classes of the examples, in nats; None for an adapter
             whose head is not known. None where heads were not asked.
+        dropped: the adapters that choose worse among the answers than the best one, by more than a standard error.
     """
 
     method: str
@@ -119,18 +124,21 @@ class EvidenceReport:
     scores: AdapterScores | None
     seconds: float
     informations: dict[str, float | None] | None = None
+    dropped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max(len(one_line(name)) for name in (*self.weights, "(base)"))
         ranked = sorted(self.weights.items(), key=lambda item: -item[1])
         lines = [f"{one_line(name):{width}}  {weight:.4f}{self._told(name)}" for name, weight in ranked]
         rest = 1 - sum(self.weights.values())
-        if self.method != "posterior" and rest > LEAST_BASE / 2:
+        if self.method not in ("posterior", "choices") and rest > LEAST_BASE / 2:
             lines.append(f"{'(base)':{width}}  {rest:.4f}")
         text = "\n".join([f"mixing weights by {self.method} ({self.reason}), {self.seconds:.1f} s", *lines])
         return text if self.scores is None else f"{text}\n\n{self.scores}"
 
     def _told(self, name: str) -> str:
+        if name in self.dropped:
+            return "  dropped out: it chooses worse among the answers"
         if self.informations is None:
             return ""
         own = self.informations[name]
@@ -138,11 +146,13 @@ class EvidenceReport:
 
 
 def per_example(passed: Passed) -> tuple[Tensor, Tensor]:
-    """The scores of a pass, margins or log-likelihoods, and whether each example was named rightly; shapes (m,)."""
+    """The scores of a pass, by its measure, and whether each example was named rightly; shapes (m,)."""
     found = passed.found
     if isinstance(found, LeftOut):
         values = margins(found)
         return values, values > 0
+    if isinstance(found, Choices):
+        return -found.among, found.is_right
     return -found.nll / found.tokens, found.is_right
 
 
@@ -166,5 +176,10 @@ def tabulate(mixes: Sequence[Candidate], passed: Sequence[Passed], examples: int
         rows.append(
             AdapterScore(candidate.name, candidate.kind, float(values.mean()), low, high, accuracy, own.seconds)
         )
-    measure: Measure = "margin" if isinstance(first, LeftOut) else "log-likelihood"
-    return AdapterScores(tuple(rows), measure, used, examples - used)
+    return AdapterScores(tuple(rows), _measure(first), used, examples - used)
+
+
+def _measure(found: LeftOut | Answers | Choices) -> Measure:
+    if isinstance(found, LeftOut):
+        return "margin"
+    return "log-likelihood among the answers" if isinstance(found, Choices) else "log-likelihood"

@@ -17,6 +17,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     """The folder of the adapters, and what each process found."""
     folder = tmp_path_factory.mktemp("evidence")
     tiny.save_pair(folder, "bert")
+    (folder / "answers").mkdir()
+    tiny.save_pair(folder / "answers", "llama")
     arguments = ("-m", "tests.evidence.worker", folder)
     done = warm.run(*arguments, processes=2, timeout=worker.SECONDS + 60, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-6000:]
@@ -31,6 +33,13 @@ def test_both_get_what_one_process_gets(results) -> None:
     assert first["table"] == second["table"] == table  # bit for bit: each candidate is scored by one process
     assert first["weights"] == second["weights"] == weights
     assert first["wrapped"] == second["wrapped"] == weights  # by DDP
+
+
+def test_both_choose_among_answers_as_one_process_does(results) -> None:
+    folder, (first, second) = results
+    expected = worker.chosen(folder)
+    assert first["chosen"] == second["chosen"] == expected
+    assert [row[0] for row in expected["table"]] == ["first", "second", "uniform"]
 
 
 def test_they_share_the_passes(results) -> None:

@@ -51,6 +51,20 @@ def weights(model: nn.Module, data: Any) -> dict[str, Any]:
     return {"report": report.weights, "model": mixing_weights(getattr(model, "module", model))}
 
 
+def chosen(folder: Path) -> dict[str, Any]:
+    """Weights by who chooses best among two answers, and the table."""
+    own = folder / "answers"
+    model = tiny.compose("llama", [str(own / "first"), str(own / "second")])
+    ends = torch.tensor([[7], [8]])[CLASSES]  # (examples, 1)
+    data = [
+        {"input_ids": ids, "labels": torch.where(torch.arange(10) < 9, -100, ids)}
+        for ids in torch.cat([TOKENS, ends], 1).split(5)
+    ]
+    report = fit_mixing_weights(model, data, method="choices")
+    rows = [(row.name, row.score, row.low, row.high, row.accuracy) for row in report.scores or ()]
+    return {"report": report.weights, "dropped": report.dropped, "model": mixing_weights(model), "table": rows}
+
+
 def shuffled(rank: int) -> DataLoader:
     """A loader with another order in every process."""
     return DataLoader(rows(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(rank))
@@ -99,6 +113,7 @@ def checks(folder: Path, rank: int) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         "table": lambda: table(model_of(folder), rows()),
         "weights": lambda: weights(model_of(folder), rows()),
+        "chosen": lambda: chosen(folder),
         "shuffled": lambda: table(model_of(folder), shuffled(rank)),
         "wrapped": lambda: weights(nn.parallel.DistributedDataParallel(model_of(folder)), rows()),
         "prepared": lambda: table(model_of(folder), Accelerator(cpu=True).prepare(DataLoader(rows(), batch_size=5))),
