@@ -260,6 +260,7 @@ def answer_table(
     files: Annotated[list[Path], typer.Argument(help="Records that `answers` wrote.")],
     targets: Annotated[str | None, typer.Option(help="Comma-separated tasks. Default: all.")] = None,
     overview: Annotated[str | None, typer.Option(help="A way: one row for each task, of this way alone.")] = None,
+    way: Annotated[str, typer.Option(help="Whose gains are shown with --far-better.")] = "posterior",
     far_better: Annotated[
         float | None, typer.Option(help="Tasks alone where an adapter gains so many points.")
     ] = None,
@@ -273,7 +274,7 @@ def answer_table(
     if targets:
         records = [record for record in records if record["target"] in targets.split(",")]
     if far_better is not None:
-        typer.echo(far_better_table(records, far_better))
+        typer.echo(far_better_table(records, far_better, way))
         return
     if overview:
         typer.echo(answer_overview(records, overview))

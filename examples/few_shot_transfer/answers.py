@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_composition import mixing_weights
+from peft_composition.evidence.choices import choices
 from peft_composition.evidence.fit import put_weights
 from peft_composition.evidence.passes import Composition, composition_in
 from peft_composition.evidence.posterior import posterior
@@ -105,6 +106,7 @@ def _with_uniform(seen: Seen, odds: int) -> Tensor:
 
 WAYS: dict[str, Callable[[Seen, int], Tensor]] = {
     "posterior": lambda seen, _: posterior(seen.nll, seen.length),
+    "choices": lambda seen, _: choices(seen.nll, seen.length, _nll_among_options(seen))[0],
     "posterior, uniform mix as one more": lambda seen, _: _with_uniform(seen, 1),
     "posterior, uniform mix at one half": lambda seen, _: _with_uniform(seen, seen.nll.shape[1]),
     "posterior, every token counts": lambda seen, _: posterior(seen.nll, seen.length, temper=1.0),

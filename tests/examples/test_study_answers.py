@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from peft_composition import fit_mixing_weights
 from peft_composition.evidence.fit import put_weights
 
+from ..evidence.test_choices import by_hand as choosing_by_hand
 from .words import save
 
 
@@ -104,14 +105,17 @@ def test_posteriors_by_a_loop(way: str, factor: Any, odds: int) -> None:
 
 def test_other_ways_by_a_loop() -> None:
     found = seen()
-    scores, right = [0.0] * 3, [0] * 3
+    scores, right, among = [0.0] * 3, [0] * 3, [[0.0] * 3 for _ in found.labels]
     for i, label in enumerate(found.labels.tolist()):
         for n in range(3):
-            scores[n] += math.log(by_hand([-value for value in found.options[i, n].tolist()])[label])
+            among[i][n] = -math.log(by_hand([-value for value in found.options[i, n].tolist()])[label])
+            scores[n] -= among[i][n]
             right[n] += float(found.options[i, n, label]) < float(found.options[i, n, 1 - label])
     assert answers.WAYS["posterior over the options"](found, 0).tolist() == pytest.approx(by_hand(scores), rel=1e-9)
     likeliest = [float(score == max(scores)) for score in scores]
     assert answers.WAYS["best among the options"](found, 0).tolist() == likeliest
+    weights, _ = choosing_by_hand(found.nll.tolist(), found.length.tolist(), among)
+    assert answers.WAYS["choices"](found, 0).tolist() == pytest.approx(weights, rel=1e-9)
     best = [n for n in range(3) if right[n] == max(right)]
     picks = {tuple(answers.WAYS["most right answers"](found, seed).tolist()) for seed in range(20)}
     assert picks == {tuple(float(other == n) for other in range(3)) for n in best}
@@ -329,6 +333,9 @@ def test_a_task_from_end_to_end(
     rows = bench.rows["pool"].select(bench.support((4, 1)))
     report = fit_mixing_weights(composition.model, bench.model.encode(rows), collate=bench.model.collate)
     expected = answers.WAYS["posterior"](bench.seen((4, 1)), 1).tolist()
+    assert list(report.weights.values()) == pytest.approx(expected, abs=1e-4)
+    report = fit_mixing_weights(composition.model, bench.model.encode(rows), "choices", collate=bench.model.collate)
+    expected = answers.WAYS["choices"](bench.seen((4, 1)), 1).tolist()
     assert list(report.weights.values()) == pytest.approx(expected, abs=1e-4)
     by_peft = PeftModel.from_pretrained(bench.model.build(0, 0), str(bench.adapters[1].folder))
     nll, *_ = option_scores(by_peft, bench.model, bench.rows["test"])
