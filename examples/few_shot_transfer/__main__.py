@@ -84,6 +84,31 @@ def evidence(
 
 
 @app.command()
+def elsewhere(
+    scenario_name: Annotated[str, typer.Argument(metavar="SCENARIO", help="A name (see list) or a YAML file.")],
+    target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
+    shots: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,5",
+    seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
+    size: Annotated[int, typer.Option(min=10, help="At most so many examples.")] = 600,
+    output: Output = Path("study-output"),
+    to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
+) -> None:
+    """Weights by evidence and heads against the uniform mix, judged on examples that the test split does not have."""
+    from . import elsewhere as judging
+    from . import scenario
+    from .evidence import append, open_benches
+    from .records import read
+
+    be_quiet()
+    spec = scenario.load(scenario_name)
+    path = (to or output / "elsewhere") / f"{spec.name}.jsonl"
+    draws = [(k, seed) for k in map(int, shots.split(",")) for seed in range(seeds)]
+    for bench in open_benches(spec, output, target):
+        append(judging.judge_elsewhere(bench, draws, size, read(path, key="method")), path)
+    typer.echo(judging.elsewhere_table(read(path, key="method")))
+
+
+@app.command()
 def users(
     scenario_name: Annotated[
         str, typer.Argument(metavar="SCENARIO", help="A name (see list); of images with --fast.")

@@ -118,9 +118,12 @@ class Bench:
             for name, head in zip(self.names, self._own_heads)
         ]
 
-    def mixed(self, weights: Sequence[float], split: str | Draw) -> Tensor:
-        """Features of the model mixed by these weights, module by module, computed now."""
-        rows = self.judged[split] if isinstance(split, str) else self.task.train.select(self.support(split))
+    def mixed(self, weights: Sequence[float], split: str | Draw | Dataset) -> Tensor:
+        """Features of the model mixed by these weights, module by module, computed now; on a split, draw or rows."""
+        if isinstance(split, Dataset):
+            rows = split
+        else:
+            rows = self.judged[split] if isinstance(split, str) else self.task.train.select(self.support(split))
         put_weights(self.composition, weights)
         return features_of(self.composition.model, self.model, rows)
 

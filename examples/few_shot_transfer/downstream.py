@@ -230,23 +230,27 @@ class Downstream:
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as JSON holds it; `correct` as hexadecimal digits, four examples each, the first one highest."""
-    bits = "".join("01"[value] for value in outcome.correct)
-    padded = bits + "0" * (-len(bits) % 4)
+    """The outcome as JSON holds it."""
     return {
         "accuracy": percent(outcome.correct),
         "validation": outcome.validation,
         "support": outcome.support,
-        "examples": len(bits),
-        "correct": f"{int(padded, 2):0{len(padded) // 4}x}",
+        **packed(outcome.correct),
         "trainable": outcome.trainable,
         "weights": outcome.weights,
         "seconds": outcome.seconds,
     }
 
 
+def packed(correct: Sequence[bool]) -> dict[str, Any]:
+    """`correct` as hexadecimal digits, four examples each, the first one highest; and how many `examples`."""
+    bits = "".join("01"[value] for value in correct)
+    padded = bits + "0" * (-len(bits) % 4)
+    return {"examples": len(bits), "correct": f"{int(padded, 2):0{len(padded) // 4}x}"}
+
+
 def correct_answers(record: dict[str, Any]) -> np.ndarray:
-    """What `describe` packed, as booleans (n,)."""
+    """What `packed` packed, as booleans (n,)."""
     digits = record["correct"]
     bits = f"{int(digits, 16):0{4 * len(digits)}b}"[: record["examples"]]
     return np.array([bit == "1" for bit in bits])

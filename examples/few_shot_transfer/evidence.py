@@ -116,7 +116,7 @@ def _parts(bench: Bench, draw: Draw) -> Iterator[Record]:
     """Each adapter alone, the uniform mix, the bare model, and the adapter that validation examples pick."""
     found = {}
     for candidate in (*bench.names, UNIFORM, BASE):
-        head = _head(bench, draw, bench.features(candidate, draw))
+        head = head_on(bench, draw, bench.features(candidate, draw))
         found[candidate] = {
             split: _accuracy(head(bench.features(candidate, split)), bench.judged_labels[split])
             for split in ("validation", "test")
@@ -130,8 +130,8 @@ def _parts(bench: Bench, draw: Draw) -> Iterator[Record]:
 def _mixed(bench: Bench, draw: Draw, method: str) -> Record:
     """The mix that a method chooses, run module by module."""
     started = time.perf_counter()
-    weights = _chosen(bench, draw, method).tolist()
-    head = _head(bench, draw, bench.mixed(weights, draw))
+    weights = chosen_weights(bench, draw, method).tolist()
+    head = head_on(bench, draw, bench.mixed(weights, draw))
     accuracy = _accuracy(head(bench.mixed(weights, "test")), bench.judged_labels["test"])
     seconds = round(time.perf_counter() - started, 3)
     return {
@@ -149,13 +149,13 @@ def _stand_ins(bench: Bench, draw: Draw, names: Sequence[str]) -> Iterator[Recor
     support = Corners.of({name: bench.features(name, draw) for name in candidates}, bench.names)
     test = Corners.of({name: bench.features(name, "test") for name in candidates}, bench.names)
     even = torch.full((len(bench.names),), 1 / len(bench.names), dtype=torch.float64)
-    starts = {"uniform": even, "evidence": even if draw[0] == 1 else _chosen(bench, draw, METHODS[0])}
+    starts = {"uniform": even, "evidence": even if draw[0] == 1 else chosen_weights(bench, draw, METHODS[0])}
     how = bench.scenario.downstream
     for name in names:
         head: nn.Module
         if name == FIXED:
             weights = starts["evidence"].float()
-            head = _head(bench, draw, support.mixed(weights))
+            head = head_on(bench, draw, support.mixed(weights))
         else:
             start, recipe = TRAINED[name]
             labels = bench.labels(draw)
@@ -170,7 +170,8 @@ def _stand_ins(bench: Bench, draw: Draw, names: Sequence[str]) -> Iterator[Recor
         }
 
 
-def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
+def chosen_weights(bench: Bench, draw: Draw, method: str) -> Tensor:
+    """The mixing weights that a method chooses for a draw, shape (N,); their sum may be less than 1."""
     labels = bench.labels(draw)
     candidates = (*bench.names, UNIFORM, BASE)
     if method == OF_VIEWS:
@@ -180,13 +181,14 @@ def _chosen(bench: Bench, draw: Draw, method: str) -> Tensor:
     if method == WITH_HEADS:
         count = len(bench.names)
         even = torch.full((count,), 1 / count, dtype=torch.float64)
-        weights = even if draw[0] == 1 else _chosen(bench, draw, METHODS[0])
+        weights = even if draw[0] == 1 else chosen_weights(bench, draw, METHODS[0])
         return informed(weights, bench.told(draw), labels)
     left = [leave_one_out_distances(bench.features(name, draw), labels) for name in candidates]
     return weights_by(method, left, draw[1])
 
 
-def _head(bench: Bench, draw: Draw, features: Tensor) -> nn.Linear:
+def head_on(bench: Bench, draw: Draw, features: Tensor) -> nn.Linear:
+    """A head fitted to the examples of a draw, given their features."""
     return fit_features(features, bench.labels(draw), bench.classes, bench.scenario.downstream, draw[1])
 
 
