@@ -63,6 +63,15 @@ class Bench:
         return [adapter.name for adapter in self.adapters]
 
     @property
+    def facts(self) -> dict[str, str]:
+        """`scenario` and `target` of its records; the adapters' rank is named where the scenario has several."""
+        target, several = self.setting.target, len(self.scenario.upstream.ranks) > 1
+        return {
+            "scenario": self.scenario.name,
+            "target": f"{target}, rank {self.setting.rank}" if several else target,
+        }
+
+    @property
     def classes(self) -> int:
         """How many the task has."""
         return len(self.task.classes)

@@ -77,7 +77,7 @@ def judge_elsewhere(
     Yields:
         Two records for each draw, as `evidence` writes them, with `correct` in place of a validation accuracy.
     """
-    facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
+    facts = bench.facts
     done = {(r["k"], r["seed"]) for r in known if facts.items() <= r.items() and r["method"] == WITH_HEADS}
     wanted = [draw for draw in draws if draw not in done]
     if not wanted:

@@ -46,7 +46,7 @@ TRAINED = {  # where the weights start, and how head and weights are trained
 
 
 def open_benches(scenario: Scenario, folder: Path, target: str | None, progress: bool = True) -> Iterator[Bench]:
-    """The downstream tasks of a scenario, each with most of its adapters, trained where they are not there yet.
+    """The downstream tasks of a scenario, each with most of its adapters of each rank, trained where they are missing.
 
     Args:
         scenario: of classification.
@@ -57,12 +57,13 @@ def open_benches(scenario: Scenario, folder: Path, target: str | None, progress:
     tasks = Tasks(scenario)
     model = foundation(scenario, folder / "foundation", progress)
     assert isinstance(model, Classifier)
-    largest: dict[str, Setting] = {}
+    largest: dict[tuple[str, int], Setting] = {}
     for setting in scenario.settings():
+        key = setting.target, setting.rank
         if target in (None, setting.target) and len(setting.upstream) > len(
-            largest.get(setting.target, replace(setting, upstream=())).upstream
+            largest.get(key, replace(setting, upstream=())).upstream
         ):
-            largest[setting.target] = setting
+            largest[key] = setting
     for setting in largest.values():
         adapters = [
             train_adapter(scenario, name, setting.rank, tasks, model, folder / "upstream", progress)
@@ -94,7 +95,7 @@ def compare(
         A record for each draw and contender: K = 1 has none for `METHODS`, which choose the uniform mix there, and
         `OF_VIEWS` has none elsewhere.
     """
-    facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
+    facts = bench.facts
     done = {(r["scenario"], r["target"], r["k"], r["seed"], r["method"]) for r in known}
     bench.prepare(draws)
     with tqdm(total=len(draws), desc=" ".join(facts.values()), unit="draw", disable=not progress) as bar:

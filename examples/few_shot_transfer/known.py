@@ -51,8 +51,7 @@ def outcomes(bench: Bench, k: int, seeds: Sequence[int], progress: bool = True) 
     for number, seed in enumerate(seeds):
         correct = {own.name: [int(value) for value in own.judged[number].right] for own in found}
         yield {
-            "scenario": bench.scenario.name,
-            "target": bench.setting.target,
+            **bench.facts,
             "k": k,
             "seed": seed,
             "methods": {name: "".join(map(str, values)) for name, values in correct.items()},

@@ -48,7 +48,7 @@ def simulate(bench: Bench, seeds: Sequence[int], known: Sequence[Record] = ()) -
     Yields:
         `"stated"` and `"gain"` have an entry for each pool: the stated chance, and the true gain in accuracy.
     """
-    facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
+    facts = bench.facts
     done = {(r["k"], r["candidates"], r["pool"]) for r in known if {**r, **facts} == r}
     most = max(SHOTS) if bench.classes <= MOST_CLASSES else 5
     rows = sorted({row for seed in seeds for row in bench.support((most, seed))})

@@ -140,7 +140,7 @@ def simulate(
     """
     if trains and earlier is None and bench.model.spec.kind != "sentence":
         raise ValueError(f"{bench.scenario.name} has images: give --fast; the fresh LoRA is one of sentence encoders")
-    facts = {"scenario": bench.scenario.name, "target": bench.setting.target}
+    facts = bench.facts
     done = {(r["k"], r["seed"]) for r in known if {**r, **facts} == r}
     kept = {(r["k"], r["seed"]): _fresh_of(r) for r in earlier or () if {**r, **facts} == r}
     draws = draws if earlier is None else list(kept)

@@ -159,7 +159,7 @@ class Views:
 
 def test_of_two_views_the_adapter_wins_that_keeps_them_together() -> None:
     bench: Any = Views()
-    weights = evidence._chosen(bench, (1, 0), evidence.OF_VIEWS)
+    weights = evidence.chosen_weights(bench, (1, 0), evidence.OF_VIEWS)
     assert float(weights[1]) > 0.8
 
 
