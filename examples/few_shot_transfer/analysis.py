@@ -38,6 +38,8 @@ QUESTIONS = {
         ("evidence", BEST_SINGLE),
         ("evidence-learned", "evidence"),
         ("cold", "uniform"),
+        ("cold-block", "cold"),
+        ("cold-model", "cold"),
     ],
     "A LoRA of the K examples": [
         ("fresh-member", "cold"),

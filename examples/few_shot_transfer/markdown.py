@@ -25,6 +25,8 @@ NAMES = {
     "lorahub": "LoraHub",
     "evidence": "Weights by evidence",
     "cold": "Head and weights together, from uniform",
+    "cold-block": "The same, weights shared in a block",
+    "cold-model": "The same, weights shared by all modules",
     "evidence-learned": "Head and weights together, from evidence",
     "fresh-member": "The same from uniform, with a fresh LoRA as a member",
     "lambda-lora": "LoRA times a factor (by validation)",

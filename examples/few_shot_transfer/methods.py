@@ -14,7 +14,7 @@ from torch import nn
 from peft_composition import CompositionConfig, CompositionModel
 
 from .models import HEAD, Foundation
-from .scenario import BASELINES, FACTORS, FROZEN, RECIPES, Scenario
+from .scenario import BASELINES, FACTORS, FROZEN, RECIPES, SHARING, Scenario
 from .upstream import Adapter, peft_options
 
 
@@ -122,6 +122,8 @@ def _composition(base: nn.Module, upstream: Sequence[Adapter], scenario: Scenari
     # The uniform composition of a single adapter is that adapter, and needs no head of the same size.
     mixing: Literal["learned", "uniform", "fixed"] = "learned" if method in LEARNED else "uniform"
     options: dict[str, Any] = {"normalization": "none"} if method == "learned-free" else {}
+    if method in SHARING:
+        options = {"weight_sharing": SHARING[method]}
     if method == "evidence":
         mixing, options = "fixed", {"weights": [1 / len(upstream)] * len(upstream)}  # until there is evidence
     adapters: list[Any] = [{"path": adapter.folder, "name": adapter.name} for adapter in upstream]

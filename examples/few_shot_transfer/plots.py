@@ -29,6 +29,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "lorahub": {"color": "#F0E442", "marker": "h", "linestyle": "--"},
     "evidence": {"color": "#882255", "marker": "*", "linestyle": "-"},
     "cold": {"color": "#332288", "marker": "<", "linestyle": "--"},
+    "cold-block": {"color": "#332288", "marker": "2", "linestyle": ":"},
+    "cold-model": {"color": "#332288", "marker": "3", "linestyle": "-."},
     "evidence-learned": {"color": "#882255", "marker": ">", "linestyle": ":"},
     "fresh-member": {"color": "#44AA99", "marker": "d", "linestyle": "--"},
     "lambda-lora": {"color": "#009E73", "marker": "1", "linestyle": ":"},

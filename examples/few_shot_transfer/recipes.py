@@ -22,6 +22,7 @@ from peft_composition import fit_mixing_weights
 from .downstream import Downstream, Outcome, Run, folder_name, percent
 from .methods import Contender, build, mixing_weights
 from .plan import recipe_plan
+from .scenario import SHARING
 from .training import fit, predict, trainable_outside_head
 from .upstream import Adapter
 
@@ -33,7 +34,8 @@ class Recipes(Downstream):
     """A downstream task that also runs `scenario.ADDED`; keeps the LoRAs that it trains for them.
 
     - "evidence": weights by `fit_mixing_weights` on the support set stay fixed, only a head is trained.
-    - "cold": a fresh head and the weights train together from the uniform mix, without a warm-up.
+    - "cold": a fresh head and the weights train together from the uniform mix, without a warm-up. "cold-block" and
+      "cold-model": all modules of a transformer block, or of the model, share one weight vector.
     - "evidence-learned": the same from the weights that "evidence" has.
     - "fresh-member": as "cold", with a LoRA that was trained on the support set as one more adapter.
     - "lambda-lora": that LoRA alone, times a factor. Its head stays as it was trained with the whole of it.
@@ -47,7 +49,7 @@ class Recipes(Downstream):
         """Trains and judges."""
         own: dict[str, Callable[[Run, Sequence[int], float], Outcome]] = {
             "evidence": self._fixed_by_evidence,
-            "cold": self._trained_together,
+            **dict.fromkeys(("cold", *SHARING), self._trained_together),
             "evidence-learned": self._trained_together,
             "fresh-member": self._with_a_fresh_member,
             "lambda-lora": self._scaled,

@@ -34,17 +34,22 @@ METHODS = (
     "lorahub",
     "evidence",
     "cold",
+    "cold-block",
+    "cold-model",
     "evidence-learned",
     "fresh-member",
     "lambda-lora",
 )
-ADDED = METHODS[-5:]  # neither the paper's nor its controls: run where they are named, for classifiers
+ADDED = METHODS[
+    METHODS.index("evidence") :
+]  # neither the paper's nor its controls: run where they are named, for classifiers
 FACTORS = ("0.25", "0.5", "0.75", "1")  # of "lambda-lora"
 CAUSAL = ("causal", "completion")
 LANGUAGE = ("text-to-text", *CAUSAL)
 BASELINES = ("zero-shot", "classifier", "full", "lora", "lambda-lora")  # methods without upstream adapters
 FROZEN = ("zero-shot", "classifier", "uniform", "random-uniform", "single")  # nothing but a head is trained
-RECIPES = ("cold", "evidence-learned")  # head and weights train together, at a rate that is not searched
+SHARING = {"cold-block": "block", "cold-model": "model"}  # of weights that train; otherwise each module has its own
+RECIPES = ("cold", *SHARING, "evidence-learned")  # head and weights train together, at a rate that is not searched
 Key = tuple[str, str | None]  # a target and the label of its round
 # Which learning rates a method's grid is about; what trains besides a head.
 GRID_OF = {

@@ -28,7 +28,7 @@ from .analysis import (
 )
 from .markdown import NAMES, table
 from .records import Record
-from .scenario import ALL, FACTORS, Scenario
+from .scenario import ALL, FACTORS, SHARING, Scenario
 
 
 PAPER = yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text(encoding="utf-8"))
@@ -85,7 +85,16 @@ def weights_table(records: Sequence[Record]) -> str:
     shots = list(dict.fromkeys(record["k"] for record in records))
     rows = []
     header: list[str] = []
-    for method in ("learned", "learned-free", "random-learned", "lorahub", "evidence", "cold", "evidence-learned"):
+    for method in (
+        "learned",
+        "learned-free",
+        "random-learned",
+        "lorahub",
+        "evidence",
+        "cold",
+        *SHARING,
+        "evidence-learned",
+    ):
         for k in shots:
             weights = by_adapter(mean_weights(records, method, k))
             if weights:

@@ -122,6 +122,11 @@ def test_one_example_of_each_class_is_no_evidence(done: tuple[Study, Found]) -> 
 
 def test_what_trains_moves(done: tuple[Study, Found]) -> None:
     _, found = done
+    shared = {"cold-block": 2, "cold-model": 1}  # of two layers
+    for method, vectors in shared.items():
+        record = found[method, None, 3, 0]
+        assert record["trainable"] == 2 * vectors
+        assert len({tuple(row.values()) for row in rows_of(record)}) == vectors
     for method, adapters in (("cold", 2), ("evidence-learned", 2), ("fresh-member", 3)):
         record = found[method, None, 3, 0]
         assert record["trainable"] == 4 * adapters  # two layers of two projections
