@@ -229,9 +229,9 @@ def best_and_weights(
     """
     count = len(features) - 2
     if not has_pairs(labels):
-        # Without other evidence the best is that of the largest weight, the first where none is known.
+        # Without other evidence the best is that whose head tells most, the first where none is known.
         weights = informed(torch.full((count,), 1 / count, dtype=torch.float64), told, labels)
-        return int(weights.argmax()), weights
+        return max(range(count), key=lambda number: told[number] or 0.0), weights
     left = [leave_one_out_distances(own, labels) for own in features]
     best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())
     return best, informed(weights_by("likelihood-vote", left, seed), told, labels)

@@ -65,7 +65,8 @@ def fit_mixing_weights(
     checkpoint that is saved afterwards has them.
 
     - `"heads-and-vote"` (classifiers): the weights by `"likelihood-vote"`, times what each adapter's own head tells of
-      the classes of the examples (their mutual information with its output, to the power 2 / sqrt(K)). With one
+      the classes of the examples (their mutual information with its output), where it tells clearly more or less
+      than the others: see `peft_composition.evidence.weights.informed`. With one
       example of each class, of which none can be left out, the heads alone. An adapter without a head in its files, or
       whose files are gone, counts as the mean of the others.
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
