@@ -65,10 +65,10 @@ def fit_mixing_weights(
     checkpoint that is saved afterwards has them.
 
     - `"heads-and-vote"` (classifiers): the weights by `"likelihood-vote"`, times what each adapter's own head tells of
-      the classes of the examples (their mutual information with its output), where it tells clearly more or less
-      than the others: see `peft_composition.evidence.weights.informed`. With one
-      example of each class, of which none can be left out, the heads alone. An adapter without a head in its files, or
-      whose files are gone, counts as the mean of the others.
+      the classes of the examples (their mutual information with its output). What is within a factor of 1.65 of their
+      geometric mean counts alike, what exceeds it to the power 4 / sqrt(K). With one example of each class, of which
+      none can be left out, the heads alone. An adapter without a head in its files, or whose files are gone, counts as
+      the mean of the others.
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
       them most likely, by leave-one-out predictions of class means. It must be ahead of the uniform mix by half a
       standard error: what the examples cannot tell apart stays uniform. The base model must by 8 / n more, of n

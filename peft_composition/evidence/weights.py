@@ -128,6 +128,19 @@ def are_known(informations: Sequence[float | None]) -> bool:
     return sum(own is not None for own in informations) >= 2
 
 
+def ahead_of_mean(informations: Sequence[float | None]) -> list[float]:
+    """By how much the logarithm of what each head tells is above their mean; 0 where it is not known.
+
+    Args:
+        informations: of the adapters' heads, in nats. With fewer than two that are known all are 0.
+    """
+    if not are_known(informations):
+        return [0.0] * len(informations)
+    logs = [None if own is None else math.log(max(own, LEAST_NATS)) for own in informations]
+    mean = fmean(own for own in logs if own is not None)
+    return [0.0 if own is None else own - mean for own in logs]
+
+
 def informed(weights: Tensor, informations: Sequence[float | None], labels: Tensor, floor: float = FLOOR) -> Tensor:
     """Mixing weights times what the adapters' own heads tell of the examples, compared with each other.
 
@@ -147,9 +160,7 @@ def informed(weights: Tensor, informations: Sequence[float | None], labels: Tens
     """
     if not are_known(informations):
         return weights.double()
-    logs = [None if own is None else math.log(max(own, LEAST_NATS)) for own in informations]
-    mean = fmean(own for own in logs if own is not None)
-    ahead = torch.tensor([0.0 if own is None else own - mean for own in logs], dtype=torch.float64)
+    ahead = torch.tensor(ahead_of_mean(informations), dtype=torch.float64)
     per_class = len(labels) / len(labels.unique())
     factors = (softshrink(ahead, ALIKE) * STEEPNESS / per_class**0.5).exp()
     return floored(weights.double() * factors, floor, float(weights.sum()))

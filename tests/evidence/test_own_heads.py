@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from peft_composition import CompositionConfig, compare_methods, fit_mixing_weights, mixing_weights
 from peft_composition.evidence import passes
 from peft_composition.evidence.own_heads import information, own_head
-from peft_composition.evidence.weights import LEAST_NATS, STEEPNESS, informed
+from peft_composition.evidence.weights import ALIKE, LEAST_NATS, STEEPNESS, informed
 from peft_composition.references import AdapterReference
 
 from .. import tiny
@@ -113,12 +114,37 @@ def test_information_lies_between_nothing_and_the_logarithm_of_the_classes() -> 
         assert information(torch.eye(3), labels, {"weight": misfit}) is None, "another width, a regression, no matrix"
 
 
+def factors(told: Sequence[float | None], per_class: int) -> list[float]:
+    """By which weights are multiplied, one by one."""
+    logs = [math.log(max(own, LEAST_NATS)) for own in told if own is not None]
+    mean = sum(logs) / len(logs)
+    found = []
+    for own in told:
+        apart = 0.0 if own is None else math.log(max(own, LEAST_NATS)) - mean
+        beyond = max(abs(apart) - ALIKE, 0.0)
+        found.append(math.exp(math.copysign(beyond, apart) * STEEPNESS / math.sqrt(per_class)))
+    return found
+
+
 def test_weights_are_multiplied_and_their_sum_stays() -> None:
-    weights, told = torch.tensor([0.5, 0.2, 0.1]), [0.4, 0.1, None]
-    for labels, power in ((torch.arange(4), STEEPNESS), (torch.arange(4).repeat(4), STEEPNESS / 2)):
-        products = [0.5 * 0.4**power, 0.2 * 0.1**power, 0.1 * 0.25**power]
-        expected = [0.8 * own / sum(products) for own in products]
-        assert informed(weights, told, labels).tolist() == pytest.approx(expected, abs=1e-7)
+    weights, told = [0.5, 0.2, 0.1, 0.1], [0.4, 0.05, None, 0.1]
+    for labels, per_class in ((torch.arange(4), 1), (torch.arange(4).repeat(4), 4)):
+        products = [weight * factor for weight, factor in zip(weights, factors(told, per_class))]
+        expected = [0.9 * own / sum(products) for own in products]
+        assert informed(torch.tensor(weights), told, labels).tolist() == pytest.approx(expected, abs=1e-7)
+    assert factors(told, 1)[2] == 1.0
+    assert factors(told, 1)[0] > 5 > 1 > factors(told, 1)[1]
+
+
+def test_heads_that_tell_about_as_much_count_alike() -> None:
+    weights = torch.tensor([0.5, 0.2, 0.1])
+    alike = informed(weights, [0.3, 0.2, 0.15], torch.arange(4))  # within a factor of 1.65 of their geometric mean
+    assert alike.tolist() == pytest.approx(weights.tolist(), abs=1e-7)
+    assert informed(weights, [0.3, 0.2, 0.05], torch.arange(4))[2] < 0.1
+
+
+def test_nothing_to_compare_changes_nothing() -> None:
+    weights = torch.tensor([0.5, 0.2, 0.1])
     assert informed(weights, [0.4, None, None], torch.arange(4)).tolist() == weights.double().tolist(), "no comparison"
     nothing = informed(weights, [0.0, LEAST_NATS / 3, LEAST_NATS], torch.arange(4))
     assert nothing.tolist() == pytest.approx(weights.tolist(), abs=1e-7), "noise of heads that tell nothing"
@@ -134,8 +160,8 @@ def test_with_one_example_of_each_class_the_heads_decide(folders) -> None:
         weight, bias = (weights[f"base_model.model.head.{leaf}"] for leaf in ("weight", "bias"))
         told.append(by_loop(features_alone(folder, POINTS[:3]), CLASSES[:3], weight, bias))
     assert list((report.informations or {}).values()) == pytest.approx(told, abs=1e-5)
-    squares = [max(own, LEAST_NATS) ** STEEPNESS for own in told]
-    expected = [max(own / sum(squares), 1e-4) for own in squares]
+    shares = factors(told, 1)
+    expected = [max(own / sum(shares), 1e-4) for own in shares]
     assert list(report.weights.values()) == pytest.approx([own / sum(expected) for own in expected], abs=1e-4)
     assert report.weights["first"] > 0.9
     assert "first   0.9" in str(report)
@@ -299,7 +325,10 @@ def test_an_adapter_without_a_head_counts_as_the_mean_of_the_others(folders, tmp
     model = tiny.compose("mlp", [*map(str, folders), str(third)], mixing="fixed", weights=[0.3, 0.3, 0.4])
     report = fit_mixing_weights(model, ONE_EACH)
     assert (report.informations or {})["third"] is None
-    assert report.weights["first"] > report.weights["third"] > report.weights["second"]
+    first, second, third_one = factors([*(report.informations or {}).values()], 1)
+    assert first > third_one == 1.0 > second
+    shares = [max(own / (first + second + third_one), 1e-4) for own in (first, second, third_one)]
+    assert list(report.weights.values()) == pytest.approx([own / sum(shares) for own in shares], abs=1e-4)
     assert "its own head is not known" in str(report)
 
 
