@@ -61,7 +61,7 @@ def answers(logits: Tensor, labels: Tensor, is_shifted: bool) -> Answers:
         raise ValueError(
             f"example {int((tokens == 0).nonzero()[0])} of a batch has no answer: its labels are all -100"
         )
-    chosen, targets = logits[is_answer], labels[is_answer]  # first, because a whole vocabulary is large
+    chosen, targets = logits[is_answer], labels[is_answer].long()  # first, because a whole vocabulary is large
     wide = torch.promote_types(chosen.dtype, torch.float32)
     of_token = F.cross_entropy(chosen.to(wide), targets, reduction="none").cpu().double()
     rows = is_answer.nonzero()[:, 0].cpu()

@@ -214,6 +214,18 @@ def same() -> list[dict[str, Any]]:
     return [batch("llama", [0, 2, 5], "right")]
 
 
+def answered(*answers: list[int], prompts: list[list[int]] = PROMPTS, width: int | None = None) -> dict[str, Tensor]:
+    """Answers after prompts as a batch with left padding."""
+    rows = [[*own, *answer] for own, answer in zip(prompts, answers)]
+    longest = width or max(map(len, rows))
+    empty = [[0] * (longest - len(own)) for own in rows]
+    return {
+        "input_ids": torch.tensor([rest + own for rest, own in zip(empty, rows)]),
+        "attention_mask": torch.tensor([rest + [1] * len(own) for rest, own in zip(empty, rows)]),
+        "labels": torch.tensor([[-100] * (longest - len(own)) + own for own in answers]),
+    }
+
+
 def gap(labels: Tensor) -> None:
     labels[1, 10] = -100  # one token of four
 
@@ -232,20 +244,41 @@ REFUSED: list[tuple[Any, str]] = [
     (each_its_own(21, 2), 'at most 20 answers, but the 42 examples have 21 different ones.*method="posterior"'),
     (
         with_labels(gap),
-        "example 1 of a batch has an answer in 3 tokens that do not follow each other, from place 9 to 12",
+        "example 1 has an answer in 3 tokens that do not follow each other, from place 9 to 12",
     ),
     (
         with_labels(whole_row),
-        "labels of example 2 of a batch begin at its first token. Set those of the prompt to -100",
+        "labels of example 2 begin at its first token. Set those of the prompt to -100",
     ),
-    (with_labels(shifted), "example 0 of a batch has label 59 at place 4, where input_ids has 11"),
-    (with_labels(lambda labels: labels[3].fill_(-100)), "example 3 of a batch has no answer"),
+    (with_labels(shifted), "example 0 has label 59 at place 4, where input_ids has 11"),
+    (with_labels(lambda labels: labels[3].fill_(-100)), "example 3 has no answer.*Was it cut off"),
     (
         changed(position_ids=torch.zeros(4, 13)),
         r"'position_ids' of shape \(4, 13\) cannot be made longer. Leave it out",
     ),
     (changed(token_type_ids=torch.zeros(4, 13)), r"'token_type_ids' of shape \(4, 13\) cannot be made longer"),
+    (changed(position_ids=torch.arange(13)[None]), r"'position_ids' of shape \(1, 13\) cannot be made longer"),
+    (changed(position_ids=torch.ones(3, 4, 13).long()), r"'position_ids' of shape \(3, 4, 13\) cannot be made longer"),
+    (changed(cache_position=torch.arange(13)), r"'cache_position' of shape \(13,\) cannot be made longer"),
     (changed(attention_mask=torch.ones(4, 1, 13, 13)), r"'attention_mask' of shape \(4, 1, 13, 13\) cannot be made"),
+    # Whole texts as labels, of which left padding is no prompt
+    (
+        [answered([5, 6, 11], [7, 8, 9, 12], [5, 6, 11], prompts=[[]] * 3, width=8)],
+        "example 0 begin at its first token",
+    ),
+    (
+        [answered([11], [12], [11]), answered([11], [12, 3], [12, 3], prompts=[[5, 6], [7], []])],
+        "example 5 begin at its first token",
+    ),
+    # Some with the token that ends a text, some without; cut off; with labels for the padding
+    (
+        [answered([11, 2], [12, 2], [11]), answered([12, 2], [11, 2])],
+        "example 2, 1 token, is the beginning of that of example 0, 2 tokens.*End all answers by the token",
+    ),
+    (
+        [answered([11, 2, 0], [12, 2]), answered([12, 2, 0, 0], [11, 2, 0, 0])],
+        "example 0, 3 tokens, is the beginning of that of example 3, 4 tokens.*labels of padding to -100",
+    ),
     (changed(input_ids=None, inputs_embeds=torch.ones(4, 13, 16)), r"labels, \(4, 13\); there are none"),
 ]
 
@@ -286,3 +319,49 @@ def test_of_a_decoder_only_inputs_that_come_from_the_labels_can_be_replaced(pair
     masked = [{**own, "decoder_attention_mask": torch.ones_like(own["labels"])} for own in batches("t5")]
     with pytest.raises(ValueError, match="'decoder_attention_mask' would not belong"):
         fit_mixing_weights(model, masked, method="choices")
+
+
+def test_of_an_encoder_decoder_model_labels_of_padding_make_no_further_answers(pair: Any) -> None:
+    """A tokenizer pads labels with its own token, and so further in a wider batch; a collator with -100."""
+    labels = [torch.tensor(rows) for rows in ([[11, 1], [12, 1]], [[11, 1, 0], [12, 1, 0]])]
+    data = [{"input_ids": torch.tensor(PROMPTS[:2]), "labels": own} for own in labels]
+    with pytest.raises(ValueError, match="example 0, 2 tokens, is the beginning of that of example 2, 3 tokens"):
+        fit_mixing_weights(tiny.compose("t5", pair("t5")), data, method="choices")
+
+
+@pytest.mark.parametrize("target", ["c_attn", "wpe"])
+def test_rows_longer_than_learned_positions_are_refused(target: str, tmp_path: Any) -> None:
+    """Left padding to the most that the model takes, and another answer that is longer."""
+    folder = str(tiny.save_lora(tmp_path, tiny.build("gpt2"), [target]))
+    model = tiny.compose("gpt2", [folder], mixing="fixed", weights=[1.0])
+    answers = ([11], [12, 13, 2], [11])
+    with pytest.raises(ValueError, match=r"is at place 34, but the model has 32 positions.*not to a fixed length"):
+        fit_mixing_weights(model, [answered(*answers, width=32)], method="choices")
+    report = fit_mixing_weights(model, [answered(*answers, width=30)], method="choices")
+    assert report.weights == {next(iter(report.weights)): 1.0}
+
+
+def test_positions_that_are_not_learned_go_on(pair: Any) -> None:
+    limit = 2048
+    model = tiny.compose("llama", pair("llama"))
+    assert model.get_base_model().config.max_position_embeddings == limit
+    answers = ([11], [12, 13, 2], [11])
+    wide, narrow = (
+        fit_mixing_weights(model, [answered(*answers, width=width)], method="choices").weights
+        for width in (limit, None)
+    )
+    assert list(wide.values()) == pytest.approx(list(narrow.values()), abs=1e-4)
+
+
+def test_inputs_of_other_kinds_stay_with_their_rows() -> None:
+    """Images of a row, and a number for each row in a batch of as many rows as tokens."""
+    (own,) = changed()
+    given = {**own, "pixel_values": torch.rand(4, 3, 5, 5), "image_sizes": torch.full((4, 2), 5)}
+    square = {
+        **answered(*[[11], [12]] * 5, prompts=[own[:9] for own in PROMPTS + PROMPTS[:4]]),
+        "kind": torch.arange(10),
+    }
+    for data in (given, square):
+        for found in read_options(tiny.build("llama"), [data]).batches:
+            for name in set(data) - {"input_ids", "attention_mask", "labels"}:
+                assert torch.equal(found[name], data[name])

@@ -62,6 +62,12 @@ def test_half_precision_is_scored_in_float32() -> None:
     torch.testing.assert_close(narrow.nll, wide.nll, rtol=1e-6, atol=1e-6)
 
 
+def test_labels_of_any_integer_type_are_scored_alike() -> None:
+    wide = answers(LOGITS, LABELS, is_shifted=True)
+    narrow = answers(LOGITS, LABELS.int(), is_shifted=True)
+    assert [part.tolist() for part in narrow] == [part.tolist() for part in wide]
+
+
 def test_an_example_without_an_answer_is_refused() -> None:
     labels = torch.tensor([[-100, -100, 3, 6, -100], [4, -100, -100, -100, -100]])
     answers(LOGITS, labels, is_shifted=False)
