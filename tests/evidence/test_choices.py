@@ -92,3 +92,10 @@ def test_scores_among_the_answers_by_hand() -> None:
 def test_a_likelihood_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         choices(torch.tensor([[0.0, math.inf], [0.0, 1.0]]), torch.ones(2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("examples", range(3, 12))
+def test_behind_on_one_example_alone_stays_however_many_there_are(examples: int) -> None:
+    among = torch.full((examples, 2), 0.5, dtype=torch.float64)
+    among[0, 1] = 0.8  # a mean of 0.3 / n, which is one standard error for every n
+    assert stay(among).tolist() == [True, True]
