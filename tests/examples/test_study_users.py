@@ -231,7 +231,7 @@ def test_users_choose_as_a_comparison_does(per_class: int) -> None:
 def test_fresh_loras_of_earlier_users_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Weights were chosen otherwise then, and the trainings take most of the time."""
     bench = Kept(5)
-    bench.scenario = SimpleNamespace(name="s")  # type: ignore[assignment]
+    bench.scenario = SimpleNamespace(name="s", upstream=SimpleNamespace(ranks=(16,)))  # type: ignore[assignment]
     bench.setting = SimpleNamespace(target="t")  # type: ignore[assignment]
     bench.model = SimpleNamespace(spec=SimpleNamespace(kind="sentence"))  # type: ignore[assignment]
     bench.task = SimpleNamespace(classes=[0, 1])  # type: ignore[assignment]
