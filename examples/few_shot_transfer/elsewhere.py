@@ -20,7 +20,7 @@ from .data import balanced, labels_of
 from .downstream import correct_answers, packed
 from .evidence import WITH_HEADS, chosen_weights, head_on
 from .markdown import table
-from .records import Record
+from .records import Record, by_task
 
 
 SIZE = 600
@@ -144,17 +144,14 @@ def crossed(differences: np.ndarray) -> Both:
     rows, columns, cells = (float((parts.sum(axis) ** 2).sum()) for axis in (1, 0, ()))
     few = draws / (draws - 1)
     quantile = float(stats.t.ppf(0.975, draws - 1))
-    only, both = quantile * (few * rows) ** 0.5, quantile * max(few * rows, few * rows + columns - cells) ** 0.5
+    only, both = quantile * (few * rows) ** 0.5, quantile * (few * rows + max(columns - cells, 0.0)) ** 0.5
     return Both(mean, (mean - only, mean + only), (mean - both, mean + both))
 
 
 def elsewhere_table(records: Sequence[Record], method: str = WITH_HEADS) -> str:
     """Gains on the uniform mix by task and K, over draws and over draws and examples, as Markdown."""
-    tasks: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        tasks.setdefault((record["scenario"], record["target"]), []).append(record)
     rows = []
-    for (scenario, target), own in tasks.items():
+    for (scenario, target), own in by_task(records).items():
         for k in sorted({record["k"] for record in own}):
             found = gain_of(own, method, k)
             if found is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .gains import Gain, mean_gain
 from .markdown import table
-from .records import Record
+from .records import Record, by_task
 
 
 MEASURES = {"accuracy": 1, "nll": 2}  # digits that are printed
@@ -23,7 +23,7 @@ def far_better(records: Sequence[Record], points: float, of: str = "accuracy") -
         of: `accuracy` on the test questions, or `pool`, on those that support sets are drawn from.
     """
     found = []
-    for task, own in _by_task(records).items():
+    for task, own in by_task(records).items():
         singles, uniform = _still(own)
         if max(record[of] for record in singles) >= uniform[of] + points:
             found.append(task)
@@ -38,13 +38,13 @@ def far_better_table(records: Sequence[Record], points: float, way: str = "poste
     """
     by_pool = {
         task
-        for task, own in _by_task(records).items()
+        for task, own in by_task(records).items()
         if all("pool" in record for record in (*_still(own)[0], _still(own)[1])) and far_better(own, points, "pool")
     }
     rows, columns = [], list[list[Gain]]()
     tasks = far_better(records, points)
     for task in tasks:
-        own = _by_task(records)[task]
+        own = by_task(records)[task]
         singles, uniform = _still(own)
         best = max(singles, key=lambda record: (record["accuracy"], -record["nll"]))
         cells = []
@@ -63,13 +63,6 @@ def far_better_table(records: Sequence[Record], points: float, way: str = "poste
         rows.append([f"**mean of {len(tasks)} tasks**", "", "", *_written(means)])
     header = [f"{who}, {unit}" for unit in ("points", "nats") for who in ("that one", *(f"K = {k}" for k in SHOTS))]
     return table(["task", "best single", "uniform, %", *header], rows)
-
-
-def _by_task(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    tasks: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        tasks.setdefault((record["scenario"], record["target"]), []).append(record)
-    return tasks
 
 
 def _still(records: Sequence[Record]) -> tuple[list[Record], Record]:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from .markdown import table
-from .records import Record
+from .records import Record, by_task
 
 
 NOT_MIXED = "validation pick"
@@ -53,7 +53,7 @@ def gains(records: Sequence[Record], methods: Sequence[str]) -> str:
         first = ["uniform, %", *(_mean(uniform, k) for k in shots)]
         return table([f"`{task[0]}`, {task[1]}", *(f"K = {k}" for k in shots)], [first, *rows])
 
-    return "\n\n".join(of_task(task, own) for task, own in _by_task(records).items())
+    return "\n\n".join(of_task(task, own) for task, own in by_task(records).items())
 
 
 def of_tasks(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dict[str, dict[int, Gain]]]:
@@ -63,7 +63,7 @@ def of_tasks(records: Sequence[Record], methods: Sequence[str]) -> dict[str, dic
     """
     shots = _shots(records)
     found: dict[str, dict[str, dict[int, Gain]]] = {}
-    for task, own in _by_task(records).items():
+    for task, own in by_task(records).items():
         uniform = values_of(own, "uniform")
         rows = {name: {k: Gain.of(values_of(own, name), uniform, k) for k in shots} for name in methods}
         found[": ".join(task)] = {name: {k: gain for k, gain in row.items() if gain} for name, row in rows.items()}
@@ -90,7 +90,7 @@ def means(records: Sequence[Record], methods: Sequence[str]) -> str:
 
     In brackets: tasks whose 95% interval over draws is wholly below, and wholly above.
     """
-    tasks, shots = _by_task(records), _shots(records)
+    tasks, shots = by_task(records), _shots(records)
 
     def cell(row: str, k: int) -> str:
         found = [Gain.of(values_of(own, row), values_of(own, "uniform"), k) for own in tasks.values()]
@@ -111,13 +111,6 @@ def values_of(records: Sequence[Record], row: str) -> dict[tuple[int, int], floa
                 of_adapter.setdefault(record["adapter"], []).append(record["accuracy"])
         best[k] = max(of_adapter, key=lambda name: float(np.mean(of_adapter[name])))
     return {(r["k"], r["seed"]): r["accuracy"] for r in singles if r["adapter"] == best[r["k"]]}
-
-
-def _by_task(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    tasks: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        tasks.setdefault((record["scenario"], record["target"]), []).append(record)
-    return tasks
 
 
 def _shots(records: Sequence[Record]) -> list[int]:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ def cut_torn_line(path: Path) -> None:
             file.truncate(whole)
             file.flush()
             os.fsync(file.fileno())
+
+
+def by_task(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Records by scenario and target, in the order in which these first occur."""
+    tasks: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        tasks.setdefault((record["scenario"], record["target"]), []).append(record)
+    return tasks
 
 
 class Results:

@@ -40,9 +40,8 @@ METHODS = (
     "fresh-member",
     "lambda-lora",
 )
-ADDED = METHODS[
-    METHODS.index("evidence") :
-]  # neither the paper's nor its controls: run where they are named, for classifiers
+# Neither the paper's nor its controls: run where they are named, for classifiers.
+ADDED = METHODS[METHODS.index("evidence") :]
 FACTORS = ("0.25", "0.5", "0.75", "1")  # of "lambda-lora"
 CAUSAL = ("causal", "completion")
 LANGUAGE = ("text-to-text", *CAUSAL)

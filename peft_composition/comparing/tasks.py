@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..evidence.batches import inputs_on
+from ..evidence.batches import inputs_on, is_encoder_decoder
 from ..evidence.fit import weights_by
 from ..evidence.heads import find_head, logits_of, original_head
 from ..evidence.own_heads import OwnHead, information
@@ -252,7 +252,7 @@ class Tokens:
 
     def __init__(self, model: nn.Module, rows: Rows, budget: Budget, precision: Precision) -> None:
         self.rows, self.budget, self.precision = rows, budget, precision
-        self.is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.is_seq2seq = is_encoder_decoder(model)
 
     def read(self, model: nn.Module, rows: Tensor) -> Answers:
         """Pooled features or scores of answers, of some rows."""

@@ -68,6 +68,11 @@ def inputs_on(batch: Batch, model: nn.Module, with_labels: bool) -> Batch:
     }
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether answers are what a decoder says of an encoder's input, and not what follows it."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def _read(data: Any, collate: Collate | None, batch_size: int) -> list[Batch]:
     if isinstance(data, DataLoader) and processes() > 1:
         is_prepared = type(data) is not DataLoader  # by accelerate, which gives each process a part

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..text import plural, quoted
-from .batches import Batch
+from .batches import Batch, is_encoder_decoder
 from .choices import Choices
 from .posterior import IGNORED, Answers
 
@@ -61,7 +61,7 @@ def read_options(model: nn.Module, batches: Sequence[Batch]) -> Options:
     Raises:
         ValueError: the answers are no choice among a few, or cannot be replaced by each other.
     """
-    is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    is_seq2seq = is_encoder_decoder(model)
     numbers = [0, *accumulate(len(batch["labels"]) for batch in batches)]  # of the batches' first examples
     prepared = [
         _of_encoder_decoder(model, batch) if is_seq2seq else _of_causal(batch, first)

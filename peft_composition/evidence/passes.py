@@ -17,7 +17,7 @@ from ..text import quoted
 from ..tuner.layer import CompositionLayer
 from ..tuner.locating import composition_of, unwrapped
 from ..tuner.single import evaluating, mixed_by, one_adapter
-from .batches import Batch, Collate, all_labels, inputs_on, processes, rank, read_batches
+from .batches import Batch, Collate, all_labels, inputs_on, is_encoder_decoder, processes, rank, read_batches
 from .choices import Choices
 from .heads import Features, find_head, original_head
 from .own_heads import OwnHead, head_name, information, own_head
@@ -320,7 +320,7 @@ def read_answers(model: nn.Module, batches: Sequence[Batch], mixed_precision: Pr
     Raises:
         NotFiniteError: a likelihood is NaN or infinite.
     """
-    is_seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    is_seq2seq = is_encoder_decoder(model)
     found = []
     for batch in batches:
         with autocast(model, mixed_precision):
