@@ -113,7 +113,8 @@ def _in_order(draw: Draw, scores: Tensor) -> Tensor:
 
 def _told(draw: Draw, number: int, rows: Tensor | slice) -> float | None:
     head = draw.heads[number] if draw.heads else None
-    return None if head is None else information(draw.features[number, rows], draw.labels[rows], head)
+    told = None if head is None else information(draw.features[number, rows], draw.labels[rows], head)
+    return None if told is None else told.nats
 
 
 def _halved(

@@ -20,6 +20,7 @@ from peft_composition import CompositionConfig
 from peft_composition.evidence.fit import put_weights
 from peft_composition.evidence.own_heads import OwnHead, information, own_head
 from peft_composition.evidence.passes import ALL_KINDS, candidates, composition_in
+from peft_composition.evidence.weights import Information
 from peft_composition.references import AdapterReference
 
 from .data import Task, few_shot, labels_of
@@ -117,8 +118,8 @@ class Bench:
         """Features of one view, of `VIEWS`, of every example of a draw."""
         return self._kept(candidate, view, self.support(draw))
 
-    def told(self, draw: Draw, rows: Tensor | None = None) -> list[float | None]:
-        """What the adapters' own heads tell of the classes of the examples of a draw, or of some of them, in nats."""
+    def told(self, draw: Draw, rows: Tensor | None = None) -> list[Information | None]:
+        """What the adapters' own heads tell of the classes of the examples of a draw, or of some of them."""
         labels = self.labels(draw)
         if rows is None:
             rows = torch.arange(len(labels))

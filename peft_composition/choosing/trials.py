@@ -242,7 +242,8 @@ class Trials:
             passed, outputs = one_pass(self._base, mix, examples, self._mixed_precision, before)
         values, is_right = per_example(passed)
         apart = None if len(values) else apartness(outputs.found[0])
-        trial = Trial(values, is_right, information=passed.information, apart=apart)
+        told = passed.information
+        trial = Trial(values, is_right, information=None if told is None else told.nats, apart=apart)
         self._outputs.put(number, trial.score if apart is None else apart, Kept(outputs, head))
         return trial
 

@@ -27,7 +27,7 @@ from ..evidence.passes import (
 )
 from ..evidence.posterior import IGNORED, Answers, posterior
 from ..evidence.scores import has_pairs, leave_one_out_distances, log_likelihoods
-from ..evidence.weights import ahead_of_mean, informed
+from ..evidence.weights import Information, ahead_of_mean, informed
 from .heads import Budget, Heads, predict, train_heads
 from .rows import Rows
 
@@ -217,21 +217,21 @@ class Classes:
 
 
 def best_and_weights(
-    features: Sequence[Tensor], labels: Tensor, told: Sequence[float | None], seed: int
+    features: Sequence[Tensor], labels: Tensor, told: Sequence[Information | None], seed: int
 ) -> tuple[int, Tensor]:
     """The number of the best adapter alone by evidence of some examples, and mixing weights, shape (N,).
 
     Args:
         features: of the N adapters alone, of their uniform mix and of the base model.
         labels: of the examples, of two classes at least.
-        told: what the adapters' own heads tell of them, in nats; None where a head is not known.
+        told: what the adapters' own heads tell of them; None where a head is not known.
         seed: of the bootstraps.
     """
     count = len(features) - 2
     if not has_pairs(labels):
         # Without other evidence the best is that whose head tells most, the first where none is known.
         weights = informed(torch.full((count,), 1 / count, dtype=torch.float64), told, labels)
-        ahead = ahead_of_mean(told)
+        ahead = ahead_of_mean([None if own is None else own.nats for own in told])
         return ahead.index(max(ahead)), weights
     left = [leave_one_out_distances(own, labels) for own in features]
     best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())

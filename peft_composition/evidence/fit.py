@@ -31,7 +31,7 @@ from .passes import (
 from .posterior import Answers, posterior
 from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
 from .table import DRAWS, EvidenceReport, tabulate
-from .weights import are_known, cautions, informed, spread_uniform, stack, vote
+from .weights import are_known, informed, spread_uniform, stack, vote_of_classes
 
 
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior", "choices"]
@@ -66,13 +66,14 @@ def fit_mixing_weights(
 
     - `"heads-and-vote"` (classifiers): the weights by `"likelihood-vote"`, times what each adapter's own head tells of
       the classes of the examples (their mutual information with its output). What is within a factor of 1.65 of their
-      geometric mean counts alike, what exceeds it to the power 4 / sqrt(K). With one example of each class, of which
-      none can be left out, the heads alone. An adapter without a head in its files, or whose files are gone, counts as
-      the mean of the others.
-    - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter makes
-      them most likely, by leave-one-out predictions of class means. It must be ahead of the uniform mix by half a
-      standard error: what the examples cannot tell apart stays uniform. The base model must by 8 / n more, of n
-      examples: few of them say little of what is so different.
+      geometric mean, or within two standard errors, counts alike, what exceeds it to the power 4 / sqrt(K). With one
+      example of each class, of which none can be left out, the heads alone. An adapter without a head in its files,
+      or whose files are gone, counts as the mean of the others.
+    - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples of a class in which an
+      adapter makes them most likely, by leave-one-out predictions of class means; of all classes their mean by
+      examples. It must be ahead of the uniform mix by half a standard error and 1 / K more, of K examples of the
+      class: what they cannot tell apart stays uniform. On the share of the base model all n examples decide together,
+      and it must be ahead by 8 / n more: few of them say little of what is so different.
     - `"vote"` (classifiers): the same by leave-one-out margins, which are less steep.
     - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
       2018).
@@ -152,7 +153,7 @@ def fit_mixing_weights(
                 chosen, reason, told = _WITHOUT_HEADS[chosen], f"{reason}; {_NO_HEADS}", None
     put_weights(composition, weights.tolist())
     by_name = dict(zip(names, weights.tolist()))
-    informations = dict(zip(names, told)) if told is not None else None
+    informations = None if told is None else {n: None if own is None else own.nats for n, own in zip(names, told)}
     return EvidenceReport(chosen, by_name, reason, scores, time.perf_counter() - started, informations, tuple(dropped))
 
 
@@ -211,10 +212,7 @@ def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
     values = torch.stack([measure(own) for own in left], dim=1)
     if method == "stacking":
         return spread_uniform(stack(values))
-    examples, count = values.shape
-    uniform = count + ALL_KINDS.index("uniform") - len(ALL_KINDS)
-    bootstraps = bayesian_bootstrap(examples, DRAWS, seed)
-    return spread_uniform(vote(values, bootstraps, reference=uniform, caution=cautions(count, examples)))
+    return spread_uniform(vote_of_classes(values, left[0].labels, bayesian_bootstrap(len(values), DRAWS, seed)))
 
 
 def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed]) -> Tensor:

@@ -18,6 +18,7 @@ from ..references import AdapterReference, Provenance
 from ..upstream.adapter import UpstreamAdapter, read_adapters
 from ..upstream.errors import AdapterError
 from ..upstream.files import locate_one
+from .weights import Information
 
 
 OwnHead = Mapping[str, Tensor]
@@ -64,7 +65,9 @@ def _head_of(adapter: UpstreamAdapter, name: str) -> OwnHead | None:
     return head if all(bool(own.isfinite().all()) for own in head.values()) else None
 
 
-def information(features: Tensor, labels: Tensor, head: OwnHead, module: nn.Module | None = None) -> float | None:
+def information(
+    features: Tensor, labels: Tensor, head: OwnHead, module: nn.Module | None = None
+) -> Information | None:
     """How much an adapter's own head tells of the classes of the examples: their mutual information with its output.
 
     With p_c the mean of the head's probabilities over the examples of class c and p the mean of these over the
@@ -78,7 +81,8 @@ def information(features: Tensor, labels: Tensor, head: OwnHead, module: nn.Modu
         module: the model's head, which says what a head of several layers computes between them.
 
     Returns:
-        In nats; None if the head does not fit the features or the module, or has less than two outputs.
+        In nats, of all classes and of all but each one; None if the head does not fit the features or the module, or
+        has less than two outputs.
     """
     logits = _logits(features.detach().cpu(), head, module)
     if logits is None or not bool(logits.isfinite().all()):
@@ -86,7 +90,9 @@ def information(features: Tensor, labels: Tensor, head: OwnHead, module: nn.Modu
     probabilities = logits.double().softmax(1)
     labels = labels.cpu()
     of_classes = torch.stack([probabilities[labels == label].mean(0) for label in labels.unique()])
-    return max(0.0, float(_entropy(of_classes.mean(0)) - _entropy(of_classes).mean()))
+    count = len(of_classes)
+    others = of_classes.repeat(count, 1, 1)[~torch.eye(count, dtype=torch.bool)].reshape(count, count - 1, -1)
+    return Information(float(_told(of_classes)), tuple(_told(others).tolist()))
 
 
 def _logits(features: Tensor, head: OwnHead, module: nn.Module | None) -> Tensor | None:
@@ -133,6 +139,11 @@ def _run(module: nn.Module, tensors: OwnHead, x: Tensor) -> Tensor | None:
 def head_name(model: nn.Module, head: nn.Module | None) -> str | None:
     """What a model calls its head: the last part of its name."""
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is head), None)
+
+
+def _told(of_classes: Tensor) -> Tensor:
+    """Mutual information of class and output, from the mean output of each class, shape (..., classes, outputs)."""
+    return (_entropy(of_classes.mean(-2)) - _entropy(of_classes).mean(-1)).clamp_min(0)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .own_heads import OwnHead, head_name, information, own_head
 from .posterior import Answers, answers
 from .scores import LeftOut, NotFiniteError, has_pairs, leave_one_out_distances, nothing_left_out
 from .together import sendable, together
+from .weights import Information
 
 
 Kind = Literal["adapter", "uniform", "base", "mix", "without"]
@@ -94,12 +95,12 @@ class Passed:
     Attributes:
         found: of classes or of answers; or, of several answers to each example, which is chosen.
         seconds: it took.
-        information: of the classes in the output of the adapter's own head, in nats; None where it was not asked.
+        information: of the classes in the output of the adapter's own head; None where it was not asked.
     """
 
     found: LeftOut | Answers | Choices
     seconds: float
-    information: float | None = None
+    information: Information | None = None
 
 
 class Outputs(NamedTuple):

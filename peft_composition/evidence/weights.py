@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softshrink
 
 
 FLOOR = 1e-4
@@ -17,9 +17,11 @@ GAP = 1e-6  # of the mean log-likelihood to the best there is
 MOST_ROUNDS = 50_000
 CAUTION = 0.5
 """By how many standard errors a candidate must be ahead of the uniform mix; chosen on seven tasks of the study."""
-CAUTION_OF_FEW = 8.0
-"""By how many more, over the number of examples, the base model must be: it lies far from the adapters' mixes, and the
-error of a few differences is itself hardly known. Chosen on four tasks of the study."""
+CAUTION_OF_FEW = 1.0
+"""By how many more, over the number of examples of the class: the error of few differences is itself hardly known."""
+CAUTION_OF_BASE = 8.0
+"""By how many more than `CAUTION` the base model must be, over the number of examples: it lies far from the adapters'
+mixes. Chosen on four tasks of the study."""
 LEAST_BASE = 0.01
 """A smaller share of the base model is given to the adapters."""
 STEEPNESS = 4.0
@@ -27,6 +29,8 @@ STEEPNESS = 4.0
 ALIKE = 0.5
 """Heads that tell about as much as the others count alike: within so much of the mean logarithm, a factor of 1.65.
 Where no adapter is related to the task, small differences are chance, and equal weights do better."""
+ERRORS = 2.0
+"""Heads count alike within so many standard errors, too: an adapter must tell more of most classes, not of one."""
 LEAST_NATS = 1e-3
 """What a head tells at least; less is the noise of heads that tell nothing."""
 
@@ -93,16 +97,34 @@ def vote(
     return (wins / wins.sum(1, keepdim=True)).mean(0)
 
 
-def cautions(candidates: int, examples: int) -> Tensor:
-    """By how many standard errors candidates must be ahead of the uniform mix, shape (candidates,), float64.
+def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tensor:
+    """The mean of the classes' votes, by their examples: each shares out its own by its own left-out examples.
+
+    An adapter may know some of the classes and spoil others. In a vote of all examples the difference of means decides
+    between such adapters, and the larger one takes all; classes that vote by themselves leave each its share. The
+    share of the base model is decided by all examples together: to be good for one class it need but prefer that.
 
     Args:
-        candidates: how many; the last one is the base model.
-        examples: how many were left out.
+        values: log-likelihoods or margins of the left-out examples, shape (examples, candidates); the uniform mix is
+            the last but one candidate, the base model the last.
+        labels: of these examples, shape (examples,).
+        bootstraps: weights of the examples, shape (draws, examples).
+
+    Returns:
+        Shares, shape (candidates,), float64, sum 1.
     """
-    found = torch.full((candidates,), CAUTION, dtype=torch.float64)
-    found[-1] += CAUTION_OF_FEW / examples
-    return found
+    examples, candidates = values.shape
+    needed = torch.full((candidates,), CAUTION, dtype=torch.float64)
+    needed[-1] += CAUTION_OF_BASE / examples
+    base = vote(values, bootstraps, candidates - 2, needed)[-1:]
+    shares = torch.zeros(candidates - 1, dtype=torch.float64)
+    for label in labels.unique():
+        rows = labels == label
+        count = int(rows.sum())
+        of_class = bootstraps[:, rows] / bootstraps[:, rows].sum(1, keepdim=True)
+        own = vote(values[rows, :-1], of_class, candidates - 2, CAUTION + CAUTION_OF_FEW / count)
+        shares += own * (count / examples)
+    return torch.cat([shares * (1 - base), base])
 
 
 def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:
@@ -123,7 +145,19 @@ def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:
     return floored(adapters + uniform / len(adapters), floor, total)
 
 
-def are_known(informations: Sequence[float | None]) -> bool:
+class Information(NamedTuple):
+    """What an adapter's own head tells of the classes of some examples.
+
+    Attributes:
+        nats: of all of them.
+        without: of all but one, for each class in the order of the labels.
+    """
+
+    nats: float
+    without: tuple[float, ...]
+
+
+def are_known(informations: Sequence[float | Information | None]) -> bool:
     """Whether the heads of at least two adapters could be asked: one alone cannot be compared."""
     return sum(own is not None for own in informations) >= 2
 
@@ -141,17 +175,40 @@ def ahead_of_mean(informations: Sequence[float | None]) -> list[float]:
     return [0.0 if own is None else own - mean for own in logs]
 
 
-def informed(weights: Tensor, informations: Sequence[float | None], labels: Tensor, floor: float = FLOOR) -> Tensor:
+def errors_of_ahead(informations: Sequence[Information | None]) -> list[float]:
+    """The standard errors of `ahead_of_mean`, by a jackknife that leaves out one class after another.
+
+    Args:
+        informations: of the adapters' heads. With two classes, of which one alone tells nothing, all errors are 0, as
+            they are where fewer than two heads are known.
+    """
+    known = [own for own in informations if own is not None]
+    classes = len(known[0].without) if are_known(informations) else 0
+    if classes < 3:
+        return [0.0] * len(informations)
+    left = torch.tensor(
+        [
+            ahead_of_mean([None if own is None else own.without[place] for own in informations])
+            for place in range(classes)
+        ],
+        dtype=torch.float64,
+    )
+    return ((classes - 1) / classes * (left - left.mean(0)).square().sum(0)).sqrt().tolist()
+
+
+def informed(
+    weights: Tensor, informations: Sequence[Information | None], labels: Tensor, floor: float = FLOOR
+) -> Tensor:
     """Mixing weights times what the adapters' own heads tell of the examples, compared with each other.
 
-    With I_n what head n tells, in nats, and d_n the part of log I_n - mean log I that exceeds +-0.5, the factor is
-    exp(4 d_n / sqrt(K)). K is the number of examples of each class: with few of them leaving one out says little, and
-    the heads were trained on many; as K grows, the examples count for more.
+    With I_n what head n tells, in nats, and d_n the part of log I_n - mean log I that exceeds both +-0.5 and two
+    standard errors, the factor is exp(4 d_n / sqrt(K)). K is the number of examples of each class: with few of them
+    leaving one out says little, and the heads were trained on many; as K grows, the examples count for more.
 
     Args:
         weights: by other evidence, or uniform ones, shape (N,).
-        informations: of the adapters' heads, in nats; None where one is not known, which counts as the mean of the
-            others. Where fewer than two are known, the weights stay.
+        informations: of the adapters' heads; None where one is not known, which counts as the mean of the others.
+            Where fewer than two are known, the weights stay.
         labels: of the examples, shape (n,).
         floor: the least weight.
 
@@ -160,9 +217,13 @@ def informed(weights: Tensor, informations: Sequence[float | None], labels: Tens
     """
     if not are_known(informations):
         return weights.double()
-    ahead = torch.tensor(ahead_of_mean(informations), dtype=torch.float64)
+    ahead = torch.tensor(
+        ahead_of_mean([None if own is None else own.nats for own in informations]), dtype=torch.float64
+    )
+    alike = (ERRORS * torch.tensor(errors_of_ahead(informations), dtype=torch.float64)).clamp_min(ALIKE)
+    exceeding = ahead.sign() * (ahead.abs() - alike).clamp_min(0)
     per_class = len(labels) / len(labels.unique())
-    factors = (softshrink(ahead, ALIKE) * STEEPNESS / per_class**0.5).exp()
+    factors = (exceeding * STEEPNESS / per_class**0.5).exp()
     return floored(weights.double() * factors, floor, float(weights.sum()))
 
 

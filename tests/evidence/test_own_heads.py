@@ -19,7 +19,15 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from peft_composition import CompositionConfig, compare_methods, fit_mixing_weights, mixing_weights
 from peft_composition.evidence import passes
 from peft_composition.evidence.own_heads import information, own_head
-from peft_composition.evidence.weights import ALIKE, LEAST_NATS, STEEPNESS, informed
+from peft_composition.evidence.weights import (
+    ALIKE,
+    ERRORS,
+    LEAST_NATS,
+    STEEPNESS,
+    Information,
+    errors_of_ahead,
+    informed,
+)
 from peft_composition.references import AdapterReference
 
 from .. import tiny
@@ -51,7 +59,7 @@ def folders(tmp_path: Path) -> list[Path]:
     for seed, scale in enumerate((3.0, 0.01)):
         folder = tmp_path / ("first", "second")[seed]
         tiny.save_lora(folder, tiny.build("mlp"), ["lin0", "lin1"], seed=seed)
-        head = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed)) * scale
+        head = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed((7, 1)[seed])) * scale
         made.append(
             with_head(folder, {"base_model.model.head.weight": head, "base_model.model.head.bias": torch.zeros(4)})
         )
@@ -94,6 +102,16 @@ def by_loop(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | Non
     )
 
 
+def told_by_loop(folder: Path, points: Tensor, labels: Tensor) -> Information:
+    """What the head of an adapter tells of some points, and without each of their classes."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    weight, bias = (weights[f"base_model.model.head.{leaf}"] for leaf in ("weight", "bias"))
+    features = features_alone(folder, points)
+    parts = [labels == labels, *(labels != label for label in sorted({*labels.tolist()}))]
+    nats, *without = [by_loop(features[rows], labels[rows], weight, bias) for rows in parts]
+    return Information(nats, tuple(without))
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("labels", [torch.arange(5), torch.tensor([0, 0, 3, 3, 3]), torch.tensor([7, 2, 2, 7, 5])])
 def test_information_is_that_of_the_joint_table(labels, has_bias) -> None:
@@ -101,33 +119,64 @@ def test_information_is_that_of_the_joint_table(labels, has_bias) -> None:
     features, weight = torch.randn(5, 6, generator=generator), torch.randn(3, 6, generator=generator)
     bias = torch.randn(3, generator=generator) if has_bias else None
     found = information(features, labels, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-    assert found == pytest.approx(by_loop(features, labels, weight, bias), abs=1e-10)
+    assert found is not None
+    assert found.nats == pytest.approx(by_loop(features, labels, weight, bias), abs=1e-10)
+    without = [
+        by_loop(features[labels != label], labels[labels != label], weight, bias)
+        for label in sorted({*labels.tolist()})
+    ]
+    assert list(found.without) == pytest.approx(without, abs=1e-10)
 
 
 def test_information_lies_between_nothing_and_the_logarithm_of_the_classes() -> None:
     labels = torch.arange(3)
     certain = {"weight": 100 * torch.eye(3)}
-    assert information(torch.eye(3), labels, certain) == pytest.approx(math.log(3), abs=1e-12)
-    assert information(torch.ones(3, 3), labels, certain) == pytest.approx(0, abs=1e-12)
-    assert information(torch.eye(3), labels, {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, 5.0])}) == 0
+    assert nats(information(torch.eye(3), labels, certain)) == pytest.approx(math.log(3), abs=1e-12)
+    assert nats(information(torch.ones(3, 3), labels, certain)) == pytest.approx(0, abs=1e-12)
+    constant = {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, 5.0])}
+    assert nats(information(torch.eye(3), labels, constant)) == 0
     for misfit in (torch.zeros(2, 4), torch.ones(1, 3), torch.ones(1, 2, 3)):
         assert information(torch.eye(3), labels, {"weight": misfit}) is None, "another width, a regression, no matrix"
 
 
-def factors(told: Sequence[float | None], per_class: int) -> list[float]:
-    """By which weights are multiplied, one by one."""
+def nats(told: Information | None) -> float:
+    assert told is not None
+    return told.nats
+
+
+def alike(*told: float | None) -> list[Information | None]:
+    """Heads that tell the same of all classes but one, whichever that is."""
+    return [None if own is None else Information(own, (own,) * 4) for own in told]
+
+
+def apart(told: Sequence[float | None]) -> list[float]:
+    """From the mean of the logarithms."""
     logs = [math.log(max(own, LEAST_NATS)) for own in told if own is not None]
-    mean = sum(logs) / len(logs)
+    return [0.0 if own is None else math.log(max(own, LEAST_NATS)) - sum(logs) / len(logs) for own in told]
+
+
+def errors(told: Sequence[Information | None]) -> list[float]:
+    """Of `apart`, by a jackknife."""
+    (count,) = {len(own.without) for own in told if own is not None}
+    left = [apart([None if own is None else own.without[place] for own in told]) for place in range(count)]
     found = []
-    for own in told:
-        apart = 0.0 if own is None else math.log(max(own, LEAST_NATS)) - mean
-        beyond = max(abs(apart) - ALIKE, 0.0)
-        found.append(math.exp(math.copysign(beyond, apart) * STEEPNESS / math.sqrt(per_class)))
+    for of_head in zip(*left):
+        mean = sum(of_head) / count
+        found.append(math.sqrt((count - 1) / count * sum((own - mean) ** 2 for own in of_head)))
+    return found
+
+
+def factors(told: Sequence[Information | None], per_class: int) -> list[float]:
+    """By which weights are multiplied, one by one."""
+    found = []
+    for own, error in zip(apart([own and own.nats for own in told]), errors(told)):
+        beyond = max(abs(own) - max(ALIKE, ERRORS * error), 0.0)
+        found.append(math.exp(math.copysign(beyond, own) * STEEPNESS / math.sqrt(per_class)))
     return found
 
 
 def test_weights_are_multiplied_and_their_sum_stays() -> None:
-    weights, told = [0.5, 0.2, 0.1, 0.1], [0.4, 0.05, None, 0.1]
+    weights, told = [0.5, 0.2, 0.1, 0.1], alike(0.4, 0.05, None, 0.1)
     for labels, per_class in ((torch.arange(4), 1), (torch.arange(4).repeat(4), 4)):
         products = [weight * factor for weight, factor in zip(weights, factors(told, per_class))]
         expected = [0.9 * own / sum(products) for own in products]
@@ -138,15 +187,41 @@ def test_weights_are_multiplied_and_their_sum_stays() -> None:
 
 def test_heads_that_tell_about_as_much_count_alike() -> None:
     weights = torch.tensor([0.5, 0.2, 0.1])
-    alike = informed(weights, [0.3, 0.2, 0.15], torch.arange(4))  # within a factor of 1.65 of their geometric mean
-    assert alike.tolist() == pytest.approx(weights.tolist(), abs=1e-7)
-    assert informed(weights, [0.3, 0.2, 0.05], torch.arange(4))[2] < 0.1
+    near = informed(weights, alike(0.3, 0.2, 0.15), torch.arange(4))  # within a factor of 1.65 of their geometric mean
+    assert near.tolist() == pytest.approx(weights.tolist(), abs=1e-7)
+    assert informed(weights, alike(0.3, 0.2, 0.05), torch.arange(4))[2] < 0.1
+
+
+def test_what_a_head_tells_of_one_class_alone_counts_for_little() -> None:
+    """The first tells four times as much as the second, but not without the last class."""
+    told: list[Information | None] = [
+        Information(0.4, (0.42, 0.38, 0.4, 0.09)),
+        Information(0.1, (0.1, 0.11, 0.1, 0.1)),
+        None,
+    ]
+    assert errors_of_ahead(told) == pytest.approx(errors(told), abs=1e-12)
+    assert errors(told)[0] > 0.4
+    weights = torch.tensor([0.5, 0.2, 0.1])
+    assert informed(weights, told, torch.arange(4)).tolist() == pytest.approx(weights.tolist(), abs=1e-7)
+    assert informed(weights, alike(0.4, 0.1, None), torch.arange(4))[0] > 0.6, "of all classes alike"
+    steady: list[Information | None] = [Information(0.4, (0.4, 0.4, 0.4, 0.3)), *alike(0.02, None)]
+    shares = [own * factor for own, factor in zip(weights.tolist(), factors(steady, 1))]
+    expected = [own / sum(shares) * 0.8 for own in shares]
+    assert informed(weights, steady, torch.arange(4)).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_two_classes_have_no_error_to_go_by() -> None:
+    told: list[Information | None] = [Information(0.4, (0.0, 0.0)), Information(0.01, (0.0, 0.0))]
+    assert errors_of_ahead(told) == [0.0, 0.0]
+    assert informed(torch.tensor([0.5, 0.5]), told, torch.arange(2))[0] > 0.9
 
 
 def test_nothing_to_compare_changes_nothing() -> None:
     weights = torch.tensor([0.5, 0.2, 0.1])
-    assert informed(weights, [0.4, None, None], torch.arange(4)).tolist() == weights.double().tolist(), "no comparison"
-    nothing = informed(weights, [0.0, LEAST_NATS / 3, LEAST_NATS], torch.arange(4))
+    assert informed(weights, alike(0.4, None, None), torch.arange(4)).tolist() == weights.double().tolist(), (
+        "no comparison"
+    )
+    nothing = informed(weights, alike(0.0, LEAST_NATS / 3, LEAST_NATS), torch.arange(4))
     assert nothing.tolist() == pytest.approx(weights.tolist(), abs=1e-7), "noise of heads that tell nothing"
 
 
@@ -154,12 +229,8 @@ def test_with_one_example_of_each_class_the_heads_decide(folders) -> None:
     model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
     report = fit_mixing_weights(model, ONE_EACH)
     assert (report.method, report.scores) == ("own-heads", None)
-    told = []
-    for folder in folders:
-        weights = load_file(folder / "adapter_model.safetensors")
-        weight, bias = (weights[f"base_model.model.head.{leaf}"] for leaf in ("weight", "bias"))
-        told.append(by_loop(features_alone(folder, POINTS[:3]), CLASSES[:3], weight, bias))
-    assert list((report.informations or {}).values()) == pytest.approx(told, abs=1e-5)
+    told = [told_by_loop(folder, POINTS[:3], CLASSES[:3]) for folder in folders]
+    assert list((report.informations or {}).values()) == pytest.approx([own.nats for own in told], abs=1e-5)
     shares = factors(told, 1)
     expected = [max(own / sum(shares), 1e-4) for own in shares]
     assert list(report.weights.values()) == pytest.approx([own / sum(expected) for own in expected], abs=1e-4)
@@ -177,10 +248,9 @@ def test_with_more_the_vote_is_multiplied(folders) -> None:
     report = fit_mixing_weights(model, FOUR_EACH)
     assert (report.method, report.scores is not None) == ("heads-and-vote", True)
     assert fit_mixing_weights(model, FOUR_EACH, "heads-and-vote").weights == report.weights
-    expected = informed(
-        torch.tensor([*vote.weights.values()], dtype=torch.float64), [*(report.informations or {}).values()], CLASSES
-    )
-    assert list(report.weights.values()) == pytest.approx(expected.tolist(), abs=1e-9)
+    told = [told_by_loop(folder, POINTS, CLASSES) for folder in folders]
+    expected = informed(torch.tensor([*vote.weights.values()], dtype=torch.float64), told, CLASSES)
+    assert list(report.weights.values()) == pytest.approx(expected.tolist(), abs=1e-4)
     assert report.weights["first"] > vote.weights["first"]
     assert sum(report.weights.values()) == pytest.approx(sum(vote.weights.values()), abs=1e-9), (
         "the base keeps its share"
@@ -271,7 +341,7 @@ def test_other_heads_than_linear_ones_are_run_as_they_are(module) -> None:
     expected = float((probabilities * probabilities.log()).sum(1).mean() - (mean * mean.log()).sum())
     module.train()  # dropout, and a hook as accelerate and FSDP have them
     handle = module.register_forward_hook(lambda *given: given[2] * math.nan)
-    assert information(features, labels, tensors, module) == pytest.approx(expected, abs=1e-10)
+    assert nats(information(features, labels, tensors, module)) == pytest.approx(expected, abs=1e-10)
     handle.remove()
     assert information(features, labels, {"weight": torch.eye(WIDTH)}, module) is None, "another kind of head"
 
@@ -325,7 +395,8 @@ def test_an_adapter_without_a_head_counts_as_the_mean_of_the_others(folders, tmp
     model = tiny.compose("mlp", [*map(str, folders), str(third)], mixing="fixed", weights=[0.3, 0.3, 0.4])
     report = fit_mixing_weights(model, ONE_EACH)
     assert (report.informations or {})["third"] is None
-    first, second, third_one = factors([*(report.informations or {}).values()], 1)
+    told = [told_by_loop(folder, POINTS[:3], CLASSES[:3]) for folder in folders]
+    first, second, third_one = factors([*told, None], 1)
     assert first > third_one == 1.0 > second
     shares = [max(own / (first + second + third_one), 1e-4) for own in (first, second, third_one)]
     assert list(report.weights.values()) == pytest.approx([own / sum(shares) for own in shares], abs=1e-4)

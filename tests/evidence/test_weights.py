@@ -14,7 +14,14 @@ from scipy import optimize
 
 from peft_composition.evidence.fit import weights_by
 from peft_composition.evidence.scores import bayesian_bootstrap, leave_one_out_distances, log_likelihoods
-from peft_composition.evidence.weights import FLOOR, cautions, floored, spread_uniform, stack, vote
+from peft_composition.evidence.weights import (
+    FLOOR,
+    floored,
+    spread_uniform,
+    stack,
+    vote,
+    vote_of_classes,
+)
 
 
 def generic_stacking(log_likelihoods: np.ndarray) -> float:
@@ -135,25 +142,66 @@ def test_a_cautious_vote_by_a_loop() -> None:
     assert vote(values, bootstraps)[2] < won[2] < vote(values, bootstraps, reference=2, caution=2.0)[2]
 
 
-@pytest.mark.parametrize(("examples", "lead"), [(4, 2.0), (10, 0.9), (100, 0.3)])
+@pytest.mark.parametrize(("examples", "lead"), [(4, 3.0), (10, 0.9), (100, 0.3)])
 def test_the_fewer_examples_the_further_the_base_model_must_be_ahead(examples: int, lead: float) -> None:
-    """The last of four candidates must be ahead of the reference by 8 / n standard errors more than the others."""
+    """Of the uniform mix, by 8 / n standard errors more than half of one; all examples decide on it together."""
     generator = torch.Generator().manual_seed(examples)
     values = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
     values[:, 3] += lead
     bootstraps = bayesian_bootstrap(examples, 200, seed=1)
     needed = [0.5, 0.5, 0.5, 0.5 + 8 / examples]
-    won = [0.0] * 4
+    won = 0.0
     for draw in bootstraps.tolist():
         ahead = []
         for c in range(4):
             differences = [float(row[c] - row[2]) for row in values]
             error = statistics.stdev(differences) / math.sqrt(examples)
             ahead.append(sum(a * d for a, d in zip(draw, differences)) - needed[c] * error)
-        won[ahead.index(max(ahead))] += 1 / 200
-    found = vote(values, bootstraps, reference=2, caution=cautions(4, examples))
-    assert found.tolist() == pytest.approx(won, abs=1e-12)
+        won += (max(ahead) == ahead[3]) / 200
+    found = vote_of_classes(values, torch.arange(examples) % 2, bootstraps)
+    assert float(found[3]) == pytest.approx(won, abs=1e-12)
     assert 0 < found[3] < vote(values, bootstraps, reference=2)[3]
+    assert float(found.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_base_model_that_merely_prefers_a_class_has_no_share() -> None:
+    """It makes the examples of one class likelier and those of the other less likely, by more."""
+    labels = torch.arange(12) % 2
+    values = torch.zeros(12, 3, dtype=torch.float64)
+    values[:, 2] = torch.where(labels == 0, 2.0, -6.0)
+    values += 0.1 * torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert vote_of_classes(values, labels, bayesian_bootstrap(12, 200, seed=1))[2] == 0
+
+
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_adapters_must_be_further_ahead_where_a_class_has_few_examples(count: int) -> None:
+    """Of the uniform mix, by half a standard error and 1 / K more, by a loop."""
+    values = torch.randn(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    values[:, 0] += values[:, 1].mean() - values[:, 0].mean() + {2: 1.0, 5: 0.6, 20: 0.25}[count]
+    bootstraps = bayesian_bootstrap(count, 200, seed=1)
+    differences = [float(row[0] - row[1]) for row in values]
+    needed = (0.5 + 1 / count) * statistics.stdev(differences) / math.sqrt(count)
+    won = [sum(a * d for a, d in zip(draw, differences)) > needed for draw in bootstraps.tolist()]
+    values[:, 2] = -10.0
+    found = vote_of_classes(values, torch.zeros(count), bootstraps)
+    assert float(found[0]) == pytest.approx(sum(won) / 200, abs=1e-12)
+    assert 0 < sum(won) < 200
+
+
+def test_adapters_that_know_a_class_each_share_the_weight() -> None:
+    """One makes the first class likelier and the second less likely, the other the reverse, but by less."""
+    generator = torch.Generator().manual_seed(0)
+    first = (torch.arange(40) % 2 == 0)[:, None]
+    values = torch.cat(
+        [torch.where(first, 3.0, -1.0), torch.where(first, -1.0, 1.0), 0 * first, -3 + 0 * first], dim=1
+    )
+    values = values.double() + 0.1 * torch.randn(values.shape, dtype=torch.float64, generator=generator)
+    bootstraps, labels = bayesian_bootstrap(40, 200, seed=1), torch.arange(40) % 2
+    assert vote_of_classes(values, labels, bootstraps).tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert vote(values, bootstraps, reference=2)[0] > 0.95, "where all vote at once, the larger one takes all"
+    fewer = torch.cat([torch.arange(40)[labels == 0], torch.arange(40)[labels == 1][:10]])
+    shares = vote_of_classes(values[fewer], labels[fewer], bayesian_bootstrap(30, 200, seed=1))
+    assert shares.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=1e-12)
 
 
 def test_a_candidate_that_is_always_ahead_wins_and_one_that_is_behind_never_does() -> None:
@@ -183,7 +231,7 @@ def test_the_share_of_the_base_is_missing_in_the_sum() -> None:
     assert float(half.sum()) == pytest.approx(0.5, abs=1e-12)
 
 
-@pytest.mark.parametrize(("examples", "lead"), [(6, 1.0), (40, 0.8)])
+@pytest.mark.parametrize(("examples", "lead"), [(6, 1.4), (7, 1.4), (40, 0.8)])
 def test_weights_by_the_vote_by_a_loop(examples: int, lead: float) -> None:
     """Two adapters, their uniform mix and the base model, which must be further ahead; what it wins is missing."""
     generator = torch.Generator().manual_seed(2)
@@ -193,15 +241,27 @@ def test_weights_by_the_vote_by_a_loop(examples: int, lead: float) -> None:
     features = noise + apart[..., None]
     left = [leave_one_out_distances(features[:, number], labels) for number in range(4)]
     values = torch.stack([log_likelihoods(own) for own in left], dim=1).tolist()
-    won = [0.0] * 4
-    for draw in bayesian_bootstrap(examples, 500, seed=3).tolist():
-        ahead = []
-        for c in range(4):
-            differences = [row[c] - row[2] for row in values]
-            error = statistics.stdev(differences) / math.sqrt(examples)
-            needed = 0.5 + 8 / examples if c == 3 else 0.5
-            ahead.append(sum(a * d for a, d in zip(draw, differences)) - needed * error)
-        won[ahead.index(max(ahead))] += 1 / 500
-    expected = [own + won[2] / 2 for own in won[:2]]
-    assert 0.3 < won[3] < 0.9
+    draws = bayesian_bootstrap(examples, 500, seed=3).tolist()
+
+    def winners(rows: list[int], needed: list[float]) -> list[float]:
+        """The share of bootstraps of some examples that each candidate wins."""
+        won = [0.0] * len(needed)
+        for draw in draws:
+            whole = sum(draw[row] for row in rows)
+            ahead = []
+            for c, errors in enumerate(needed):
+                differences = [values[row][c] - values[row][2] for row in rows]
+                error = statistics.stdev(differences) / math.sqrt(len(rows))
+                ahead.append(sum(draw[row] / whole * own for row, own in zip(rows, differences)) - errors * error)
+            won[ahead.index(max(ahead))] += 1 / 500
+        return won
+
+    base = winners([*range(examples)], [0.5, 0.5, 0.5, 0.5 + 8 / examples])[3]
+    assert 0.1 < base < 0.9
+    expected = [0.0, 0.0]
+    for label in (0, 1):
+        rows = [*range(label, examples, 2)]
+        of_class = winners(rows, [0.5 + 1 / len(rows)] * 3)
+        for n in (0, 1):
+            expected[n] += (of_class[n] + of_class[2] / 2) * (1 - base) * len(rows) / examples
     assert weights_by("likelihood-vote", left, seed=3).tolist() == pytest.approx(expected, abs=2 * FLOOR)
