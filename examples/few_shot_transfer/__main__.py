@@ -90,6 +90,7 @@ def elsewhere(
     shots: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,5",
     seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
     size: Annotated[int, typer.Option(min=10, help="At most so many examples.")] = 600,
+    whole: Annotated[bool, typer.Option("--whole", help="Judge on the test sample, too.")] = False,
     output: Output = Path("study-output"),
     to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,
 ) -> None:
@@ -104,7 +105,7 @@ def elsewhere(
     path = (to or output / "elsewhere") / f"{spec.name}.jsonl"
     draws = [(k, seed) for k in map(int, shots.split(",")) for seed in range(seeds)]
     for bench in open_benches(spec, output, target):
-        append(judging.judge_elsewhere(bench, draws, size, read(path, key="method")), path)
+        append(judging.judge_elsewhere(bench, draws, size, read(path, key="method"), is_whole=whole), path)
     typer.echo(judging.elsewhere_table(read(path, key="method")))
 
 

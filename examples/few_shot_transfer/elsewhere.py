@@ -27,7 +27,7 @@ SIZE = 600
 
 
 class Others(NamedTuple):
-    """Labelled examples that the test split of the study does not have.
+    """Labelled examples that the study's test sample does not have, or, of the whole, these and that sample.
 
     Attributes:
         rows: the rest of the test split that the study's sample left, then the training pool, sampled.
@@ -46,15 +46,16 @@ class Both(NamedTuple):
     over_both: tuple[float, float]
 
 
-def others(bench: Bench, size: int = SIZE) -> Others:
+def others(bench: Bench, size: int = SIZE, is_whole: bool = False) -> Others:
     """The examples of a task that are neither in its test sample nor among its validation examples.
 
     Args:
         bench: the task.
         size: at most so many, by chance.
+        is_whole: whether the test sample is among what is sampled from.
     """
     task, how = bench.task, bench.scenario.downstream
-    judged = set(balanced(labels_of(task.test), how.test_size))
+    judged = set() if is_whole else set(balanced(labels_of(task.test), how.test_size))
     left = [index for index in range(len(task.test)) if index not in judged]
     places = np.concatenate([np.full(len(left), -1), np.arange(len(task.train))])
     whole = concatenate_datasets([task.test.select(left), task.train])
@@ -63,7 +64,12 @@ def others(bench: Bench, size: int = SIZE) -> Others:
 
 
 def judge_elsewhere(
-    bench: Bench, draws: Sequence[Draw], size: int = SIZE, known: Sequence[Record] = (), progress: bool = True
+    bench: Bench,
+    draws: Sequence[Draw],
+    size: int = SIZE,
+    known: Sequence[Record] = (),
+    progress: bool = True,
+    is_whole: bool = False,
 ) -> Iterator[Record]:
     """What the uniform mix and that by evidence and heads get right of the other examples, draw by draw.
 
@@ -73,6 +79,7 @@ def judge_elsewhere(
         size: of the sample.
         known: records that there are; what they have is not done again.
         progress: whether to show a progress bar.
+        is_whole: whether the test sample of the study is judged on, too.
 
     Yields:
         Two records for each draw, as `evidence` writes them, with `correct` in place of a validation accuracy.
@@ -83,7 +90,7 @@ def judge_elsewhere(
     if not wanted:
         return
     bench.prepare(wanted)
-    sample = others(bench, size)
+    sample = others(bench, size, is_whole)
     labels = torch.tensor(labels_of(sample.rows))
     even = [1 / len(bench.names)] * len(bench.names)
     of_uniform = bench.mixed(even, sample.rows)

@@ -46,6 +46,8 @@ def test_every_draw_is_judged_on_examples_of_its_own_and_of_no_split(tmp_path: P
     assert len(found) == len(bench.task.test) - 21 + len(bench.task.train) == len(set(found))
     assert not images & set(found)
     assert len(sample.rows) == 200
+    everything = {bytes(np.asarray(image)) for image in elsewhere.others(bench, 10_000, is_whole=True).rows["input"]}
+    assert everything == {*found, *(bytes(np.asarray(image)) for image in bench.judged["test"]["input"])}
 
     for record in records:
         place = {int(place): number for number, place in enumerate(sample.places) if place >= 0}
