@@ -90,9 +90,8 @@ def information(
     probabilities = logits.double().softmax(1)
     labels = labels.cpu()
     of_classes = torch.stack([probabilities[labels == label].mean(0) for label in labels.unique()])
-    count = len(of_classes)
-    others = of_classes.repeat(count, 1, 1)[~torch.eye(count, dtype=torch.bool)].reshape(count, count - 1, -1)
-    return Information(float(_told(of_classes)), tuple(_told(others).tolist()))
+    without = [_told(torch.cat([of_classes[:own], of_classes[own + 1 :]])) for own in range(len(of_classes))]
+    return Information(_told(of_classes), tuple(without))
 
 
 def _logits(features: Tensor, head: OwnHead, module: nn.Module | None) -> Tensor | None:
@@ -141,9 +140,11 @@ def head_name(model: nn.Module, head: nn.Module | None) -> str | None:
     return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is head), None)
 
 
-def _told(of_classes: Tensor) -> Tensor:
-    """Mutual information of class and output, from the mean output of each class, shape (..., classes, outputs)."""
-    return (_entropy(of_classes.mean(-2)) - _entropy(of_classes).mean(-1)).clamp_min(0)
+def _told(of_classes: Tensor) -> float:
+    """Mutual information of class and output, from the mean output of each class, shape (classes, outputs)."""
+    if len(of_classes) < 2:
+        return 0.0
+    return max(0.0, float(_entropy(of_classes.mean(0)) - _entropy(of_classes).mean()))
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

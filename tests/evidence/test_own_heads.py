@@ -135,6 +135,7 @@ def test_information_lies_between_nothing_and_the_logarithm_of_the_classes() -> 
     assert nats(information(torch.ones(3, 3), labels, certain)) == pytest.approx(0, abs=1e-12)
     constant = {"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, 5.0])}
     assert nats(information(torch.eye(3), labels, constant)) == 0
+    assert information(torch.eye(3), torch.zeros(3), certain) == Information(0.0, (0.0,)), "one class"
     for misfit in (torch.zeros(2, 4), torch.ones(1, 3), torch.ones(1, 2, 3)):
         assert information(torch.eye(3), labels, {"weight": misfit}) is None, "another width, a regression, no matrix"
 
