@@ -73,7 +73,7 @@ def fit_mixing_weights(
       adapter makes them most likely, by leave-one-out predictions of class means; of all classes their mean by
       examples. It must be ahead of the uniform mix by half a standard error and 1 / K more, of K examples of the
       class: what they cannot tell apart stays uniform. On the share of the base model all n examples decide together,
-      and it must be ahead by 8 / n more: few of them say little of what is so different.
+      and it must be ahead by half an error and 8 / n: few of them say little of what is so different.
     - `"vote"` (classifiers): the same by leave-one-out margins, which are less steep.
     - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
       2018).

@@ -102,7 +102,8 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
 
     An adapter may know some of the classes and spoil others. In a vote of all examples the difference of means decides
     between such adapters, and the larger one takes all; classes that vote by themselves leave each its share. The
-    share of the base model is decided by all examples together: to be good for one class it need but prefer that.
+    share of the base model is decided by all examples together: to be good for one class it need but prefer that. So
+    might an adapter, which is not held back: it can have the vote of one class and be worse over all.
 
     Args:
         values: log-likelihoods or margins of the left-out examples, shape (examples, candidates); the uniform mix is
@@ -113,6 +114,7 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
     Returns:
         Shares, shape (candidates,), float64, sum 1.
     """
+    labels = labels.cpu()
     examples, candidates = values.shape
     needed = torch.full((candidates,), CAUTION, dtype=torch.float64)
     needed[-1] += CAUTION_OF_BASE / examples
@@ -122,7 +124,7 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
         rows = labels == label
         count = int(rows.sum())
         of_class = bootstraps[:, rows] / bootstraps[:, rows].sum(1, keepdim=True)
-        own = vote(values[rows, :-1], of_class, candidates - 2, CAUTION + CAUTION_OF_FEW / count)
+        own = vote(values.cpu()[rows, :-1], of_class, candidates - 2, CAUTION + CAUTION_OF_FEW / count)
         shares += own * (count / examples)
     return torch.cat([shares * (1 - base), base])
 
