@@ -27,7 +27,7 @@ from ..evidence.passes import (
 )
 from ..evidence.posterior import IGNORED, Answers, posterior
 from ..evidence.scores import has_pairs, leave_one_out_distances, log_likelihoods
-from ..evidence.weights import Information, ahead_of_mean, informed
+from ..evidence.weights import Information, ahead_of_mean, informed, nats
 from .heads import Budget, Heads, predict, train_heads
 from .rows import Rows
 
@@ -231,7 +231,7 @@ def best_and_weights(
     if not has_pairs(labels):
         # Without other evidence the best is that whose head tells most, the first where none is known.
         weights = informed(torch.full((count,), 1 / count, dtype=torch.float64), told, labels)
-        ahead = ahead_of_mean([None if own is None else own.nats for own in told])
+        ahead = ahead_of_mean(nats(told))
         return ahead.index(max(ahead)), weights
     left = [leave_one_out_distances(own, labels) for own in features]
     best = int(torch.stack([log_likelihoods(own).mean() for own in left[:count]]).argmax())

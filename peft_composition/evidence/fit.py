@@ -31,7 +31,7 @@ from .passes import (
 from .posterior import Answers, posterior
 from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
 from .table import DRAWS, EvidenceReport, tabulate
-from .weights import are_known, informed, spread_uniform, stack, vote_of_classes
+from .weights import are_known, informed, nats, spread_uniform, stack, vote_of_classes
 
 
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior", "choices"]
@@ -153,7 +153,7 @@ def fit_mixing_weights(
                 chosen, reason, told = _WITHOUT_HEADS[chosen], f"{reason}; {_NO_HEADS}", None
     put_weights(composition, weights.tolist())
     by_name = dict(zip(names, weights.tolist()))
-    informations = None if told is None else {n: None if own is None else own.nats for n, own in zip(names, told)}
+    informations = None if told is None else dict(zip(names, nats(told)))
     return EvidenceReport(chosen, by_name, reason, scores, time.perf_counter() - started, informations, tuple(dropped))
 
 

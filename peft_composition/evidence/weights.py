@@ -114,7 +114,7 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
     Returns:
         Shares, shape (candidates,), float64, sum 1.
     """
-    labels = labels.cpu()
+    values, labels = values.cpu(), labels.cpu()
     examples, candidates = values.shape
     needed = torch.full((candidates,), CAUTION, dtype=torch.float64)
     needed[-1] += CAUTION_OF_BASE / examples
@@ -124,7 +124,7 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
         rows = labels == label
         count = int(rows.sum())
         of_class = bootstraps[:, rows] / bootstraps[:, rows].sum(1, keepdim=True)
-        own = vote(values.cpu()[rows, :-1], of_class, candidates - 2, CAUTION + CAUTION_OF_FEW / count)
+        own = vote(values[rows, :-1], of_class, candidates - 2, CAUTION + CAUTION_OF_FEW / count)
         shares += own * (count / examples)
     return torch.cat([shares * (1 - base), base])
 
@@ -162,6 +162,11 @@ class Information(NamedTuple):
 def are_known(informations: Sequence[float | Information | None]) -> bool:
     """Whether the heads of at least two adapters could be asked: one alone cannot be compared."""
     return sum(own is not None for own in informations) >= 2
+
+
+def nats(informations: Sequence[Information | None]) -> list[float | None]:
+    """What each head tells of all classes; None where one is not known."""
+    return [None if own is None else own.nats for own in informations]
 
 
 def ahead_of_mean(informations: Sequence[float | None]) -> list[float]:
@@ -219,9 +224,7 @@ def informed(
     """
     if not are_known(informations):
         return weights.double()
-    ahead = torch.tensor(
-        ahead_of_mean([None if own is None else own.nats for own in informations]), dtype=torch.float64
-    )
+    ahead = torch.tensor(ahead_of_mean(nats(informations)), dtype=torch.float64)
     alike = (ERRORS * torch.tensor(errors_of_ahead(informations), dtype=torch.float64)).clamp_min(ALIKE)
     exceeding = ahead.sign() * (ahead.abs() - alike).clamp_min(0)
     per_class = len(labels) / len(labels.unique())

@@ -212,7 +212,7 @@ def test_what_a_head_tells_of_one_class_alone_counts_for_little() -> None:
 
 
 def test_two_classes_have_no_error_to_go_by() -> None:
-    told: list[Information | None] = [Information(0.4, (0.0, 0.0)), Information(0.01, (0.0, 0.0))]
+    told: list[Information | None] = [Information(0.4, (0.1, 0.3)), Information(0.01, (0.2, 0.002))]
     assert errors_of_ahead(told) == [0.0, 0.0]
     assert informed(torch.tensor([0.5, 0.5]), told, torch.arange(2))[0] > 0.9
 
