@@ -89,7 +89,7 @@ def elsewhere(
     target: Annotated[str | None, typer.Option(help="One downstream task. Default: all.")] = None,
     shots: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,5",
     seeds: Annotated[int, typer.Option(min=2, help="Draws for each K.")] = 20,
-    size: Annotated[int, typer.Option(min=10, help="At most so many examples.")] = 600,
+    size: Annotated[int, typer.Option(min=10, help="At most so many that the test sample does not have.")] = 600,
     whole: Annotated[bool, typer.Option("--whole", help="Judge on the test sample, too.")] = False,
     output: Output = Path("study-output"),
     to: Annotated[Path | None, typer.Option(help="Folder for the records. Default: in --output.")] = None,

@@ -27,10 +27,10 @@ SIZE = 600
 
 
 class Others(NamedTuple):
-    """Labelled examples that the study's test sample does not have, or, of the whole, these and that sample.
+    """Labelled examples that the study's test sample does not have, or, of the whole, these after that sample.
 
     Attributes:
-        rows: the rest of the test split that the study's sample left, then the training pool, sampled.
+        rows: the test sample, of the whole; then those sampled from the rest of the test split and the training pool.
         places: of each in the training pool; -1 for those of the test split.
     """
 
@@ -52,15 +52,18 @@ def others(bench: Bench, size: int = SIZE, is_whole: bool = False) -> Others:
     Args:
         bench: the task.
         size: at most so many, by chance.
-        is_whole: whether the test sample is among what is sampled from.
+        is_whole: whether the test sample stands before them.
     """
-    task, how = bench.task, bench.scenario.downstream
-    judged = set() if is_whole else set(balanced(labels_of(task.test), how.test_size))
+    task, test = bench.task, bench.judged["test"]
+    judged = set(balanced(labels_of(task.test), bench.scenario.downstream.test_size))
     left = [index for index in range(len(task.test)) if index not in judged]
     places = np.concatenate([np.full(len(left), -1), np.arange(len(task.train))])
-    whole = concatenate_datasets([task.test.select(left), task.train])
-    sample = np.sort(np.random.default_rng(0).permutation(len(whole))[:size])
-    return Others(whole.select(sample), places[sample])
+    unseen = concatenate_datasets([task.test.select(left), task.train])
+    sample = np.sort(np.random.default_rng(0).permutation(len(unseen))[:size])
+    rows, places = unseen.select(sample), places[sample]
+    if is_whole:
+        rows, places = concatenate_datasets([test, rows]), np.concatenate([np.full(len(test), -1), places])
+    return Others(rows, places)
 
 
 def judge_elsewhere(
@@ -76,7 +79,7 @@ def judge_elsewhere(
     Args:
         bench: the task.
         draws: K and seeds; the examples of a draw are left out of what it is judged on.
-        size: of the sample.
+        size: at most so many that the test sample does not have.
         known: records that there are; what they have is not done again.
         progress: whether to show a progress bar.
         is_whole: whether the test sample of the study is judged on, too.
@@ -84,7 +87,7 @@ def judge_elsewhere(
     Yields:
         Two records for each draw, as `evidence` writes them, with `correct` in place of a validation accuracy.
     """
-    facts = bench.facts
+    facts = {**bench.facts, "most": size, "whole": is_whole}
     done = {(r["k"], r["seed"]) for r in known if facts.items() <= r.items() and r["method"] == WITH_HEADS}
     wanted = [draw for draw in draws if draw not in done]
     if not wanted:
@@ -94,7 +97,7 @@ def judge_elsewhere(
     labels = torch.tensor(labels_of(sample.rows))
     even = [1 / len(bench.names)] * len(bench.names)
     of_uniform = bench.mixed(even, sample.rows)
-    for draw in tqdm(wanted, desc=" ".join(facts.values()), unit="draw", disable=not progress):
+    for draw in tqdm(wanted, desc=" ".join(bench.facts.values()), unit="draw", disable=not progress):
         weights = chosen_weights(bench, draw, WITH_HEADS).tolist()
         is_new = ~np.isin(sample.places, bench.support(draw))
         found = {
@@ -158,17 +161,23 @@ def crossed(differences: np.ndarray) -> Both:
 def elsewhere_table(records: Sequence[Record], method: str = WITH_HEADS) -> str:
     """Gains on the uniform mix by task and K, over draws and over draws and examples, as Markdown."""
     rows = []
-    for (scenario, target), own in by_task(records).items():
-        for k in sorted({record["k"] for record in own}):
+    for (scenario, target), of_task in by_task(records).items():
+        for k, is_whole, most in sorted({(record["k"], *_sample(record)) for record in of_task}):
+            own = [record for record in of_task if (record["k"], *_sample(record)) == (k, is_whole, most)]
             found = gain_of(own, method, k)
             if found is not None:
-                some = [record for record in own if record["k"] == k and record["method"] == method]
+                some = [record for record in own if record["method"] == method]
                 judged = [record["examples"] - len(record["drawn"]) for record in some]
                 over = [f"[{low:+.1f}, {high:+.1f}]" for low, high in (found.over_draws, found.over_both)]
-                facts = [str(k), str(len(some)), f"{np.mean(judged):.0f}", f"{found.mean:+.1f}"]
+                of_what = f"{np.mean(judged):.0f}{' of all' if is_whole else ''}"
+                facts = [str(k), str(len(some)), of_what, f"{found.mean:+.1f}"]
                 rows.append([f"`{scenario}`: {target}", *facts, *over])
     header = ["task", "K", "draws", "examples", "points", "over draws", "over draws and examples"]
     return table(header, rows)
+
+
+def _sample(record: Record) -> tuple[bool, int]:
+    return record["whole"], record["most"]
 
 
 def _differences(own: Record, uniform: Record) -> np.ndarray:

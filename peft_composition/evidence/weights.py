@@ -31,6 +31,8 @@ ALIKE = 0.5
 Where no adapter is related to the task, small differences are chance, and equal weights do better."""
 ERRORS = 2.0
 """Heads count alike within so many standard errors, too: an adapter must tell more of most classes, not of one."""
+BEHIND = 2.0
+"""An adapter so many standard errors behind the uniform mix, over all examples, wins no class."""
 LEAST_NATS = 1e-3
 """What a head tells at least; less is the noise of heads that tell nothing."""
 
@@ -101,9 +103,9 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
     """The mean of the classes' votes, by their examples: each shares out its own by its own left-out examples.
 
     An adapter may know some of the classes and spoil others. In a vote of all examples the difference of means decides
-    between such adapters, and the larger one takes all; classes that vote by themselves leave each its share. The
-    share of the base model is decided by all examples together: to be good for one class it need but prefer that. So
-    might an adapter, which is not held back: it can have the vote of one class and be worse over all.
+    between such adapters, and the larger one takes all; classes that vote by themselves leave each its share. But to
+    be good for one class a candidate need but prefer that. So the share of the base model is decided by all examples
+    together, and an adapter that over all of them is behind the uniform mix, by two standard errors, wins no class.
 
     Args:
         values: log-likelihoods or margins of the left-out examples, shape (examples, candidates); the uniform mix is
@@ -119,13 +121,16 @@ def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tenso
     needed = torch.full((candidates,), CAUTION, dtype=torch.float64)
     needed[-1] += CAUTION_OF_BASE / examples
     base = vote(values, bootstraps, candidates - 2, needed)[-1:]
+    ahead = (values[:, :-1] - values[:, [-2]]).double()
+    behind = ahead.mean(0) < -BEHIND * ahead.std(0) / examples**0.5
+    able = (~behind).nonzero().flatten()  # the uniform mix is the last of them
     shares = torch.zeros(candidates - 1, dtype=torch.float64)
     for label in labels.unique():
         rows = labels == label
         count = int(rows.sum())
         of_class = bootstraps[:, rows] / bootstraps[:, rows].sum(1, keepdim=True)
-        own = vote(values[rows, :-1], of_class, candidates - 2, CAUTION + CAUTION_OF_FEW / count)
-        shares += own * (count / examples)
+        own = vote(values[rows][:, able], of_class, len(able) - 1, CAUTION + CAUTION_OF_FEW / count)
+        shares[able] += own * (count / examples)
     return torch.cat([shares * (1 - base), base])
 
 

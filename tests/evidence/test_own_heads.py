@@ -242,6 +242,24 @@ def test_with_one_example_of_each_class_the_heads_decide(folders) -> None:
         assert row == pytest.approx(report.weights, abs=1e-6)
 
 
+def test_a_head_that_tells_of_one_class_alone_does_not_decide(folders, monkeypatch) -> None:
+    """It sets one of three classes apart, and says the same of the two others."""
+    seen = features_alone(folders[0], POINTS[:3])
+    apart = seen[2] - seen[:2].mean(0)
+    apart -= (apart @ (seen[0] - seen[1])) / (seen[0] - seen[1]).square().sum() * (seen[0] - seen[1])
+    head = torch.zeros(4, WIDTH)
+    head[0] = 40 * apart / (apart @ (seen[2] - seen[0]))
+    bias = torch.zeros(4)
+    bias[0] = -(seen[[0, 2]] @ head[0]).mean()
+    with_head(folders[0], {"base_model.model.head.weight": head, "base_model.model.head.bias": bias})
+    model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
+    report = fit_mixing_weights(model, ONE_EACH)
+    assert [*(report.informations or {}).values()][0] > 0.5 > 10 * [*(report.informations or {}).values()][1]
+    assert report.weights == pytest.approx({"first": 0.5, "second": 0.5}, abs=1e-9)
+    monkeypatch.setattr("peft_composition.evidence.weights.ERRORS", 0.0)
+    assert fit_mixing_weights(model, ONE_EACH).weights["first"] > 0.9, "by its nats alone it would"
+
+
 def test_with_more_the_vote_is_multiplied(folders) -> None:
     model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
     vote = fit_mixing_weights(model, FOUR_EACH, "likelihood-vote")

@@ -173,6 +173,22 @@ def test_a_base_model_that_merely_prefers_a_class_has_no_share() -> None:
     assert vote_of_classes(values, labels, bayesian_bootstrap(12, 200, seed=1))[2] == 0
 
 
+@pytest.mark.parametrize(("loss", "share"), [(6.0, 0.0), (2.4, 0.5)])
+def test_an_adapter_that_is_clearly_behind_over_all_examples_wins_no_class(loss: float, share: float) -> None:
+    """It makes one class likelier and the other less likely, by more; a little more is no clear difference."""
+    labels = torch.arange(40) % 2
+    values = torch.zeros(40, 4, dtype=torch.float64)
+    values[:, 0] = torch.where(labels == 0, 2.0, -loss)
+    values[:, 1] = -1.0
+    values[:, 3] = -9.0
+    values += 0.1 * torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    differences = [float(row[0] - row[2]) for row in values]
+    error = statistics.stdev(differences) / math.sqrt(40)
+    assert (statistics.mean(differences) < -2 * error) == (share == 0)
+    shares = vote_of_classes(values, labels, bayesian_bootstrap(40, 200, seed=1))
+    assert shares.tolist() == [share, 0.0, 1 - share, 0.0]
+
+
 @pytest.mark.parametrize("count", [2, 5, 20])
 def test_adapters_must_be_further_ahead_where_a_class_has_few_examples(count: int) -> None:
     """Of the uniform mix, by half a standard error and 1 / K more, by a loop."""

@@ -37,6 +37,14 @@ def test_every_draw_is_judged_on_examples_of_its_own_and_of_no_split(tmp_path: P
     records = read(path, key="method")
     assert len(records) == 4
     assert not list(elsewhere.judge_elsewhere(bench, draws, 200, records, progress=False))
+    assert {(record["whole"], record["most"]) for record in records} == {(False, 200)}
+    again = elsewhere.judge_elsewhere(bench, draws[:1], 200, records, progress=False, is_whole=True)
+    evidence.append(again, path)
+    cells = [row.split(" | ")[:4] for row in elsewhere.elsewhere_table([*read(path, key="method")]).splitlines()[2:]]
+    assert cells == [["| `digits`: new", "2", "2", cells[0][3]]], "one draw has no interval"
+    evidence.append(elsewhere.judge_elsewhere(bench, draws, 200, read(path, key="method"), False, True), path)
+    two = elsewhere.elsewhere_table(read(path, key="method")).splitlines()[2:]
+    assert [" of all |" in row for row in two] == [False, True]
 
     sample = elsewhere.others(bench, 200)
     whole = elsewhere.others(bench, 10_000)
@@ -102,6 +110,7 @@ def test_the_interval_over_draws_is_that_of_the_gains() -> None:
 def test_the_table_pairs_by_draw_and_example() -> None:
     def record(seed: int, method: str, right: list[int], drawn: list[int]) -> dict[str, Any]:
         facts = {"scenario": "s", "target": "t", "k": 2, "seed": seed, "method": method, "drawn": drawn}
+        facts |= {"most": 5, "whole": False}
         return {**facts, **packed([bool(value) for value in right])}
 
     records = [
