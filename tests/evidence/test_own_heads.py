@@ -254,7 +254,8 @@ def test_a_head_that_tells_of_one_class_alone_does_not_decide(folders, monkeypat
     with_head(folders[0], {"base_model.model.head.weight": head, "base_model.model.head.bias": bias})
     model = tiny.compose("mlp", list(map(str, folders)), mixing="fixed", weights=[0.5, 0.5])
     report = fit_mixing_weights(model, ONE_EACH)
-    assert [*(report.informations or {}).values()][0] > 0.5 > 10 * [*(report.informations or {}).values()][1]
+    first, second = (report.informations or {}).values()
+    assert first > 0.5 > 10 * second
     assert report.weights == pytest.approx({"first": 0.5, "second": 0.5}, abs=1e-9)
     monkeypatch.setattr("peft_composition.evidence.weights.ERRORS", 0.0)
     assert fit_mixing_weights(model, ONE_EACH).weights["first"] > 0.9, "by its nats alone it would"
