@@ -127,7 +127,7 @@ def gain_of(records: Sequence[Record], method: str, k: int) -> Both | None:
     The interval over both counts draws and examples as crossed clusters (Cameron, Gelbach and Miller 2011).
 
     Args:
-        records: of `judge_elsewhere`, of one task.
+        records: of `judge_elsewhere`, of one task, judged on the same sample.
         method: in `records`.
         k: examples of each class.
     """
@@ -177,7 +177,7 @@ def elsewhere_table(records: Sequence[Record], method: str = WITH_HEADS) -> str:
 
 
 def _sample(record: Record) -> tuple[bool, int]:
-    return record["whole"], record["most"]
+    return record.get("whole", False), record.get("most", SIZE)
 
 
 def _differences(own: Record, uniform: Record) -> np.ndarray:

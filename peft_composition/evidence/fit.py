@@ -29,9 +29,9 @@ from .passes import (
     read_examples,
 )
 from .posterior import Answers, posterior
-from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, margins
+from .scores import LeftOut, bayesian_bootstrap, log_likelihoods, log_probabilities, margins
 from .table import DRAWS, EvidenceReport, tabulate
-from .weights import are_known, informed, nats, spread_uniform, stack, vote_of_classes
+from .weights import are_known, cautions, informed, nats, spread_uniform, stack, vote, vote_of_classes
 
 
 Method = Literal["auto", "heads-and-vote", "likelihood-vote", "vote", "stacking", "posterior", "choices"]
@@ -69,12 +69,14 @@ def fit_mixing_weights(
       geometric mean, or within two standard errors, counts alike, what exceeds it to the power 4 / sqrt(K). With one
       example of each class, of which none can be left out, the heads alone. An adapter without a head in its files,
       or whose files are gone, counts as the mean of the others.
-    - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples of a class in which an
-      adapter makes them most likely, by leave-one-out predictions of class means; of all classes their mean by
-      examples. It must be ahead of the uniform mix by half a standard error and 1 / K more, of K examples of the
-      class: what they cannot tell apart stays uniform. On the share of the base model all n examples decide together,
-      and it must be ahead by half an error and 8 / n: few of them say little of what is so different.
-    - `"vote"` (classifiers): the same by leave-one-out margins, which are less steep.
+    - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter tells
+      a class best from all others, by leave-one-out predictions of class means: how likely it makes the class on its
+      examples and how unlikely on the rest. It must be ahead of the uniform mix by half a standard error: what
+      examples cannot tell apart stays uniform. The vote of a class of K examples counts for (K - 1) / K, the rest is
+      the uniform mix's, and all classes count by their examples. On the share of the base model all n examples decide
+      together, and it must be ahead by half an error and 8 / n: few of them say little of what is so different.
+    - `"vote"` (classifiers): of all examples together, by leave-one-out margins, which are less steep; with the same
+      caution.
     - `"stacking"` (classifiers): the mixture of these predictions that makes the examples most likely (Yao et al.
       2018).
     - `"posterior"` (causal and encoder-decoder models): the probability of each adapter given the answers.
@@ -208,11 +210,14 @@ def weights_by(method: str, left: Sequence[LeftOut], seed: int) -> Tensor:
     Returns:
         Shape (N,), float64; what the sum lacks of 1 is the base model's.
     """
-    measure = margins if method == "vote" else log_likelihoods
-    values = torch.stack([measure(own) for own in left], dim=1)
-    if method == "stacking":
-        return spread_uniform(stack(values))
-    return spread_uniform(vote_of_classes(values, left[0].labels, bayesian_bootstrap(len(values), DRAWS, seed)))
+    bootstraps = bayesian_bootstrap(len(left[0].labels), DRAWS, seed)
+    if method == "likelihood-vote":
+        logs = torch.stack([log_probabilities(own) for own in left], dim=2)
+        return spread_uniform(vote_of_classes(logs, left[0].labels, bootstraps))
+    if method == "vote":
+        values = torch.stack([margins(own) for own in left], dim=1)
+        return spread_uniform(vote(values, bootstraps, len(left) - 2, cautions(*values.shape)))
+    return spread_uniform(stack(torch.stack([log_likelihoods(own) for own in left], dim=1)))
 
 
 def _by_posterior(mixes: Sequence[Candidate], passed: Sequence[Passed]) -> Tensor:

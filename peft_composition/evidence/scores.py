@@ -120,6 +120,19 @@ def margins(left: LeftOut) -> Tensor:
 def log_likelihoods(left: LeftOut, betas: Tensor = BETAS) -> Tensor:
     """Log-probability that class means assign to the class of each example, with the best beta.
 
+    Args:
+        left: the result of `leave_one_out_distances`.
+        betas: the values of beta to choose from.
+
+    Returns:
+        Shape (m,), float64.
+    """
+    return log_probabilities(left, betas).gather(1, left.labels[:, None])[:, 0]
+
+
+def log_probabilities(left: LeftOut, betas: Tensor = BETAS) -> Tensor:
+    """Log-probability that class means assign to each class of each example, with the best beta.
+
     p_ic is proportional to exp(-beta g_ic / s^2), where s^2 is the mean distance to the own class and beta is the
     value with the largest likelihood over all left-out examples.
 
@@ -128,13 +141,14 @@ def log_likelihoods(left: LeftOut, betas: Tensor = BETAS) -> Tensor:
         betas: the values of beta to choose from.
 
     Returns:
-        Shape (m,), float64.
+        Shape (m, C), float64.
     """
     own = left.distances.gather(1, left.labels[:, None])
     scale = own.mean().clamp_min(torch.finfo(own.dtype).tiny)
     logits = -betas.to(own.device)[:, None, None] * (left.distances / scale)  # (betas, m, C)
-    chosen = logits.log_softmax(-1).gather(2, left.labels[None, :, None].expand(len(betas), -1, 1))[..., 0]
-    return chosen[chosen.sum(1).argmax()]
+    logs = logits.log_softmax(-1)
+    chosen = logs.gather(2, left.labels[None, :, None].expand(len(betas), -1, 1))[..., 0]
+    return logs[chosen.sum(1).argmax()]
 
 
 def bayesian_bootstrap(examples: int, draws: int, seed: int) -> Tensor:

@@ -17,8 +17,6 @@ GAP = 1e-6  # of the mean log-likelihood to the best there is
 MOST_ROUNDS = 50_000
 CAUTION = 0.5
 """By how many standard errors a candidate must be ahead of the uniform mix; chosen on seven tasks of the study."""
-CAUTION_OF_FEW = 1.0
-"""By how many more, over the number of examples of the class: the error of few differences is itself hardly known."""
 CAUTION_OF_BASE = 8.0
 """By how many more than `CAUTION` the base model must be, over the number of examples: it lies far from the adapters'
 mixes. Chosen on four tasks of the study."""
@@ -31,8 +29,8 @@ ALIKE = 0.5
 Where no adapter is related to the task, small differences are chance, and equal weights do better."""
 ERRORS = 2.0
 """Heads count alike within so many standard errors, too: an adapter must tell more of most classes, not of one."""
-BEHIND = 2.0
-"""An adapter so many standard errors behind the uniform mix, over all examples, wins no class."""
+MOST_CERTAIN = 1 - 1e-12
+"""The most probable that a class can be in a vote; what is as good as impossible would decide alone."""
 LEAST_NATS = 1e-3
 """What a head tells at least; less is the noise of heads that tell nothing."""
 
@@ -95,43 +93,71 @@ def vote(
     if reference is not None and len(wide) > 1:
         ahead = wide - wide[:, [reference]]
         means = bootstraps.double() @ ahead - caution * ahead.std(0) / len(wide) ** 0.5
-    wins = (means == means.amax(1, keepdim=True)).double()
-    return (wins / wins.sum(1, keepdim=True)).mean(0)
+    return _winners(means)
 
 
-def vote_of_classes(values: Tensor, labels: Tensor, bootstraps: Tensor) -> Tensor:
-    """The mean of the classes' votes, by their examples: each shares out its own by its own left-out examples.
+def cautions(examples: int, candidates: int) -> Tensor:
+    """By how many standard errors each candidate must be ahead of the uniform mix: more for the base model, the last.
+
+    Returns:
+        Shape (candidates,), float64.
+    """
+    needed = torch.full((candidates,), CAUTION, dtype=torch.float64)
+    needed[-1] += CAUTION_OF_BASE / examples
+    return needed
+
+
+def vote_of_classes(log_probabilities: Tensor, labels: Tensor, bootstraps: Tensor) -> Tensor:
+    """The mean of the classes' votes, by their examples: each asks who tells it best from all other classes.
 
     An adapter may know some of the classes and spoil others. In a vote of all examples the difference of means decides
-    between such adapters, and the larger one takes all; classes that vote by themselves leave each its share. But to
-    be good for one class a candidate need but prefer that. So the share of the base model is decided by all examples
-    together, and an adapter that over all of them is behind the uniform mix, by two standard errors, wins no class.
+    between such adapters, and the larger one takes all; classes that vote by themselves leave each its share. What
+    counts for class y is the mean log-probability of y on its examples and that of not being y on all others, half
+    and half: to make y likely everywhere is no use. A candidate must be ahead of the uniform mix by half a standard
+    error. What K examples of a class say counts for (K - 1) / K, the part that is left when one is left out; the rest
+    of the vote is the uniform mix's. The share of the base model is decided by all examples together, by the
+    log-probabilities of their own classes.
 
     Args:
-        values: log-likelihoods or margins of the left-out examples, shape (examples, candidates); the uniform mix is
-            the last but one candidate, the base model the last.
-        labels: of these examples, shape (examples,).
+        log_probabilities: of each class for the left-out examples, shape (examples, classes, candidates); the uniform
+            mix is the last but one candidate, the base model the last.
+        labels: the class of each, an index, shape (examples,).
         bootstraps: weights of the examples, shape (draws, examples).
 
     Returns:
         Shares, shape (candidates,), float64, sum 1.
     """
-    values, labels = values.cpu(), labels.cpu()
-    examples, candidates = values.shape
-    needed = torch.full((candidates,), CAUTION, dtype=torch.float64)
-    needed[-1] += CAUTION_OF_BASE / examples
-    base = vote(values, bootstraps, candidates - 2, needed)[-1:]
-    ahead = (values[:, :-1] - values[:, [-2]]).double()
-    behind = ahead.mean(0) < -BEHIND * ahead.std(0) / examples**0.5
-    able = (~behind).nonzero().flatten()  # the uniform mix is the last of them
+    logs, labels = log_probabilities.detach().to("cpu", torch.float64), labels.cpu()
+    examples, _, candidates = logs.shape
+    own = logs[torch.arange(examples), labels]
+    base = vote(own, bootstraps, candidates - 2, cautions(examples, candidates))[-1:]
+    others = torch.log(-torch.expm1(logs[..., :-1].clamp_max(math.log(MOST_CERTAIN))))
     shares = torch.zeros(candidates - 1, dtype=torch.float64)
     for label in labels.unique():
-        rows = labels == label
-        count = int(rows.sum())
-        of_class = bootstraps[:, rows] / bootstraps[:, rows].sum(1, keepdim=True)
-        own = vote(values[rows][:, able], of_class, len(able) - 1, CAUTION + CAUTION_OF_FEW / count)
-        shares[able] += own * (count / examples)
+        inside = labels == label
+        count = int(inside.sum())
+        sides = [(logs[inside, label, :-1], bootstraps[:, inside]), (others[~inside, label], bootstraps[:, ~inside])]
+        part = (count - 1) / count
+        shares += _vote_by_sides([side for side in sides if len(side[0])]) * (part * count / examples)
+        shares[-1] += (1 - part) * count / examples
     return torch.cat([shares * (1 - base), base])
+
+
+def _vote_by_sides(sides: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """As `vote`, of the mean of the sides' means; the uniform mix, the last candidate, is the reference."""
+    means, variances = [], []
+    for values, bootstraps in sides:
+        ahead = values - values[:, [-1]]
+        weights = bootstraps.double() / bootstraps.double().sum(1, keepdim=True)
+        means.append(weights @ ahead)
+        variances.append(ahead.var(0) / len(ahead) if len(ahead) > 1 else torch.zeros(ahead.shape[1]).double())
+    error = torch.stack(variances).sum(0).sqrt() / len(sides)
+    return _winners(torch.stack(means).mean(0) - CAUTION * error)
+
+
+def _winners(means: Tensor) -> Tensor:
+    wins = (means == means.amax(1, keepdim=True)).double()
+    return (wins / wins.sum(1, keepdim=True)).mean(0)
 
 
 def spread_uniform(shares: Tensor, floor: float = FLOOR) -> Tensor:

@@ -13,7 +13,12 @@ import torch
 from scipy import optimize
 
 from peft_composition.evidence.fit import weights_by
-from peft_composition.evidence.scores import bayesian_bootstrap, leave_one_out_distances, log_likelihoods
+from peft_composition.evidence.scores import (
+    bayesian_bootstrap,
+    leave_one_out_distances,
+    log_likelihoods,
+    log_probabilities,
+)
 from peft_composition.evidence.weights import (
     FLOOR,
     floored,
@@ -142,12 +147,21 @@ def test_a_cautious_vote_by_a_loop() -> None:
     assert vote(values, bootstraps)[2] < won[2] < vote(values, bootstraps, reference=2, caution=2.0)[2]
 
 
-@pytest.mark.parametrize(("examples", "lead"), [(4, 3.0), (10, 0.9), (100, 0.3)])
+def of_two_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities, shape (examples, 2, candidates), from how likely each candidate finds the own class."""
+    logs = torch.stack([logits, -logits], dim=1).double()
+    return torch.nn.functional.logsigmoid(torch.where((labels == 0)[:, None, None], logs, logs.flip(1)))
+
+
+@pytest.mark.parametrize(("examples", "lead"), [(4, 4.0), (10, 1.6), (100, 0.25)])
 def test_the_fewer_examples_the_further_the_base_model_must_be_ahead(examples: int, lead: float) -> None:
     """Of the uniform mix, by 8 / n standard errors more than half of one; all examples decide on it together."""
     generator = torch.Generator().manual_seed(examples)
-    values = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
-    values[:, 3] += lead
+    logits = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
+    logits[:, 3] += lead
+    labels = torch.arange(examples) % 2
+    logs = of_two_classes(logits, labels)
+    values = logs[torch.arange(examples), labels]
     bootstraps = bayesian_bootstrap(examples, 200, seed=1)
     needed = [0.5, 0.5, 0.5, 0.5 + 8 / examples]
     won = 0.0
@@ -158,66 +172,95 @@ def test_the_fewer_examples_the_further_the_base_model_must_be_ahead(examples: i
             error = statistics.stdev(differences) / math.sqrt(examples)
             ahead.append(sum(a * d for a, d in zip(draw, differences)) - needed[c] * error)
         won += (max(ahead) == ahead[3]) / 200
-    found = vote_of_classes(values, torch.arange(examples) % 2, bootstraps)
+    found = vote_of_classes(logs, labels, bootstraps)
     assert float(found[3]) == pytest.approx(won, abs=1e-12)
     assert 0 < found[3] < vote(values, bootstraps, reference=2)[3]
     assert float(found.sum()) == pytest.approx(1, abs=1e-12)
 
 
-def test_a_base_model_that_merely_prefers_a_class_has_no_share() -> None:
-    """It makes the examples of one class likelier and those of the other less likely, by more."""
-    labels = torch.arange(12) % 2
-    values = torch.zeros(12, 3, dtype=torch.float64)
-    values[:, 2] = torch.where(labels == 0, 2.0, -6.0)
-    values += 0.1 * torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert vote_of_classes(values, labels, bayesian_bootstrap(12, 200, seed=1))[2] == 0
+@pytest.mark.parametrize("counts", [(4, 4), (2, 5, 9), (2, 2, 2, 2, 2)])
+def test_votes_of_classes_by_a_loop(counts: tuple[int, ...]) -> None:
+    """Each by its examples and, half and half, by how unlikely it is for all others; the uniform mix has 1 / K."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    logits = 2 * torch.randn(len(labels), len(counts), 5, dtype=torch.float64, generator=generator)
+    logits[torch.arange(len(labels)), labels] += torch.tensor([1.0, 0.6, 0.3, 0.8, -9.0])  # the last: the base model
+    logs = logits.log_softmax(1)
+    bootstraps = bayesian_bootstrap(len(labels), 200, seed=1)
+    expected = [0.0] * 4
+    for label, count in enumerate(counts):
+        own = [row for row in range(len(labels)) if labels[row] == label]
+        others = [row for row in range(len(labels)) if labels[row] != label]
+        won = [0.0] * 4
+        for draw in bootstraps.tolist():
+            ahead = []
+            for c in range(4):
+                mean = variance = 0.0
+                for rows, is_own in ((own, True), (others, False)):
+                    values = []
+                    for row in rows:
+                        likely = [float(logs[row, label, n].exp()) for n in (c, 3)]
+                        first, uniform = likely if is_own else [1 - value for value in likely]
+                        values.append(math.log(first) - math.log(uniform))
+                    whole = sum(draw[row] for row in rows)
+                    mean += 0.5 * sum(draw[row] / whole * value for row, value in zip(rows, values))
+                    variance += 0.25 * statistics.variance(values) / len(rows)
+                ahead.append(mean - 0.5 * math.sqrt(variance))
+            won[ahead.index(max(ahead))] += 1 / 200
+        for c in range(4):
+            expected[c] += won[c] * (count - 1) / len(labels) + (c == 3) / len(labels)
+    found = vote_of_classes(logs, labels, bootstraps)
+    assert found.tolist() == pytest.approx([*expected, 0.0], abs=1e-9)
+    assert sum(share > 1e-3 for share in expected) >= 3
 
 
-@pytest.mark.parametrize(("loss", "share"), [(6.0, 0.0), (2.4, 0.5)])
-def test_an_adapter_that_is_clearly_behind_over_all_examples_wins_no_class(loss: float, share: float) -> None:
-    """It makes one class likelier and the other less likely, by more; a little more is no clear difference."""
-    labels = torch.arange(40) % 2
-    values = torch.zeros(40, 4, dtype=torch.float64)
-    values[:, 0] = torch.where(labels == 0, 2.0, -loss)
-    values[:, 1] = -1.0
-    values[:, 3] = -9.0
-    values += 0.1 * torch.randn(40, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    differences = [float(row[0] - row[2]) for row in values]
-    error = statistics.stdev(differences) / math.sqrt(40)
-    assert (statistics.mean(differences) < -2 * error) == (share == 0)
-    shares = vote_of_classes(values, labels, bayesian_bootstrap(40, 200, seed=1))
-    assert shares.tolist() == [share, 0.0, 1 - share, 0.0]
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("candidate", [0, 2], ids=["adapter", "base"])
+def test_who_merely_prefers_a_class_has_no_share(candidate: int, classes: int) -> None:
+    """It makes a class likelier wherever it is asked: on the examples of that class, and on all others."""
+    labels = torch.arange(10 * classes) % classes
+    logits = 3 * torch.nn.functional.one_hot(labels, classes).double()[..., None].repeat(1, 1, 3)
+    logits += 0.1 * torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:, 0, candidate] += 6
+    logits[:, :, [0, 2][candidate == 0]] = 0  # the other one knows nothing
+    logs = logits.log_softmax(1)
+    assert bool((logs[labels == 0, 0, candidate] > logs[labels == 0, 0, 1]).all())
+    assert vote_of_classes(logs, labels, bayesian_bootstrap(len(labels), 200, seed=1)).tolist() == [0.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("count", [2, 5, 20])
-def test_adapters_must_be_further_ahead_where_a_class_has_few_examples(count: int) -> None:
-    """Of the uniform mix, by half a standard error and 1 / K more, by a loop."""
-    values = torch.randn(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
-    values[:, 0] += values[:, 1].mean() - values[:, 0].mean() + {2: 1.0, 5: 0.6, 20: 0.25}[count]
-    bootstraps = bayesian_bootstrap(count, 200, seed=1)
-    differences = [float(row[0] - row[1]) for row in values]
-    needed = (0.5 + 1 / count) * statistics.stdev(differences) / math.sqrt(count)
-    won = [sum(a * d for a, d in zip(draw, differences)) > needed for draw in bootstraps.tolist()]
-    values[:, 2] = -10.0
-    found = vote_of_classes(values, torch.zeros(count), bootstraps)
-    assert float(found[0]) == pytest.approx(sum(won) / 200, abs=1e-12)
-    assert 0 < sum(won) < 200
+@pytest.mark.parametrize("each", [2, 5, 20])
+def test_adapters_that_know_a_class_each_share_the_weight(each: int) -> None:
+    """The first tells the first class from the rest, the second, by less, the second; each mixes up the others."""
+    labels = torch.arange(3 * each) % 3
+    logits = 0.1 * torch.randn(3 * each, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(each))
+    for adapter, known in ((0, 6.0), (1, 3.0)):
+        logits[:, adapter, adapter] += torch.where(labels == adapter, known, -known)
+        for label, mistaken in ((1 - adapter, 2), (2, 1 - adapter)):
+            logits[labels == label, mistaken, adapter] += 0.6
+    logits[torch.arange(3 * each), labels, 2] += 0.5  # the uniform mix knows all, a little
+    logs, bootstraps = logits.log_softmax(1), bayesian_bootstrap(3 * each, 200, seed=1)
+    of_class = (each - 1) / each / 3
+    shares = vote_of_classes(logs, labels, bootstraps)
+    assert shares.tolist() == pytest.approx([of_class, of_class, 1 - 2 * of_class, 0.0], abs=1e-12)
 
 
-def test_adapters_that_know_a_class_each_share_the_weight() -> None:
-    """One makes the first class likelier and the second less likely, the other the reverse, but by less."""
-    generator = torch.Generator().manual_seed(0)
-    first = (torch.arange(40) % 2 == 0)[:, None]
-    values = torch.cat(
-        [torch.where(first, 3.0, -1.0), torch.where(first, -1.0, 1.0), 0 * first, -3 + 0 * first], dim=1
-    )
-    values = values.double() + 0.1 * torch.randn(values.shape, dtype=torch.float64, generator=generator)
-    bootstraps, labels = bayesian_bootstrap(40, 200, seed=1), torch.arange(40) % 2
-    assert vote_of_classes(values, labels, bootstraps).tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert vote(values, bootstraps, reference=2)[0] > 0.95, "where all vote at once, the larger one takes all"
-    fewer = torch.cat([torch.arange(40)[labels == 0], torch.arange(40)[labels == 1][:10]])
-    shares = vote_of_classes(values[fewer], labels[fewer], bayesian_bootstrap(30, 200, seed=1))
-    assert shares.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=1e-12)
+def test_a_class_with_one_example_has_no_vote() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    logs = of_two_classes(torch.tensor([[4.0, 0.0, 1.0, 0.0]]).repeat(5, 1), labels)
+    shares = vote_of_classes(logs, labels, bayesian_bootstrap(5, 200, seed=1))
+    assert shares.tolist() == pytest.approx([0.6, 0.0, 0.4, 0.0], abs=1e-12)
+    assert vote_of_classes(logs[:4], labels[:4], bayesian_bootstrap(4, 200, seed=1))[0] == pytest.approx(0.75)
+
+
+def test_a_certain_candidate_does_not_decide_by_one_example() -> None:
+    """That it held a class impossible counts as 1e-12, and it may be certain without a share of NaN."""
+    labels = torch.arange(8) % 2
+    logits = torch.tensor([[5.0, 800.0, 1.0, 0.0]]).repeat(8, 1)
+    logits[0, 1] = -800.0
+    shares = vote_of_classes(of_two_classes(logits, labels), labels, bayesian_bootstrap(8, 200, seed=1))
+    assert bool(shares.isfinite().all())
+    assert shares[0] > 0.7
 
 
 def test_a_candidate_that_is_always_ahead_wins_and_one_that_is_behind_never_does() -> None:
@@ -256,28 +299,20 @@ def test_weights_by_the_vote_by_a_loop(examples: int, lead: float) -> None:
     noise = torch.randn(examples, 4, 3, dtype=torch.float64, generator=generator)
     features = noise + apart[..., None]
     left = [leave_one_out_distances(features[:, number], labels) for number in range(4)]
+    logs = torch.stack([log_probabilities(own) for own in left], dim=2)
     values = torch.stack([log_likelihoods(own) for own in left], dim=1).tolist()
-    draws = bayesian_bootstrap(examples, 500, seed=3).tolist()
-
-    def winners(rows: list[int], needed: list[float]) -> list[float]:
-        """The share of bootstraps of some examples that each candidate wins."""
-        won = [0.0] * len(needed)
-        for draw in draws:
-            whole = sum(draw[row] for row in rows)
-            ahead = []
-            for c, errors in enumerate(needed):
-                differences = [values[row][c] - values[row][2] for row in rows]
-                error = statistics.stdev(differences) / math.sqrt(len(rows))
-                ahead.append(sum(draw[row] / whole * own for row, own in zip(rows, differences)) - errors * error)
-            won[ahead.index(max(ahead))] += 1 / 500
-        return won
-
-    base = winners([*range(examples)], [0.5, 0.5, 0.5, 0.5 + 8 / examples])[3]
-    assert 0.1 < base < 0.9
-    expected = [0.0, 0.0]
-    for label in (0, 1):
-        rows = [*range(label, examples, 2)]
-        of_class = winners(rows, [0.5 + 1 / len(rows)] * 3)
-        for n in (0, 1):
-            expected[n] += (of_class[n] + of_class[2] / 2) * (1 - base) * len(rows) / examples
+    draws = bayesian_bootstrap(examples, 500, seed=3)
+    won = 0.0
+    for draw in draws.tolist():
+        ahead = []
+        for c, errors in enumerate([0.5, 0.5, 0.5, 0.5 + 8 / examples]):
+            differences = [row[c] - row[2] for row in values]
+            error = statistics.stdev(differences) / math.sqrt(examples)
+            ahead.append(sum(weight * own for weight, own in zip(draw, differences)) - errors * error)
+        won += (ahead.index(max(ahead)) == 3) / 500
+    assert 0.1 < won < 0.9
+    first, second, uniform, base = vote_of_classes(logs, labels, draws).tolist()
+    assert base == pytest.approx(won, abs=1e-12)
+    expected = [first + uniform / 2, second + uniform / 2]
+    assert logs.exp().sum(1) == pytest.approx(np.ones((examples, 4)))
     assert weights_by("likelihood-vote", left, seed=3).tolist() == pytest.approx(expected, abs=2 * FLOOR)

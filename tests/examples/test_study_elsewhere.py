@@ -38,13 +38,6 @@ def test_every_draw_is_judged_on_examples_of_its_own_and_of_no_split(tmp_path: P
     assert len(records) == 4
     assert not list(elsewhere.judge_elsewhere(bench, draws, 200, records, progress=False))
     assert {(record["whole"], record["most"]) for record in records} == {(False, 200)}
-    again = elsewhere.judge_elsewhere(bench, draws[:1], 200, records, progress=False, is_whole=True)
-    evidence.append(again, path)
-    cells = [row.split(" | ")[:4] for row in elsewhere.elsewhere_table([*read(path, key="method")]).splitlines()[2:]]
-    assert cells == [["| `digits`: new", "2", "2", cells[0][3]]], "one draw has no interval"
-    evidence.append(elsewhere.judge_elsewhere(bench, draws, 200, read(path, key="method"), False, True), path)
-    two = elsewhere.elsewhere_table(read(path, key="method")).splitlines()[2:]
-    assert [" of all |" in row for row in two] == [False, True]
 
     sample = elsewhere.others(bench, 200)
     whole = elsewhere.others(bench, 10_000)
@@ -74,6 +67,39 @@ def test_every_draw_is_judged_on_examples_of_its_own_and_of_no_split(tmp_path: P
         said = head(bench.mixed(weights, sample.rows)).argmax(1)
     expected = (said == torch.tensor(labels_of(sample.rows))).numpy()
     assert (expected == correct_answers(mixed)).mean() > 0.98  # weights are written with four digits
+
+
+def test_of_the_whole_the_test_sample_stands_before_the_others(tmp_path: Path) -> None:
+    (bench,) = evidence.open_benches(tiny(tmp_path), tmp_path, None, progress=False)
+    draws, path = [(2, 0), (2, 1)], tmp_path / "elsewhere.jsonl"
+    for size, is_whole in ((200, False), (200, True), (300, True)):
+        known = read(path, key="method")
+        evidence.append(elsewhere.judge_elsewhere(bench, draws, size, known, False, is_whole), path)
+        assert not list(elsewhere.judge_elsewhere(bench, draws, size, read(path, key="method"), False, is_whole))
+    records = read(path, key="method")
+    of_rest, of_whole, of_more = (
+        {(own["seed"], own["method"]): own for own in records if (own["most"], own["whole"]) == sample}
+        for sample in ((200, False), (200, True), (300, True))
+    )
+    for key, own in of_whole.items():
+        assert own["examples"] == 221 == of_more[key]["examples"] - 100
+        assert own["drawn"] == [21 + place for place in of_rest[key]["drawn"]]
+        assert correct_answers(own)[21:].tolist() == correct_answers(of_rest[key]).tolist()
+    assert any(own["drawn"] for own in of_whole.values())
+
+    # The test sample's own answers: the head of a draw, judged as the study judges it.
+    uniform = of_whole[1, "uniform"]
+    how = bench.scenario.downstream
+    head = fit_features(bench.features("uniform", (2, 1)), bench.labels((2, 1)), bench.classes, how, 1)
+    with torch.no_grad():
+        right = head(bench.features("uniform", "test")).argmax(1) == bench.judged_labels["test"]
+    assert correct_answers(uniform)[:21].tolist() == right.tolist()
+
+    rows = elsewhere.elsewhere_table(records).splitlines()[2:]
+    judged = [row.split(" | ")[3] for row in rows]
+    assert len(rows) == 3
+    assert [" of all" in cell for cell in judged] == [False, True, True]
+    assert float(judged[2].split()[0]) > float(judged[1].split()[0]) + 90
 
 
 def test_adapters_of_each_rank_are_a_task_of_their_own(tmp_path: Path) -> None:
@@ -126,11 +152,18 @@ def test_the_table_pairs_by_draw_and_example() -> None:
     assert "| `s`: t | 2 | 2 | 4 | +22.5 |" in elsewhere.elsewhere_table(records)
 
 
-@pytest.mark.parametrize("path", sorted(ELSEWHERE.glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(ELSEWHERE.rglob("*.jsonl")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_the_committed_records_are_paired(path: Path) -> None:
     records = read(path, key="method")
-    for target, k in {(own["target"], own["k"]) for own in records}:
-        of_cell = [(own["seed"], own["method"]) for own in records if (own["target"], own["k"]) == (target, k)]
-        seeds = range(len(of_cell) // 2)
+    for cell in {(own["target"], own["k"], own["whole"], own["most"]) for own in records}:
+        of_cell = [own for own in records if (own["target"], own["k"], own["whole"], own["most"]) == cell]
+        runs = [(own["seed"], own["method"]) for own in of_cell]
+        seeds = range(len(runs) // 2)
         assert len(seeds) >= 20
-        assert sorted(of_cell) == sorted((seed, name) for seed in seeds for name in ("uniform", evidence.WITH_HEADS))
+        assert sorted(runs) == sorted((seed, name) for seed in seeds for name in ("uniform", evidence.WITH_HEADS))
+        for own in of_cell:
+            assert own["accuracy"] == pytest.approx(
+                100 * np.delete(correct_answers(own), own["drawn"]).mean(), abs=1e-3
+            )
