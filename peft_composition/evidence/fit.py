@@ -67,7 +67,8 @@ def fit_mixing_weights(
     - `"heads-and-vote"` (classifiers): the weights by `"likelihood-vote"`, times what each adapter's own head tells of
       the classes of the examples (their mutual information with its output). What is within a factor of 1.65 of their
       geometric mean, or within two standard errors, counts alike, what exceeds it to the power 4 / sqrt(K). With one
-      example of each class, of which none can be left out, the heads alone. An adapter without a head in its files,
+      example of each class, of which none can be left out, the heads alone, and what tells less than 3% of log C, for
+      C classes, counts as that. An adapter without a head in its files,
       or whose files are gone, counts as the mean of the others.
     - `"likelihood-vote"` (classifiers): the share of 500 Bayesian bootstraps of the examples in which an adapter tells
       a class best from all others, by leave-one-out predictions of class means: how likely it makes the class on its

@@ -33,6 +33,9 @@ MOST_CERTAIN = 1 - 1e-12
 """The most probable that a class can be in a vote; what is as good as impossible would decide alone."""
 LEAST_NATS = 1e-3
 """What a head tells at least; less is the noise of heads that tell nothing."""
+LEAST_SHARE = 0.03
+"""With one example of each class, where heads decide alone, they tell at least this share of log C, for C classes.
+Chosen on 29 tasks of the study."""
 
 
 def stack(log_likelihoods: Tensor) -> Tensor:
@@ -200,25 +203,27 @@ def nats(informations: Sequence[Information | None]) -> list[float | None]:
     return [None if own is None else own.nats for own in informations]
 
 
-def ahead_of_mean(informations: Sequence[float | None]) -> list[float]:
+def ahead_of_mean(informations: Sequence[float | None], least: float = LEAST_NATS) -> list[float]:
     """By how much the logarithm of what each head tells is above their mean; 0 where it is not known.
 
     Args:
         informations: of the adapters' heads, in nats. With fewer than two that are known all are 0.
+        least: what a head tells at least, in nats.
     """
     if not are_known(informations):
         return [0.0] * len(informations)
-    logs = [None if own is None else math.log(max(own, LEAST_NATS)) for own in informations]
+    logs = [None if own is None else math.log(max(own, least)) for own in informations]
     mean = fmean(own for own in logs if own is not None)
     return [0.0 if own is None else own - mean for own in logs]
 
 
-def errors_of_ahead(informations: Sequence[Information | None]) -> list[float]:
+def errors_of_ahead(informations: Sequence[Information | None], least: float = LEAST_NATS) -> list[float]:
     """The standard errors of `ahead_of_mean`, by a jackknife that leaves out one class after another.
 
     Args:
         informations: of the adapters' heads. With two classes, of which one alone tells nothing, all errors are 0, as
             they are where fewer than two heads are known.
+        least: as of `ahead_of_mean`.
     """
     known = [own for own in informations if own is not None]
     classes = len(known[0].without) if are_known(informations) else 0
@@ -226,7 +231,7 @@ def errors_of_ahead(informations: Sequence[Information | None]) -> list[float]:
         return [0.0] * len(informations)
     left = torch.tensor(
         [
-            ahead_of_mean([None if own is None else own.without[place] for own in informations])
+            ahead_of_mean([None if own is None else own.without[place] for own in informations], least)
             for place in range(classes)
         ],
         dtype=torch.float64,
@@ -241,7 +246,8 @@ def informed(
 
     With I_n what head n tells, in nats, and d_n the part of log I_n - mean log I that exceeds both +-0.5 and two
     standard errors, the factor is exp(4 d_n / sqrt(K)). K is the number of examples of each class: with few of them
-    leaving one out says little, and the heads were trained on many; as K grows, the examples count for more.
+    leaving one out says little, and the heads were trained on many; as K grows, the examples count for more. At K = 1,
+    where nothing else corrects them, I_n is at least 3% of log C, for C classes: below that heads differ by chance.
 
     Args:
         weights: by other evidence, or uniform ones, shape (N,).
@@ -255,10 +261,12 @@ def informed(
     """
     if not are_known(informations):
         return weights.double()
-    ahead = torch.tensor(ahead_of_mean(nats(informations)), dtype=torch.float64)
-    alike = (ERRORS * torch.tensor(errors_of_ahead(informations), dtype=torch.float64)).clamp_min(ALIKE)
+    classes = len(labels.unique())
+    per_class = len(labels) / classes
+    least = max(LEAST_NATS, LEAST_SHARE * math.log(classes)) if per_class == 1 else LEAST_NATS
+    ahead = torch.tensor(ahead_of_mean(nats(informations), least), dtype=torch.float64)
+    alike = (ERRORS * torch.tensor(errors_of_ahead(informations, least), dtype=torch.float64)).clamp_min(ALIKE)
     exceeding = ahead.sign() * (ahead.abs() - alike).clamp_min(0)
-    per_class = len(labels) / len(labels.unique())
     factors = (exceeding * STEEPNESS / per_class**0.5).exp()
     return floored(weights.double() * factors, floor, float(weights.sum()))
 

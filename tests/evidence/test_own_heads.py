@@ -150,16 +150,16 @@ def alike(*told: float | None) -> list[Information | None]:
     return [None if own is None else Information(own, (own,) * 4) for own in told]
 
 
-def apart(told: Sequence[float | None]) -> list[float]:
+def apart(told: Sequence[float | None], least: float = LEAST_NATS) -> list[float]:
     """From the mean of the logarithms."""
-    logs = [math.log(max(own, LEAST_NATS)) for own in told if own is not None]
-    return [0.0 if own is None else math.log(max(own, LEAST_NATS)) - sum(logs) / len(logs) for own in told]
+    logs = [math.log(max(own, least)) for own in told if own is not None]
+    return [0.0 if own is None else math.log(max(own, least)) - sum(logs) / len(logs) for own in told]
 
 
-def errors(told: Sequence[Information | None]) -> list[float]:
+def errors(told: Sequence[Information | None], least: float = LEAST_NATS) -> list[float]:
     """Of `apart`, by a jackknife."""
     (count,) = {len(own.without) for own in told if own is not None}
-    left = [apart([None if own is None else own.without[place] for own in told]) for place in range(count)]
+    left = [apart([None if own is None else own.without[place] for own in told], least) for place in range(count)]
     found = []
     for of_head in zip(*left):
         mean = sum(of_head) / count
@@ -167,10 +167,11 @@ def errors(told: Sequence[Information | None]) -> list[float]:
     return found
 
 
-def factors(told: Sequence[Information | None], per_class: int) -> list[float]:
+def factors(told: Sequence[Information | None], per_class: int, classes: int = 4) -> list[float]:
     """By which weights are multiplied, one by one."""
     found = []
-    for own, error in zip(apart([own and own.nats for own in told]), errors(told)):
+    least = 0.03 * math.log(classes) if per_class == 1 else LEAST_NATS
+    for own, error in zip(apart([own and own.nats for own in told], least), errors(told, least)):
         beyond = max(abs(own) - max(ALIKE, ERRORS * error), 0.0)
         found.append(math.exp(math.copysign(beyond, own) * STEEPNESS / math.sqrt(per_class)))
     return found
@@ -211,6 +212,19 @@ def test_what_a_head_tells_of_one_class_alone_counts_for_little() -> None:
     assert informed(weights, steady, torch.arange(4)).tolist() == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_heads_that_tell_next_to_nothing_count_alike_where_they_decide_alone(classes: int) -> None:
+    """Below 3% of the logarithm of the number of classes; with two examples of each class the vote is there, too."""
+    least, even = 0.03 * math.log(classes), torch.tensor([0.5, 0.5])
+    told: list[Information | None] = [Information(own, (own,) * classes) for own in (0.95 * least, 0.1 * least)]
+    assert informed(even, told, torch.arange(classes)).tolist() == pytest.approx([0.5, 0.5], abs=1e-12)
+    assert informed(even, told, torch.arange(classes).repeat(2))[0] > 0.8
+    more: list[Information | None] = [Information(own, (own,) * classes) for own in (5 * least, 0.1 * least)]
+    beyond = math.log(5) / 2 - ALIKE  # the mean of the logarithms is halfway to what counts as `least`
+    expected = 1 / (1 + math.exp(-2 * STEEPNESS * beyond))
+    assert float(informed(even, more, torch.arange(classes))[0]) == pytest.approx(expected, abs=1e-9)
+
+
 def test_two_classes_have_no_error_to_go_by() -> None:
     told: list[Information | None] = [Information(0.4, (0.1, 0.3)), Information(0.01, (0.2, 0.002))]
     assert errors_of_ahead(told) == [0.0, 0.0]
@@ -232,7 +246,7 @@ def test_with_one_example_of_each_class_the_heads_decide(folders) -> None:
     assert (report.method, report.scores) == ("own-heads", None)
     told = [told_by_loop(folder, POINTS[:3], CLASSES[:3]) for folder in folders]
     assert list((report.informations or {}).values()) == pytest.approx([own.nats for own in told], abs=1e-5)
-    shares = factors(told, 1)
+    shares = factors(told, 1, classes=3)
     expected = [max(own / sum(shares), 1e-4) for own in shares]
     assert list(report.weights.values()) == pytest.approx([own / sum(expected) for own in expected], abs=1e-4)
     assert report.weights["first"] > 0.9
@@ -416,7 +430,7 @@ def test_an_adapter_without_a_head_counts_as_the_mean_of_the_others(folders, tmp
     report = fit_mixing_weights(model, ONE_EACH)
     assert (report.informations or {})["third"] is None
     told = [told_by_loop(folder, POINTS[:3], CLASSES[:3]) for folder in folders]
-    first, second, third_one = factors([*told, None], 1)
+    first, second, third_one = factors([*told, None], 1, classes=3)
     assert first > third_one == 1.0 > second
     shares = [max(own / (first + second + third_one), 1e-4) for own in (first, second, third_one)]
     assert list(report.weights.values()) == pytest.approx([own / sum(shares) for own in shares], abs=1e-4)
