@@ -96,7 +96,7 @@ def vote(
     if reference is not None and len(wide) > 1:
         ahead = wide - wide[:, [reference]]
         means = bootstraps.double() @ ahead - caution * ahead.std(0) / len(wide) ** 0.5
-    return _winners(means)
+    return _winners(means, reference)
 
 
 def cautions(examples: int, candidates: int) -> Tensor:
@@ -155,11 +155,16 @@ def _vote_by_sides(sides: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         means.append(weights @ ahead)
         variances.append(ahead.var(0) / len(ahead) if len(ahead) > 1 else torch.zeros(ahead.shape[1]).double())
     error = torch.stack(variances).sum(0).sqrt() / len(sides)
-    return _winners(torch.stack(means).mean(0) - CAUTION * error)
+    return _winners(torch.stack(means).mean(0) - CAUTION * error, -1)
 
 
-def _winners(means: Tensor) -> Tensor:
+def _winners(means: Tensor, reference: int | None = None) -> Tensor:
+    """Ties share a bootstrap; who is level with the reference is not ahead of it."""
     wins = (means == means.amax(1, keepdim=True)).double()
+    if reference is not None:
+        level = wins[:, reference] > 0
+        wins[level] = 0
+        wins[level, reference] = 1
     return (wins / wins.sum(1, keepdim=True)).mean(0)
 
 

@@ -267,7 +267,15 @@ def test_a_candidate_that_is_always_ahead_wins_and_one_that_is_behind_never_does
     values = torch.tensor([[0.0, 1.0, -1.0], [0.1, 1.1, -0.9], [0.3, 1.3, -0.7]])
     assert vote(values, bayesian_bootstrap(3, 50, seed=0), reference=0).tolist() == [0.0, 1.0, 0.0]
     equal = values[:, [0, 0, 2]]
-    assert vote(equal, bayesian_bootstrap(3, 50, seed=0), reference=0).tolist() == [0.5, 0.5, 0.0]
+    assert vote(equal, bayesian_bootstrap(3, 50, seed=0), reference=0).tolist() == [1.0, 0.0, 0.0], "not ahead"
+
+
+def test_what_all_tell_perfectly_stays_with_the_uniform_mix() -> None:
+    """Certain candidates are level, and the base model among them takes nothing from the adapters."""
+    labels = torch.arange(8) % 2
+    logs = of_two_classes(torch.tensor([[900.0, 900.0, 900.0, 900.0, 900.0]]).repeat(8, 1), labels)
+    shares = vote_of_classes(logs, labels, bayesian_bootstrap(8, 200, seed=1))
+    assert shares.tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0, 0.0], abs=1e-12)
 
 
 def test_shares_of_the_uniform_mix_go_to_all_evenly_above_a_floor() -> None:
