@@ -80,7 +80,7 @@ def vote(
     """The share of bootstraps in which each candidate has the largest mean value; ties share a bootstrap.
 
     With a reference the others must be ahead of it by some standard errors of the difference, paired by example: what
-    the examples do not tell apart stays with the reference.
+    the examples do not tell apart stays with the reference, and so does a bootstrap in which others are level with it.
 
     Args:
         values: margins or log-likelihoods of the left-out examples, shape (examples, candidates).
